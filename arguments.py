@@ -1,0 +1,100 @@
+"""The command lines of train.py and eval.py: strict flags, turned into config keys."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from yacs.config import CfgNode
+
+import config
+
+# Flags that stand for one config key each, as Swin's users type them.
+KEY_FLAGS = {
+    "--data-path": ("DATA.PATH", "folder with train/ and val/, a folder per class in each"),
+    "--batch-size": ("TRAIN.MICRO_BATCH", "images per process and forward pass; the global batch stays the recipe's"),
+    "--output": ("OUTPUT", "folder that run directories are made in"),
+    "--tag": ("TAG", "tells runs of one config apart: the run directory is <output>/<name>-<tag>"),
+    "--init": ("MODEL.INIT", "weights to start a new run from"),
+    "--amp": ("TRAIN.AMP", "bf16, fp16 or off"),
+    "--seed": ("TRAIN.SEED", "seed of everything random"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that knows no abbreviations and proposes the nearest flag for a mistyped one."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+        """Parse all arguments; exit with a suggestion at the first that is unknown."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            near = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "config keys are set with --opts KEY VALUE ..."
+            self.error(f"unknown argument {rest[0]!r}; {hint} (--help lists all)")
+        return parsed
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Exit with status 2 and the message of an error in what the user gave."""
+        self.exit(2, f"{self.prog}: {error}\n")
+
+
+def train_parser() -> Parser:
+    """Return the parser of train.py."""
+    parser = Parser("Train a model; the same command on the same run directory continues it.")
+    _add_shared(parser)
+    for flag, (key, text) in KEY_FLAGS.items():
+        parser.add_argument(flag, metavar=key.rsplit(".", 1)[-1], help=f"{text} [{key}]")
+    parser.add_argument(
+        "--resume", metavar="FILE", help="checkpoint of another run to start from, optimiser and position included"
+    )
+    parser.add_argument(
+        "--eval", action="store_true", help="evaluate the run's latest weights, or --resume's, and stop"
+    )
+    return parser
+
+
+def eval_parser() -> Parser:
+    """Return the parser of eval.py."""
+    parser = Parser("Evaluate a checkpoint on the val/ images, each exactly once.")
+    _add_shared(parser)
+    for flag in ("--data-path", "--amp"):
+        key, text = KEY_FLAGS[flag]
+        parser.add_argument(flag, metavar=key.rsplit(".", 1)[-1], help=f"{text} [{key}]")
+    parser.add_argument("--batch-size", metavar="BATCH", help="images per process and forward pass [EVAL.BATCH]")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", required=True, help="best_*.safetensors or checkpoints/update-*.pt"
+    )
+    parser.add_argument("--weights", choices=("raw", "ema"), help="which weights of a checkpoint that holds both")
+    return parser
+
+
+def _add_shared(parser: Parser) -> None:
+    parser.add_argument(
+        "--cfg", metavar="FILE", required=True, help="YAML config, e.g. configs/groupmixformer/mobile_64.yaml"
+    )
+    parser.add_argument(
+        "--opts", metavar="KEY VALUE", nargs="*", default=[], help="config keys to change, see config.py"
+    )
+
+
+def resolve(args: argparse.Namespace, flags: dict[str, str]) -> CfgNode:
+    """Return the frozen config of the parsed command line; `flags` maps flags to config keys.
+
+    Raises ValueError where a flag and --opts both set a key.
+    """
+    opts: Sequence[str] = list(args.opts)
+    for flag, key in flags.items():
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None:
+            if key in opts[::2]:
+                raise ValueError(f"{flag} {value} and --opts {key} set the same key; give one of them")
+            opts = [*opts, key, value]
+    return config.load(args.cfg, opts)
+
+
+TRAIN_FLAGS = {flag: key for flag, (key, _) in KEY_FLAGS.items()}
+EVAL_FLAGS = {"--data-path": "DATA.PATH", "--amp": "TRAIN.AMP", "--batch-size": "EVAL.BATCH"}
