@@ -1,0 +1,48 @@
+"""BatchNorm running statistics that do not depend on how a global batch was divided among processes."""
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.distributed import Processes
+
+
+class RunningStatistics:
+    """Move running means and variances once per update, by the mean over all of its micro-batches.
+
+    PyTorch alone would move them once per micro-batch and keep process 0's. With one process and one micro-batch per update
+    this is exactly what PyTorch does. Normalisation itself uses each micro-batch's own statistics.
+    """
+
+    def __init__(self, model: nn.Module, accumulation: int, processes: Processes):
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self.buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+        self.accumulation, self.processes = accumulation, processes
+        self.micro_batches = accumulation * processes.world
+        self.active = bool(self.buffers) and self.micro_batches > 1
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Remember the statistics at the start of an update."""
+        if self.active:
+            self.before = [b.clone() for b in self.buffers]
+            self.total = [torch.zeros_like(b) for b in self.buffers]
+
+    @torch.no_grad()
+    def after_micro_batch(self) -> None:
+        """Collect what one micro-batch made of them, and set them back."""
+        if self.active:
+            torch._foreach_add_(self.total, self.buffers)
+            torch._foreach_copy_(self.buffers, self.before)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Set them to the mean over the update's micro-batches on all processes."""
+        if not self.active:
+            return
+        for counter in self.counters:
+            counter.sub_(self.accumulation - 1)
+        flat = torch.cat(self.total)
+        self.processes.sum(flat).div_(self.micro_batches)
+        torch._foreach_copy_(self.buffers, list(flat.split([b.numel() for b in self.buffers])))

@@ -1,0 +1,79 @@
+"""Processes of a run: how many, which one this is, and the few collectives that the engine needs."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    launcher: str
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add the tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: object) -> object:
+        """Return the main process's value of a small picklable object on every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(device: str, timeout_s: float = 1800.0) -> Processes:
+    """Join the processes that torchrun started, or stand alone; `device` is auto, cpu or cuda.
+
+    NCCL carries CUDA tensors, gloo CPU tensors. Raises ValueError if CUDA is asked for and missing, or if a node runs more
+    processes than it has GPUs.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "DEVICE=cuda but torch sees no CUDA device; set DEVICE to cpu or auto, or check the driver with nvidia-smi"
+        )
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    rank, world = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if launched else 0
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else 1
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} visible; "
+                f"launch with --nproc_per_node {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+    own = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if launched and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    return Processes(rank, world, local_rank, local_world, own, "torchrun" if launched else "plain python")
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,76 @@
+"""Exact evaluation: every image counted once, at any number of processes."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.distributed import Processes
+from engine.precision import Precision
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over the evaluated images; accuracies in percent."""
+
+    correct1: int
+    correct5: int
+    images: int
+    loss: float
+    seconds: float
+
+    @property
+    def top1(self) -> float:
+        return 100.0 * self.correct1 / self.images
+
+    @property
+    def top5(self) -> float:
+        return 100.0 * self.correct5 / self.images
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1:.3f} ({self.correct1}/{self.images})  top-5 {self.top5:.3f} ({self.correct5}/{self.images})  "
+            f"loss {self.loss:.4f}  {self.images / self.seconds:.0f} images/s"
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    prepare: Callable[[Any], tuple[Tensor, Tensor]],
+    precision: Precision,
+    processes: Processes,
+    num_images: int,
+) -> Accuracy:
+    """Evaluate the model on this process's batches and add up over all processes.
+
+    `prepare` turns a loader's batch into (images (B, 3, H, W), labels (B,)) on the device. Raises RuntimeError if the
+    images counted are not exactly `num_images`.
+    """
+    started = time.perf_counter()
+    training = model.training
+    model.eval()
+    device = processes.device
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1 correct, top-5 correct, images
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        images, labels = prepare(batch)
+        with precision.autocast():
+            logits = model(images)
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, <=5)
+        counts += torch.stack([ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels), device=device)])
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+    sums = processes.sum(torch.cat([counts.double(), loss[None]]))  # float64 holds counts below 2^53 exactly
+    model.train(training)
+    correct1, correct5, images_seen = (int(n) for n in sums[:3].tolist())
+    if images_seen != num_images:
+        raise RuntimeError(
+            f"evaluation counted {images_seen} images of {num_images}; the loaders of the processes do not agree"
+        )
+    return Accuracy(correct1, correct5, images_seen, float(sums[3]) / images_seen, time.perf_counter() - started)

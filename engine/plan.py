@@ -1,0 +1,52 @@
+"""How a global batch is divided: the accumulation that follows from micro-batch and world size, and the learning rate."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The division of every update's samples; micro-batch j of an update holds the same samples at any world size."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    updates_per_epoch: int
+    epochs: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a process runs for each update."""
+        return accumulation(self.global_batch, self.micro_batch, self.world)
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.epochs * self.updates_per_epoch
+
+    def micro_batches(self) -> range:
+        """Return the numbers j of the micro-batches of an update that this process runs."""
+        return range(self.rank, self.accumulation * self.world, self.world)
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Return the micro-batches a process runs per update. Raises ValueError, listing what fits, if they do not divide."""
+    if global_batch % (micro_batch * world) == 0:
+        return global_batch // (micro_batch * world)
+    micro = [m for m in range(1, global_batch + 1) if global_batch % (m * world) == 0]
+    worlds = [w for w in range(1, global_batch + 1) if global_batch % (w * micro_batch) == 0]
+    raise ValueError(
+        f"TRAIN.GLOBAL_BATCH={global_batch} cannot be divided into micro-batches of TRAIN.MICRO_BATCH={micro_batch} on {world} "
+        f"processes; with {world} processes these micro-batches fit: {_few(micro)}; with this micro-batch these numbers of "
+        f"processes: {_few(worlds)}"
+    )
+
+
+def scaled_lr(lr: float, global_batch: int, scale_batch: int) -> float:
+    """Return the learning rate for a global batch, linear in it; scale_batch 0 leaves it as it is."""
+    return lr * global_batch / scale_batch if scale_batch else lr
+
+
+def _few(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:24])) if numbers else "none"
+    return shown + (f", ... {numbers[-1]}" if len(numbers) > 24 else "")

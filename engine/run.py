@@ -1,0 +1,112 @@
+"""The run directory: what it holds, whether a config may continue it, and the manifest of how it was made.
+
+output/<name>/
+    config.yaml                      the resolved config
+    manifest.json                    commit, packages, hardware, data, classes; one entry a start
+    log.txt  metrics.jsonl  tensorboard/
+    checkpoints/update-<number>.pt   everything needed to continue; the newest are kept
+    best_raw.safetensors  best_ema.safetensors
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import CheckpointFolder, write_atomically
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
+
+
+class RunDirectory:
+    """A run's folder and the paths in it."""
+
+    def __init__(self, path: Path, keep: int):
+        self.path = path
+        self.config, self.manifest = path / "config.yaml", path / "manifest.json"
+        self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
+
+    def best(self, which: str) -> Path:
+        """Return the file of the best raw or EMA weights."""
+        return self.path / f"best_{which}.safetensors"
+
+    def create(self, config: str) -> None:
+        """Make the folder and write the config. Raises ValueError if the folder cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config, lambda file: _write(file, config))
+        except OSError as error:
+            raise ValueError(
+                f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
+            ) from error
+
+    def record_start(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """Write the manifest: facts of the run, and one more entry to the list of its starts."""
+        starts: list[Any] = []
+        if self.manifest.is_file():
+            starts = json.loads(self.manifest.read_text()).get("starts", [])
+        text = json.dumps({**facts, "starts": [*starts, dict(start)]}, indent=2) + "\n"
+        write_atomically(self.manifest, lambda file: _write(file, text))
+
+
+def this_start(world: int, update: int, device: torch.device) -> dict[str, Any]:
+    """Return the facts of one start of a run: time, command, commit, packages, machine."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "update": update,
+        "processes": world,
+        **_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str], prefix: str = "") -> list[str]:
+    """List the keys of two config trees that differ, as "KEY: old -> new"; keys or sections named in `free` may."""
+    found: list[str] = []
+    for key in {**old, **new}:
+        name = prefix + key
+        a, b = old.get(key), new.get(key)
+        if name in free or a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, free, f"{name}.")
+        else:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    here = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None}
+    return {"commit": head.stdout.strip(), "changed_files": len(dirty.stdout.splitlines())}

@@ -1,0 +1,106 @@
+"""Everything that changes while a run trains, and how it is stored and restored."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from engine.checkpoint import fit
+from engine.distributed import Processes
+from engine.plan import Plan
+
+
+@dataclass
+class TrainState:
+    """Weights, averaged weights, optimiser, scaler, position and best results of a run.
+
+    The learning rate, the order of the samples and everything random are functions of the position (`update`), so restoring
+    it restores them.
+    """
+
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    scaler: torch.amp.GradScaler
+    plan: Plan
+    update: int = 0  # updates done
+    best: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # by "raw" and "ema": top1, correct1, images, epoch, update
+    # Sums of the loss and of the gradient's norm over updates: since the epoch began (0, 1), since the last report (2, 3).
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next update belongs to, from 0."""
+        return self.update // self.plan.updates_per_epoch
+
+    @property
+    def update_in_epoch(self) -> int:
+        """The number of the next update in its epoch, from 0."""
+        return self.update % self.plan.updates_per_epoch
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.update >= self.plan.updates
+
+    def weights(self) -> dict[str, nn.Module]:
+        """Return the models to evaluate, by name: raw, and ema if it is kept."""
+        return {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
+
+    def note_result(self, which: str, result: dict[str, Any]) -> bool:
+        """Keep a result if it beats the best of these weights; return whether it did."""
+        better = which not in self.best or result["correct1"] > self.best[which]["correct1"]
+        if better:
+            self.best[which] = result
+        return better
+
+    def mean_sums(self, processes: Processes) -> Tensor:
+        """Return `sums`, averaged over the processes."""
+        return processes.sum(self.sums.clone()).div_(processes.world)
+
+    def state_dict(self, processes: Processes) -> dict[str, Any]:
+        """Return tensors and plain values only, so that the file needs no unpickling of code. Called by all processes."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "update": self.update,
+            "samples": self.update * self.plan.global_batch,
+            "global_batch": self.plan.global_batch,
+            "updates_per_epoch": self.plan.updates_per_epoch,
+            "best": self.best,
+            "sums": self.mean_sums(processes).cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Continue from a stored state. Raises ValueError if it is of another model, batch, data set or optimiser."""
+        for key, here in (("global_batch", self.plan.global_batch), ("updates_per_epoch", self.plan.updates_per_epoch)):
+            if state[key] != here:
+                remedy = "TRAIN.GLOBAL_BATCH" if key == "global_batch" else "the data set"
+                raise ValueError(
+                    f"{source} was written with {key.replace('_', ' ')} {state[key]}, this run has {here}; "
+                    f"set {remedy} back, or start a new run from its weights with --init"
+                )
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError(
+                f"{source} {'lacks' if self.ema else 'has'} EMA weights but EMA.DECAY says otherwise; set it as it was"
+            )
+        self.model.load_state_dict(fit(self.model, state["model"], source))
+        if self.ema:
+            self.ema.module.load_state_dict(fit(self.ema.module, state["ema"], source))
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                f"{source} was written with another optimiser or other parameter groups: {error}"
+            ) from error
+        self.scaler.load_state_dict(state["scaler"])
+        self.update, self.best = state["update"], state["best"]
+        self.sums = state["sums"].to(self.sums.device)

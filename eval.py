@@ -1,0 +1,79 @@
+"""Evaluate a checkpoint: every validation image exactly once.
+
+python eval.py --cfg configs/groupmixformer/mobile_64.yaml --data-path DIR --checkpoint output/NAME/best_raw.safetensors
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+import arguments
+from data.build import build_eval_data
+from engine import distributed
+from engine.build import prepare_model
+from engine.checkpoint import fit, load_weights
+from engine.distributed import Processes
+from engine.evaluate import evaluate
+from engine.log import Log
+from engine.precision import Precision
+from models.build import build_model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = arguments.eval_parser()
+    args = parser.parse_args(argv)
+    try:
+        cfg = arguments.resolve(args, arguments.EVAL_FLAGS)
+        processes = distributed.start(cfg.DEVICE)
+    except ValueError as error:
+        parser.fail(error)
+    try:
+        evaluate_checkpoint(cfg, Path(args.checkpoint), args.weights or "raw", processes)
+    except ValueError as error:
+        if processes.main:
+            parser.fail(error)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+def evaluate_checkpoint(cfg: CfgNode, checkpoint: Path, which: str, processes: Processes) -> None:
+    """Load the weights, which must fit exactly, evaluate and print the result."""
+    log = Log(processes.main)
+    weights, facts = load_weights(checkpoint, which)
+    data = build_eval_data(cfg, processes.rank, processes.world, processes.device)
+    check_classes(cfg, weights, facts, data.classes, str(checkpoint), log)
+    model = build_model(cfg, len(data.classes))
+    model.load_state_dict(fit(model, weights, str(checkpoint)))
+    model = prepare_model(cfg, model, processes)
+    precision = Precision(cfg.TRAIN.AMP, processes.device)
+    log.say(
+        f"{cfg.MODEL.NAME} from {checkpoint} ({facts.get('weights', which)} weights), {processes.device.type}, amp {cfg.TRAIN.AMP}"
+    )
+    batches = log.track(data.val, len(data.val), "evaluate")
+    result = evaluate(model, batches, data.stage.evaluate, precision, processes, data.val.num_images)
+    log.say(f"{result}  {result.images} images in {result.seconds:.1f} s")
+
+
+def check_classes(cfg: CfgNode, weights: dict, facts: dict, classes: list[str], source: str, log: Log) -> None:
+    """Raise ValueError if the checkpoint is of another model or class count; warn if the class names differ."""
+    if facts.get("model", cfg.MODEL.NAME) != cfg.MODEL.NAME:
+        raise ValueError(
+            f"{source} holds a {facts['model']}, MODEL.NAME is {cfg.MODEL.NAME}; use the config it was trained with"
+        )
+    if facts.get("num_classes", len(classes)) != len(classes):
+        raise ValueError(
+            f"{source} was trained for {facts['num_classes']} classes, {cfg.DATA.PATH or 'the data'} has {len(classes)}; "
+            "evaluate it on the classes it knows"
+        )
+    if facts.get("classes", classes) != classes:
+        pairs = [f"{a} there, {b} here" for a, b in zip(facts["classes"], classes, strict=True) if a != b]
+        log.warn(f"class names differ from those {source} was trained on: {'; '.join(pairs[:3])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
