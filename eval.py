@@ -3,6 +3,10 @@
 python eval.py --cfg configs/groupmixformer/mobile_64.yaml --data-path DIR --checkpoint output/NAME/best_raw.safetensors
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

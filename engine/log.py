@@ -1,6 +1,7 @@
 """What a run says: bars on a terminal, plain lines in a log, rows in metrics.jsonl, curves in TensorBoard. Main process only."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -31,6 +32,7 @@ class Log:
         self.main = main
         self.console = Console(highlight=False, soft_wrap=True)
         self.file: IO[str] | None = None
+        self.early: list[str] = []  # lines said before there was a file
         self.metrics: IO[str] | None = None
         self.events: Any = None
         self.progress: Progress | None = None
@@ -44,6 +46,7 @@ class Log:
         if not self.main:
             return
         self.file = (folder / "log.txt").open("a", buffering=1)
+        self.file.writelines(self.early)
         path = folder / "metrics.jsonl"
         if path.exists():
             rows = [line for line in path.read_text().splitlines() if _update_of(line) <= update]
@@ -128,7 +131,7 @@ class Log:
             f"waiting for data {100 * step.data_share:.0f}%"
         )
         line = f"epoch {step.epoch + 1}/{epochs}  update {step.update_in_epoch}/{updates_per_epoch}  {facts}"
-        if self.progress is not None and self.task is not None:
+        if self.progress is not None and self.task is not None and step.update_in_epoch < updates_per_epoch:
             self.progress.update(self.task, facts=facts)
             self._keep(f"{time.strftime('%H:%M:%S')} {line}")
         else:
@@ -151,7 +154,8 @@ class Log:
         self, row: dict[str, Any], update: int, prefix: str = "train", curves: dict[str, float] | None = None
     ) -> None:
         if self.metrics is not None:
-            self.metrics.write(json.dumps(row) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self.metrics.write(json.dumps(finite) + "\n")
         if self.events is not None:
             for name, value in (curves or row).items():
                 if isinstance(value, float):
@@ -160,6 +164,8 @@ class Log:
     def _keep(self, line: str) -> None:
         if self.file is not None:
             self.file.write(line + "\n")
+        else:
+            self.early.append(line + "\n")
 
 
 def _update_of(line: str) -> float:

@@ -1,5 +1,6 @@
 """The training loop: an update from its micro-batches, an epoch from its updates."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,10 @@ from engine.distributed import Processes
 from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.state import TrainState
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more; nothing worth saving comes after it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Loop:
     ) -> None:
         """Run the epoch's remaining updates on this process's micro-batches, in order.
 
-        Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
+        Raises DivergedError if a reported loss is not finite. Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
         """
         self.model.train()
         plan, stream = state.plan, iter(batches)
@@ -83,6 +88,11 @@ class Loop:
                         data_share=waited / seconds,
                     )
                 )
+                if not math.isfinite(loss):
+                    raise DivergedError(
+                        f"the loss is {loss} after update {state.update}; continue from the last checkpoint with a lower "
+                        "OPTIM.LR, TRAIN.CLIP_GRAD, or TRAIN.AMP off"
+                    )
                 state.sums[2:] = 0
                 since, before, waited = time.perf_counter(), state.update, 0.0
             if done == plan.updates_per_epoch:

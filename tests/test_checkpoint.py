@@ -93,7 +93,7 @@ def test_damaged_or_foreign_file_is_refused_and_runs_nothing(tmp_path, monkeypat
 
 def test_missing_file_names_what_lies_there(tmp_path):
     save_weights(tmp_path / "best_raw.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="best_raw.safetensors"):
+    with pytest.raises(ValueError, match=r"best_raw\.safetensors"):
         load_weights(tmp_path / "best.safetensors")
 
 
@@ -105,7 +105,7 @@ def test_damaged_safetensors_is_refused(tmp_path):
 
 def test_newer_format_is_refused(tmp_path):
     torch.save({"format": 99, "model": {}}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="format 99.*update Retoken"):
+    with pytest.raises(ValueError, match=r"format 99.*update Retoken"):
         load_state(tmp_path / "c.pt")
 
 
@@ -139,5 +139,5 @@ def test_initial_weights_keep_a_fitting_head_and_say_when_not():
 def test_initial_weights_that_lack_a_layer_are_refused():
     weights = net(5).state_dict()
     del weights["body.bias"]
-    with pytest.raises(ValueError, match="body.bias"):
+    with pytest.raises(ValueError, match=r"body\.bias"):
         load_initial(net(3), weights, "w")

@@ -23,7 +23,7 @@ def test_micro_batches_of_all_processes_are_all_micro_batches():
 
 
 def test_impossible_division_lists_what_fits():
-    with pytest.raises(ValueError, match="TRAIN.GLOBAL_BATCH=32") as caught:
+    with pytest.raises(ValueError, match=r"TRAIN\.GLOBAL_BATCH=32") as caught:
         accumulation(32, 8, 3)
     assert "1, 2, 4" in str(caught.value)
     assert "with 3 processes these micro-batches fit: none" in str(caught.value)

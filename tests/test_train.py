@@ -15,7 +15,7 @@ import train as train_script
 from engine.checkpoint import load_state
 from engine.log import Log
 
-from .conftest import ROOT
+from .conftest import ROOT, draw_folder
 
 LAST = "checkpoints/update-00000018.pt"
 
@@ -228,6 +228,26 @@ def test_wrong_input_is_a_message_not_a_traceback(small_cfg, tmp_path, capsys, m
     for part in parts:
         assert part in text, text
     assert not (tmp_path / "small").exists()
+
+
+def test_eval_flag_without_a_checkpoint_is_refused(small_cfg, tmp_path, capsys):
+    assert "holds no checkpoint" in fails(lambda: train(small_cfg, tmp_path, "--eval"), capsys)
+
+
+def test_unreadable_image_stops_with_its_name(small_cfg, tmp_path, capsys):
+    draw_folder(tmp_path / "data", 8, 2)
+    (tmp_path / "data/val/red/000.jpg").write_bytes(b"<html>")
+    assert train(small_cfg, tmp_path, "--data-path", tmp_path / "data") == 1
+    assert "red/000.jpg" in capsys.readouterr().out
+
+
+def test_diverged_loss_is_not_saved(small_cfg, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "engine.build.SoftTargetCrossEntropy", lambda: lambda logits, targets: logits.sum() * float("nan")
+    )
+    assert train(small_cfg, tmp_path) == 1
+    assert "the loss is nan after update 4" in capsys.readouterr().out
+    assert not (tmp_path / "small/checkpoints").exists()
 
 
 def test_init_starts_from_weights_and_resume_from_a_position(small_cfg, whole, tmp_path, capsys):
