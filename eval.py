@@ -17,12 +17,12 @@ import arguments
 from data.build import build_eval_data
 from engine import distributed
 from engine.build import prepare_model
-from engine.checkpoint import fit, load_weights
 from engine.distributed import Processes
 from engine.evaluate import evaluate
 from engine.log import Log
 from engine.precision import Precision
 from models.build import build_model
+from models.weights import fit, load_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from data.build import Data, build_data
 from data.decode import UnreadableImageError
 from engine import distributed
 from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
-from engine.checkpoint import load_initial, load_state, load_weights, save_weights
+from engine.checkpoint import load_state, save_weights
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
@@ -38,6 +38,7 @@ from engine.randomness import seed_process
 from engine.run import RunDirectory, differences, this_start
 from engine.state import TrainState
 from models.build import build_model
+from models.weights import load_initial, load_weights
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (

@@ -8,7 +8,6 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from engine.checkpoint import fit
 from engine.distributed import Processes
 from engine.plan import Plan
 
@@ -92,9 +91,13 @@ class TrainState:
             raise ValueError(
                 f"{source} {'lacks' if self.ema else 'has'} EMA weights but EMA.DECAY says otherwise; set it as it was"
             )
-        self.model.load_state_dict(fit(self.model, state["model"], source))
-        if self.ema:
-            self.ema.module.load_state_dict(fit(self.ema.module, state["ema"], source))
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            first = " ".join(line.strip() for line in str(error).splitlines()[:3])
+            raise ValueError(f"{source} was written by another model: {first[:400]}") from error
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:

@@ -1,0 +1,300 @@
+"""What the three families share: four stages between a stem and a head, and timm's whole model interface.
+
+A family builds its stem, stages and neck and hands them to `Backbone.__init__`; everything else is here. Names in every
+family: stem, stages.{i}.downsample, stages.{i}.blocks.{j}, stages.{i}.norm, neck, head.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, register_notrace_function
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from models.published import Rule, from_published, is_published
+
+STRIDES = (4, 8, 16, 32)
+
+
+class Stage(nn.Module):
+    """Downsampling, blocks, norm. A stage whose blocks pass each other more than x overrides `forward`."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm or nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = self.run(block, x)
+        return self.norm(x)
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """Call a block, under gradient checkpointing if it is on: then running statistics are still updated once."""
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        if torch.compiler.is_compiling():
+            return checkpoint(block, *inputs, use_reentrant=False)
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), _frozen_statistics(block)
+
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+class Backbone(nn.Module):
+    """A four-stage image classifier that is at home in timm.
+
+    Between stages activations have any layout that `to_nchw` turns into (B, C, H, W) without a copy; stem takes images
+    (B, in_chans, H, W), neck takes and gives (B, C, H, W). dims are the stages' channels, num_features the neck's.
+    """
+
+    published: ClassVar[Sequence[Rule]] = ()
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[Stage],
+        neck: nn.Module,
+        dims: Sequence[int],
+        num_features: int,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.num_features = self.head_hidden_size = num_features
+        self.feature_info = [
+            {"num_chs": dim, "num_chs_norm": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, STRIDES, strict=True))
+        ]
+        self.feature_info[-1]["num_chs_norm"] = num_features
+        self.stem, self.stages, self.neck = stem, nn.ModuleList(stages), neck
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool)
+        self.apply(self.init_module)
+
+    # Hooks of a family.
+
+    def to_nchw(self, x: Tensor) -> Tensor:
+        """View a stage's output as (B, C, H, W). Here: from (B, H, W, C)."""
+        return x.permute(0, 3, 1, 2)
+
+    def init_module(self, module: nn.Module) -> None:
+        """Initialise one module; what is not named here keeps PyTorch's default."""
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def fit_entry(self, name: str, tensor: Tensor) -> Tensor:
+        """Adapt a checkpoint's tensor to this model's size, e.g. a position embedding. Here: leave it."""
+        return tensor
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters of two or more dimensions that must not decay: none, as in the published recipes."""
+        return set()
+
+    # The forward pass.
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        check_images(x, self.in_chans)
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.neck(self.to_nchw(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.global_pool:
+            x = x.mean((2, 3))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the final features and the maps of chosen stages.
+
+        indices: the last n stages if int, all if None. norm: pass the last stage's map through the neck. stop_early:
+        run no stage after the last one asked for; the features are then that stage's map.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: choose NCHW or NHWC")
+        check_images(x, self.in_chans)
+        taken, last = feature_take_indices(len(self.stages), indices)
+        stages = list(self.stages)[: last + 1] if stop_early else list(self.stages)
+        maps = []
+        x = self.stem(x)
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in taken:
+                maps.append(self.to_nchw(x))
+        x = self.to_nchw(x)
+        if len(stages) == len(self.stages):
+            x = self.neck(x)
+            if norm and len(stages) - 1 in taken:
+                maps[-1] = x
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        return maps if intermediates_only else (x, maps)
+
+    # What timm asks of a model.
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head in place; 0 classes for none."""
+        self._set_head(num_classes, self.global_pool if global_pool is None else global_pool)
+        self.head.apply(self.init_module)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the chosen stages do not need; return their indices."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.neck = nn.Identity()
+            self.num_features = self.head_hidden_size = int(str(self.feature_info[last]["num_chs"]))
+        if prune_head or prune_norm or shortened:
+            self.reset_classifier(0, "")
+        return taken
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self._stages():
+            stage.grad_checkpointing = enable
+
+    def set_drop_path_rate(self, rate: float) -> None:
+        """Set drop path to rise linearly from 0 to `rate` over all blocks, as at construction."""
+        blocks = [block for stage in self._stages() for block in stage.blocks]
+        for block, p in zip(blocks, spread(rate, len(blocks)), strict=True):
+            for module in block.modules():
+                if isinstance(module, DropPath):
+                    module.drop_prob = p
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Sort parameter names into layers for layer-wise decay: stem, stages (coarse) or blocks, then the rest."""
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
+        previous = (99999,)  # timm's mark for "with the layer before"
+        blocks = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.norm", previous),
+        ]
+        return {"stem": r"^stem", "blocks": blocks, "neck": [(r"^neck", previous)]}
+
+    # Internals.
+
+    def _stages(self) -> Iterator[Stage]:
+        return (stage for stage in self.stages if isinstance(stage, Stage))
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        if global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool={global_pool!r} is not known here: choose 'avg', or '' for the map itself")
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes}: give a positive number, or 0 for no classifier")
+        if num_classes and not global_pool:
+            raise ValueError(
+                f"global_pool='' has no logits: give num_classes=0 instead of {num_classes}, or pool 'avg'"
+            )
+        self.num_classes, self.global_pool = num_classes, global_pool
+        like = next(self.stem.parameters())
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
+        fitted = checkpoint_filter_fn(own, self, strict=args[1])
+        for name in own:
+            del state_dict[prefix + name]
+        state_dict.update((prefix + name, tensor) for name, tensor in fitted.items())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def checkpoint_filter_fn(tensors: Mapping[str, Tensor], model: Backbone, strict: bool = True) -> dict[str, Tensor]:
+    """Give a checkpoint our names if it has the published ones, and fit sizes; `load_state_dict` does it by itself."""
+    if is_published(model, tensors):
+        return from_published(model, tensors, strict)
+    return {name: model.fit_entry(name, tensor) for name, tensor in tensors.items()}
+
+
+@register_notrace_function
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Refuse what is not a non-empty batch of images, before a layer does so in words of its own."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images must have shape (B, {in_chans}, H, W), not {tuple(x.shape)}")
+    if x.shape[0] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"images of shape {tuple(x.shape)}: batch, height and width must be at least 1")
+
+
+@contextmanager
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are while a forward pass is repeated."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+def spread(rate: float, depth: int) -> list[float]:
+    """Drop path rates rising linearly from 0 to `rate`."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def per_stage(values: Sequence[Any], depths: Sequence[int]) -> list[Sequence[Any]]:
+    """Cut one value per block into one list per stage."""
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    return [values[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
+
+
+def default_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
+    """The defaults of timm's pretrained_cfg for a family: ImageNet at 224, no weights to download."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": "head",
+        **changes,
+    }
+
+
+def build_variant(family: Callable[..., Backbone], name: str, pretrained: bool, **arguments: Any) -> nn.Module:
+    """Build a registered variant the way timm does: defaults, weights, features_only."""
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        family, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **arguments
+    )

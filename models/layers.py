@@ -1,0 +1,49 @@
+"""Layers that two or more families share. All work on (B, H, W, C) maps."""
+
+import torch
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1×1 convolution, run as one matrix product over the pixels: (..., C) -> (..., C')."""
+
+    def __init__(self, dim: int, out: int, bias: bool = True):
+        super().__init__(dim, out, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution of odd size k: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C)."""
+
+    def __init__(self, dim: int, kernel_size: int, stride: int = 1, bias: bool = True):
+        super().__init__(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the convolution sees (B, C, H, W)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between: (..., C) -> (..., C)."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+@register_notrace_function
+def wide_softmax(x: Tensor, dim: int) -> Tensor:
+    """Softmax in float32 or wider, returned in the type of `x`, so that products after it mix no types."""
+    return torch.softmax(x, dim, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a BatchNorm2d, or what SyncBatchNorm made of it, to a (B, H, W, C) map."""
+    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the norm sees (B, C, H, W)

@@ -1,0 +1,197 @@
+"""Weights from files: Retoken's, timm's and those that the authors published, read without unpickling code.
+
+    layout      entries                                               written by
+    retoken     safetensors, or format, model, ema, facts             train.py
+    timm        state_dict, state_dict_ema, args (Namespace)          SG-Former's trainer
+    swin        model, config (yacs CfgNode)                          GroupMixFormer's trainer
+    deit        model, model_ema, args (Namespace)                    STViT's trainer
+    plain       name: tensor                                          anybody
+
+Published names are turned into ours by the model itself (models/published.py), here and in any `load_state_dict`.
+"""
+
+import collections
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+
+from models.published import COUNTER, from_published, is_published
+
+EMA_ENTRIES = ("ema", "state_dict_ema", "model_ema")
+RAW_ENTRIES = ("model", "state_dict")
+SHOWN = 4  # names listed in an error
+
+
+class Foreign(dict):
+    """Stands in for an object of a published file that is of no use here (arguments, configs, paths)."""
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget the state."""
+
+
+# All that a checkpoint may hold besides tensors and plain values. Nothing here runs what a file says: foreign classes
+# become an empty dict.
+ALLOWED: list[Any] = [
+    *((Foreign, name) for name in ("argparse.Namespace", "yacs.config.CfgNode")),
+    *((Foreign, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (np.dtype, "numpy.dtype"),
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
+    collections.defaultdict,
+    dict,
+]
+torch.serialization.add_safe_globals(ALLOWED)  # so that timm.create_model(checkpoint_path=...) reads the same files
+
+
+def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read (weights, facts) from a file of any layout above, on the CPU, under the names that the file has.
+
+    `which` picks "raw" or "ema" weights where a file holds both. facts are what a Retoken file says of itself (model,
+    classes, ...) with `weights` and `layout`. Raises ValueError with the remedy for a file that is missing or damaged, that
+    holds no such weights, or that only the unpickling of code could read.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist{_nearby(path)}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    state = read_torch(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not weights")
+    raw, ema = (next((key for key in keys if _is_weights(state.get(key))), None) for keys in (RAW_ENTRIES, EMA_ENTRIES))
+    if raw is None and ema is None:
+        if not _is_weights(state):
+            raise ValueError(
+                f"{path} holds no weights that are understood (entries: {', '.join(map(str, list(state)[:8]))})"
+            )
+        return clean_state_dict(state), {"layout": "plain", "weights": "raw"}
+    entry = raw if which == "raw" else ema
+    if entry is None:
+        other = "EMA" if which == "ema" else "raw"
+        raise ValueError(
+            f"{path} holds no {other} weights (entries: {', '.join(map(str, state))}); ask for the other ones"
+        )
+    layout = (
+        "retoken" if "format" in state else "timm" if raw == "state_dict" else "swin" if "config" in state else "deit"
+    )
+    return clean_state_dict(state[entry]), {**state.get("facts", {}), "layout": layout, "weights": which}
+
+
+def read_torch(path: Path) -> Any:
+    """Load a torch file with weights_only and the allow-list; ValueError says what is wrong with it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = _refused_globals(path)
+        if refused:
+            raise ValueError(
+                f"{path} was not read: it would run or build {', '.join(refused)}, which no weights need"
+            ) from error
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{path} cannot be read, it is damaged or no torch file ({first[:160]}); use another one"
+        ) from error
+
+
+def fit(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Return the weights under the model's names; raise ValueError naming the first names and shapes that do not match.
+
+    `ignore` lists prefixes of the model's names that may differ and are left out (a classifier for other classes).
+    """
+    own = model.state_dict()
+    adapted = adapt(model, weights)
+    if ignore:
+        own, adapted = ({k: v for k, v in d.items() if not k.startswith(ignore)} for d in (own, adapted))
+    missing = [name for name in own if name not in adapted and not name.endswith(COUNTER)]
+    unexpected = [name for name in adapted if name not in own]
+    shapes = [
+        f"{name} is {tuple(adapted[name].shape)} there, {tuple(tensor.shape)} here"
+        for name, tensor in own.items()
+        if name in adapted and adapted[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{len(found)} {kind}: {', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''}"
+        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if faults:
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}; check MODEL.NAME and the classes"
+        )
+    return {name: adapted.get(name, tensor) for name, tensor in own.items()}
+
+
+def adapt(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give published weights the model's names, and entries like position embeddings its size, where it knows how."""
+    if not hasattr(model, "published"):
+        return dict(weights)
+    if is_published(model, weights):
+        return from_published(model, weights, strict=False)
+    return {name: model.fit_entry(name, tensor) for name, tensor in weights.items()}
+
+
+def load_initial(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
+    """Load weights to start a new run from; the classifier stays fresh if it is for another number of classes.
+
+    Returns a sentence that says what was loaded. Raises ValueError for anything else that does not fit.
+    """
+    own, adapted = model.state_dict(), adapt(model, weights)
+    heads = tuple(f"{name}." for name in classifier_names(model))
+    other = [n for n, w in adapted.items() if heads and n.startswith(heads) and n in own and own[n].shape != w.shape]
+    if not other:
+        model.load_state_dict(fit(model, weights, source))
+        return f"started from all {len(weights)} tensors of {source}"
+    model.load_state_dict(fit(model, weights, source, heads), strict=False)
+    return (
+        f"started from {source}; the classifier stays freshly initialised: "
+        f"it has {adapted[other[0]].shape[0]} classes there, {own[other[0]].shape[0]} here"
+    )
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the module names of a timm model's classifier."""
+    names = getattr(model, "default_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from error
+    return clean_state_dict(weights), {
+        "layout": "safetensors",
+        "weights": "raw",
+        **json.loads(header.get("retoken", "{}")),
+    }
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _refused_globals(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged, or in the format before torch 1.6
+        return []
+
+
+def _nearby(path: Path) -> str:
+    folder = next((p for p in path.parents if p.is_dir()), Path())
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth"), *folder.glob("**/update-*.pt")])[:SHOWN]
+    names = ", ".join(str(p.relative_to(folder)) for p in found)
+    return f"; {folder} holds {names}" if found else f"; {folder} holds no checkpoint"

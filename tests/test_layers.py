@@ -1,0 +1,38 @@
+"""The layers that families share, against PyTorch's own."""
+
+import torch
+from torch import nn
+
+from models.layers import Conv1x1, DepthwiseConv, batch_norm, wide_softmax
+from tests.small_models import images
+
+
+def as_nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def test_conv1x1_equals_the_convolution():
+    conv, x = Conv1x1(6, 4), images(2, 5, 3, 6)
+    want = nn.functional.conv2d(as_nchw(x), conv.weight, conv.bias)
+    torch.testing.assert_close(as_nchw(conv(x)), want)
+
+
+def test_depthwise_conv_equals_the_convolution():
+    conv, x = DepthwiseConv(6, 5, stride=2, bias=False), images(2, 7, 4, 6)
+    want = nn.functional.conv2d(as_nchw(x), conv.weight, stride=2, padding=2, groups=6)
+    assert conv.bias is None
+    torch.testing.assert_close(as_nchw(conv(x)), want)
+
+
+def test_batch_norm_equals_the_norm_of_the_moved_map():
+    norm, x = nn.BatchNorm2d(6), images(2, 5, 3, 6)
+    torch.testing.assert_close(as_nchw(batch_norm(norm, x)), norm(as_nchw(x)))
+
+
+def test_wide_softmax_computes_in_float32_and_keeps_the_type():
+    x = 5 * images(4, 300)
+    half = x.bfloat16()
+    assert torch.equal(wide_softmax(half, 1), half.float().softmax(1).bfloat16())
+    double = wide_softmax(x.double(), 1)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.sum(1), torch.ones(4, dtype=torch.float64), rtol=1e-14, atol=0)

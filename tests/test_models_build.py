@@ -1,0 +1,38 @@
+"""From a config to a model."""
+
+import pytest
+from yacs.config import CfgNode
+
+from models.build import build_model
+
+
+def config(name, drop_path_rate=0.0, size=64):
+    return CfgNode(
+        {"MODEL": {"NAME": name, "DROP_RATE": 0.0, "DROP_PATH_RATE": drop_path_rate}, "DATA": {"IMG_SIZE": size}}
+    )
+
+
+def test_config_values_reach_the_model():
+    cfg = config("groupmixformer_mobile", drop_path_rate=0.3)
+    cfg.MODEL.DROP_RATE = 0.1
+    model = build_model(cfg, num_classes=7)
+    assert model.num_classes == 7
+    assert model.head_drop.p == 0.1
+    assert model.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.3)
+
+
+def test_timm_model_gets_the_image_size_only_if_it_takes_one():
+    assert build_model(config("resnet18", size=96), 5).num_classes == 5
+    assert build_model(config("vit_tiny_patch16_224", size=96), 5).patch_embed.img_size == (96, 96)
+
+
+def test_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"MODEL\.NAME='groupmixformer_tiy' is unknown: did you mean groupmixformer_tiny"
+    ):
+        build_model(config("groupmixformer_tiy"), 10)
+
+
+def test_setting_a_model_does_not_take_is_refused():
+    with pytest.raises(ValueError, match=r"vgg11.*drop_path_rate"):
+        build_model(config("vgg11", drop_path_rate=0.1), 10)
