@@ -1,0 +1,75 @@
+"""The part of the data path that runs on the device: uint8 batches become normalised, erased and mixed floats."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.address import generator, torch_seed
+from data.batch import Batch
+from data.erasing import erase
+from data.mixing import Mixing, mix_images
+
+ERASE_MODES = ("pixel", "rand", "const")
+ORDERS = ("erase_then_mix", "mix_then_erase")
+
+
+class DeviceStage:
+    """Turn a loader's batch into what the model and the loss take.
+
+    Orders: erase_then_mix normalises, erases, mixes (timm with its loss on soft targets); mix_then_erase mixes pixel
+    values and rounds them, normalises, erases (timm's FastCollateMixup, which SG-Former uses).
+    """
+
+    def __init__(
+        self,
+        mixing: Mixing,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        device: torch.device | str = "cpu",
+        erase_mode: str = "pixel",
+        order: str = "erase_then_mix",
+    ) -> None:
+        if erase_mode not in ERASE_MODES:
+            raise ValueError(f"AUG.ERASE_MODE={erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
+        if order not in ORDERS:
+            raise ValueError(f"AUG.ORDER={order!r} must be one of {', '.join(ORDERS)}")
+        self.mixing, self.seed, self.erase_mode, self.order = mixing, seed, erase_mode, order
+        self.device = torch.device(device)
+        self.mean = torch.tensor([255.0 * value for value in mean], device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor([255.0 * value for value in std], device=self.device).view(1, 3, 1, 1)
+        self._noise = torch.Generator(self.device)
+
+    def train(self, batch: Batch, update: int, micro: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device; return images float32 (B, 3, S, S), channels last, and soft targets (B, classes).
+
+        (epoch, update, micro) is the micro-batch's address: it alone decides noise and mixing, so `micro` is its number
+        within the update over all processes. `update` may count from the start of the run or of the epoch.
+        """
+        batch = batch.to(self.device, non_blocking=True)
+        mix = self.mixing.draw(generator(self.seed, "mix", epoch, update, micro), batch.images.shape[-1])
+        images = self._float(batch.images)
+        if self.order == "mix_then_erase":
+            images = mix_images(images, mix)
+            images = self._erase(self._normalise(images.round_()), batch, (epoch, update, micro))
+        else:
+            images = mix_images(self._erase(self._normalise(images), batch, (epoch, update, micro)), mix)
+        return images, self.mixing.targets(batch.labels, mix.share)
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device; return normalised images float32 (B, 3, S, S), channels last, and labels (B,)."""
+        batch = batch.to(self.device, non_blocking=True)
+        return self._normalise(self._float(batch.images)), batch.labels
+
+    def _float(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32, memory_format=torch.channels_last)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.sub_(self.mean).div_(self.std)
+
+    def _erase(self, images: Tensor, batch: Batch, address: tuple[int, int, int]) -> Tensor:
+        if batch.erase is None or batch.erase.shape[1] == 0:
+            return images
+        self._noise.manual_seed(torch_seed(self.seed, "erase", *address))
+        return erase(images, batch.erase, self.erase_mode, self._noise)

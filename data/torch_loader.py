@@ -1,0 +1,220 @@
+"""The CPU loader: DataLoader workers decode, crop, flip and RandAugment whole micro-batches of uint8 images.
+
+The index stream decides what each micro-batch holds and each sample's address decides its augmentation, so the number of
+workers changes the speed and nothing else. The main process sends a worker the addresses of one micro-batch and gets a
+`Batch` back, or the message of an UnreadableImageError: raised here, it carries no traceback of another process.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.batch import Batch
+from data.decode import UnreadableImageError, decode
+from data.stream import IndexStream, evaluation_indices
+from data.transforms import EvalTransform, TrainTransform
+
+Address = tuple[int, int, int]  # epoch, position in it, index in the data set
+
+
+class Source(Protocol):
+    """Where a loader's bytes come from."""
+
+    labels: np.ndarray  # int64 (n,)
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Return what an error calls the image."""
+
+    def read(self, index: int) -> np.ndarray:
+        """Return the bytes of the image's file, uint8 (n,), writable."""
+
+
+def load(source: Source, index: int) -> Tensor:
+    """Return an image, uint8 (3, H, W); UnreadableImageError names its file."""
+    try:
+        data = source.read(index)
+    except OSError as error:
+        raise UnreadableImageError(
+            f"{source.name(index)}: cannot be read ({error}); is the disk still there?"
+        ) from error
+    return decode(data, source.name(index))
+
+
+class TrainImages(Dataset):
+    """Addresses to augmented micro-batches."""
+
+    def __init__(self, source: Source, transform: TrainTransform) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, addresses: list[Address]) -> Batch | str:
+        try:
+            return self._batch(addresses)
+        except UnreadableImageError as error:
+            return str(error)
+
+    def _batch(self, addresses: list[Address]) -> Batch:
+        size = self.transform.size
+        images = torch.empty(len(addresses), 3, size, size, dtype=torch.uint8)
+        erase = np.zeros((len(addresses), self.transform.erase.slots, 4), dtype=np.int64)
+        for row, (epoch, position, index) in enumerate(addresses):
+            cropped, erase[row] = self.transform(load(self.source, index), epoch, position)
+            images[row].copy_(cropped)
+        indices = np.array([index for _, _, index in addresses], dtype=np.int64)
+        labels = self.source.labels[indices]
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase))
+
+
+class EvalImages(Dataset):
+    """Indices to evaluation batches."""
+
+    def __init__(self, source: Source, transform: EvalTransform) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: list[int]) -> Batch | str:
+        try:
+            return self._batch(indices)
+        except UnreadableImageError as error:
+            return str(error)
+
+    def _batch(self, indices: list[int]) -> Batch:
+        images = torch.empty(len(indices), 3, self.transform.crop, self.transform.crop, dtype=torch.uint8)
+        for row, index in enumerate(indices):
+            images[row].copy_(self.transform(load(self.source, index)))
+        chosen = np.array(indices, dtype=np.int64)
+        return Batch(images, torch.from_numpy(self.source.labels[chosen]), torch.from_numpy(chosen))
+
+
+class MicroBatches:
+    """The addresses of a rank's micro-batches, from an update of an epoch on; DataLoader's batch sampler."""
+
+    def __init__(self, stream: IndexStream, rank: int, world: int) -> None:
+        if stream.micro_batches_per_update % world:
+            raise ValueError(
+                f"{world} processes cannot share the {stream.micro_batches_per_update} micro-batches of an update evenly; "
+                "choose TRAIN.GLOBAL_BATCH = TRAIN.MICRO_BATCH x processes x accumulation"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} must lie in 0 .. {world - 1}, the processes there are")
+        self.stream, self.rank, self.world = stream, rank, world
+        self.epoch, self.first_update = 0, 0
+
+    def numbers(self) -> Iterator[tuple[int, int]]:
+        """Yield (update, micro-batch number) in the order of training."""
+        for update in range(self.first_update, self.stream.updates_per_epoch):
+            for j in range(self.rank, self.stream.micro_batches_per_update, self.world):
+                yield update, j
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        epoch = self.epoch
+        for update, j in self.numbers():
+            positions, indices = self.stream.micro_batch(epoch, update, j)
+            yield [(epoch, p, i) for p, i in zip(positions.tolist(), indices.tolist(), strict=True)]
+
+    def __len__(self) -> int:
+        per_update = self.stream.micro_batches_per_update // self.world
+        return (self.stream.updates_per_epoch - self.first_update) * per_update
+
+
+class TrainLoader:
+    """This rank's augmented micro-batches, epoch by epoch."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: TrainTransform,
+        stream: IndexStream,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        self._addresses = MicroBatches(stream, rank, world)
+        self._loader = _loader(TrainImages(source, transform), self._addresses, workers, prefetch, pin_memory)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates in an epoch; each takes micro_batches_per_update / world batches from this loader."""
+        return self._addresses.stream.updates_per_epoch
+
+    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
+        """Yield the micro-batches of updates first_update .. end; what is skipped is not read.
+
+        One epoch at a time: starting another ends the one before.
+        """
+        if not 0 <= first_update <= self.updates_per_epoch:
+            raise ValueError(
+                f"first_update={first_update} must lie in 0 .. {self.updates_per_epoch}, the epoch's updates"
+            )
+        self._addresses.epoch, self._addresses.first_update = epoch, first_update
+        yield from _batches(self._loader)
+
+
+class EvalLoader:
+    """This rank's share of a split, each image once over all ranks, the last batch as short as it comes."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: EvalTransform,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        self.num_images = len(source)
+        own = evaluation_indices(len(source), rank, world).tolist()
+        self._batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        self._loader = _loader(EvalImages(source, transform), self._batches, workers, prefetch, pin_memory)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from _batches(self._loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _loader(images: Dataset, batches: Any, workers: int, prefetch: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own: DataLoader would draw from the global stream at each epoch
+    )
+
+
+def _batches(loader: DataLoader) -> Iterator[Batch]:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork while threads run; workers use nothing that another thread could hold locked.
+        warnings.filterwarnings(
+            "ignore", message=".*use of fork\\(\\) may lead to deadlocks", category=DeprecationWarning
+        )
+        iterator = iter(loader)
+    for batch in iterator:
+        if isinstance(batch, str):
+            raise UnreadableImageError(batch)
+        yield batch
