@@ -2,8 +2,8 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
-from typing import NoReturn
+import re
+from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
@@ -33,13 +33,19 @@ class Parser(argparse.ArgumentParser):
         if rest:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             near = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1, cutoff=0.4)
+            if re.fullmatch(r"-[\d.].*", rest[0]):
+                self.error(f"{rest[0]!r} looks like a flag; write a negative number without exponent, e.g. -0.001")
             hint = f"did you mean {near[0]}?" if near else "config keys are set with --opts KEY VALUE ..."
             self.error(f"unknown argument {rest[0]!r}; {hint} (--help lists all)")
         return parsed
 
-    def fail(self, error: Exception) -> NoReturn:
-        """Exit with status 2 and the message of an error in what the user gave."""
-        self.exit(2, f"{self.prog}: {error}\n")
+    def fail(self, error: Exception, process: str = "") -> NoReturn:
+        """Exit with status 2 and the message of an error in what the user gave; `process` names one of several."""
+        self.exit(2, f"{self.prog}: {process}{error}\n")
+
+    def stop(self, error: Exception, process: str = "") -> NoReturn:
+        """Exit with status 1 and the message of an error that ended the work."""
+        self.exit(1, f"{self.prog}: stopped: {process}{error}\n")
 
 
 def train_parser() -> Parser:
@@ -77,8 +83,21 @@ def _add_shared(parser: Parser) -> None:
         "--cfg", metavar="FILE", required=True, help="YAML config, e.g. configs/groupmixformer/mobile_64.yaml"
     )
     parser.add_argument(
-        "--opts", metavar="KEY VALUE", nargs="*", default=[], help="config keys to change, see config.py"
+        "--opts",
+        metavar="KEY VALUE",
+        nargs="*",
+        action="extend",
+        default=[],
+        help="config keys to change, see config.py",
     )
+
+
+def check_which(facts: dict[str, Any], asked: str | None, source: str) -> None:
+    """Raise ValueError if a file holds other weights, raw or EMA, than those asked for."""
+    if asked and facts.get("weights", asked) != asked:
+        raise ValueError(
+            f"{source} holds {facts['weights']} weights, {asked} were asked for; name another file or ask for those"
+        )
 
 
 def resolve(args: argparse.Namespace, flags: dict[str, str]) -> CfgNode:
@@ -86,14 +105,8 @@ def resolve(args: argparse.Namespace, flags: dict[str, str]) -> CfgNode:
 
     Raises ValueError where a flag and --opts both set a key.
     """
-    opts: Sequence[str] = list(args.opts)
-    for flag, key in flags.items():
-        value = getattr(args, flag[2:].replace("-", "_"))
-        if value is not None:
-            if key in opts[::2]:
-                raise ValueError(f"{flag} {value} and --opts {key} set the same key; give one of them")
-            opts = [*opts, key, value]
-    return config.load(args.cfg, opts)
+    given = {flag: (key, getattr(args, flag[2:].replace("-", "_"))) for flag, key in flags.items()}
+    return config.load(args.cfg, args.opts, {flag: pair for flag, pair in given.items() if pair[1] is not None})
 
 
 TRAIN_FLAGS = {flag: key for flag, (key, _) in KEY_FLAGS.items()}

@@ -6,7 +6,7 @@ learning rate) are computed in engine/ and never written back, so that the dump 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,8 @@ _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.0
 # Weights to start from (.safetensors, or a checkpoint of a run); "" starts from random weights.
 _C.MODEL.INIT = ""
-# Of a checkpoint that holds both, take "raw" or "ema" weights for MODEL.INIT.
-_C.MODEL.INIT_WEIGHTS = "raw"
-# NHWC memory for convolutions; the numbers are the same.
-_C.MODEL.CHANNELS_LAST = True
+# Which weights of MODEL.INIT to take, raw or ema; "" takes those it holds, raw if both.
+_C.MODEL.INIT_WEIGHTS = ""
 # BatchNorm statistics over all processes (torch.nn.SyncBatchNorm, CUDA only) instead of over each micro-batch.
 _C.MODEL.SYNC_BN = False
 
@@ -112,11 +110,11 @@ _C.TRAIN.SEED = 0
 _C.TRAIN.CLIP_GRAD = 0.0
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
 _C.TRAIN.AMP = "bf16"
-# cuDNN may choose algorithms that differ from run to run; false asks for bitwise repeatable ones.
+# cuDNN may try algorithms and take the fastest; false asks it for deterministic ones.
 _C.TRAIN.BENCHMARK = True
 
 _C.OPTIM = CfgNode()
-# Name in timm's optimiser factory.
+# Name in timm's optimiser factory, of those that take BETAS and EPS.
 _C.OPTIM.NAME = "adamw"
 # Peak learning rate, for a global batch of SCALE_BATCH; 0 there takes LR as it is.
 _C.OPTIM.LR = 1e-3
@@ -158,13 +156,14 @@ _C.LOG.TENSORBOARD = True
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DEVICE": ("auto", "cpu", "cuda"),
-    "MODEL.INIT_WEIGHTS": ("raw", "ema"),
+    "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
     "DATA.LOADER": ("torch", "synthetic"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.EVAL_INTERPOLATION": ("bicubic", "bilinear"),
     "AUG.ERASE_MODE": ("pixel", "rand", "const"),
     "AUG.ORDER": ("erase_then_mix", "mix_then_erase"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
+    "OPTIM.NAME": ("adamw", "adam", "nadam", "nadamw", "radam", "lamb"),
 }
 
 # Smallest and largest value, both allowed. Of a list, of each entry.
@@ -176,7 +175,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "DATA.WORKERS": (-1, 4096),
     "DATA.PREFETCH": (1, 1024),
     "DATA.EVAL_RESIZE": (0, 1e5),
-    "DATA.STD": (1e-6, 1e6),
+    "DATA.MEAN": (0, 1),
+    "DATA.STD": (1e-3, 1),
     "DATA.SYNTHETIC_TRAIN": (1, 1e12),
     "DATA.SYNTHETIC_VAL": (1, 1e12),
     "DATA.SYNTHETIC_CLASSES": (1, 1e9),
@@ -219,8 +219,12 @@ def defaults() -> CfgNode:
     return _C.clone()
 
 
-def load(files: str | Sequence[str] = (), opts: Sequence[str] = ()) -> CfgNode:
-    """Merge the files and then KEY VALUE pairs into the defaults; return the checked, frozen config.
+def load(
+    files: str | Sequence[str] = (), opts: Sequence[str] = (), flags: Mapping[str, tuple[str, str]] | None = None
+) -> CfgNode:
+    """Merge the files, KEY VALUE pairs and flags into the defaults; return the checked, frozen config.
+
+    `flags` maps a flag, as errors call it, to its key and value.
 
     Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
     """
@@ -228,6 +232,10 @@ def load(files: str | Sequence[str] = (), opts: Sequence[str] = ()) -> CfgNode:
     for file in [files] if isinstance(files, str) else files:
         _merge_file(cfg, Path(file), ())
     _merge_opts(cfg, opts)
+    for flag, (key, value) in (flags or {}).items():
+        if key in opts[::2]:
+            raise ValueError(f"{flag} {value} and --opts {key} set the same key; give one of them")
+        _set(cfg, key, value, flag)
     cfg.BASE = [""]
     validate(cfg)
     cfg.freeze()
@@ -260,6 +268,18 @@ def run_name(cfg: CfgNode) -> str:
     return f"{name}-{cfg.TAG}" if cfg.TAG else name
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice in one section, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> None:
     path = file.resolve()
     if path in parents:
@@ -269,19 +289,22 @@ def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> None:
     if not file.is_file():
         said_by = f", named by BASE in {parents[-1]}" if parents else ""
         folder = next((p for p in file.parents if p.is_dir()), Path())
-        near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("*.yaml")], n=3, cutoff=0.3)
+        near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("[!.]*.yaml")], n=3, cutoff=0.3)
         hint = f"; near it lie {', '.join(str(folder / n) for n in near)}" if near else ""
-        raise ValueError(f"config file {file} does not exist{said_by}{hint}")
+        what = "is a folder, not a file" if file.is_dir() else "does not exist"
+        raise ValueError(f"config file {file} {what}{said_by}{hint}")
     try:
-        tree = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {file} is not valid YAML: {error}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise ValueError(f"config file {file} must hold KEY: VALUE lines, not a {type(tree).__name__}")
     bases = tree.pop("BASE", [])
-    for base in [bases] if isinstance(bases, str) else bases or []:
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ValueError(f"BASE in {file} must be a file name or a list of them, got {bases!r}")
         if base:
             _merge_file(cfg, path.parent / base, (*parents, path))
     _merge_tree(cfg, tree, "", str(file))
@@ -304,18 +327,27 @@ def _merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, source: str) ->
 
 
 def _merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
+    joined = next((text for text in opts[::2] if "=" in text), None)
+    if joined:
+        raise ValueError(
+            f"--opts takes KEY VALUE pairs, with a space: write {joined.replace('=', ' ', 1)}, not {joined}"
+        )
     if len(opts) % 2:
         raise ValueError(f"--opts takes KEY VALUE pairs; {opts[-1]!r} has no value (got {' '.join(opts)})")
     for name, text in zip(opts[::2], opts[1::2], strict=True):
-        section, _, key = name.rpartition(".")
         if name not in keys(cfg) or name == "BASE":
             raise ValueError(_unknown(cfg, name, "--opts"))
-        node = get(cfg, section) if section else cfg
-        try:
-            value = text if isinstance(node[key], str) else yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        node[key] = _coerce(value, node[key], name, "--opts")
+        _set(cfg, name, text, "--opts")
+
+
+def _set(cfg: CfgNode, name: str, text: str, source: str) -> None:
+    section, _, key = name.rpartition(".")
+    node = get(cfg, section) if section else cfg
+    try:
+        value = text if isinstance(node[key], str) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    node[key] = _coerce(value, node[key], name, source)
 
 
 def _unknown(cfg: CfgNode, name: str, source: str) -> str:
@@ -338,6 +370,10 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
             pass
     if type(value) is wanted:
         return value
+    if wanted is str and isinstance(value, bool):
+        raise ValueError(
+            f"{name} in {source} must be a word: YAML reads on, off, yes and no as true or false; put it in quotes"
+        )
     raise ValueError(
         f"{name} in {source} must be {wanted.__name__}, got {value!r} ({type(value).__name__}); its default is {default!r}"
     )
@@ -360,23 +396,23 @@ def validate(cfg: CfgNode) -> None:
         if low > high:
             raise ValueError(f"{name} must be [smallest, largest], got {[low, high]}")
     for name in ("NAME", "TAG"):
-        if "/" in cfg[name]:
+        if "/" in cfg[name] or cfg[name] in (".", ".."):
             raise ValueError(f"{name} is one folder name, got {cfg[name]!r}; use OUTPUT for the path")
     if cfg.DATA.LOADER == "torch" and 0 < cfg.DATA.EVAL_RESIZE < cfg.DATA.IMG_SIZE:
         raise ValueError(
             f"DATA.EVAL_RESIZE={cfg.DATA.EVAL_RESIZE} is smaller than the crop DATA.IMG_SIZE={cfg.DATA.IMG_SIZE}; "
             f"give at least {cfg.DATA.IMG_SIZE}, usually {round(cfg.DATA.IMG_SIZE / 0.875)}"
         )
-    if cfg.TRAIN.GLOBAL_BATCH % cfg.TRAIN.MICRO_BATCH:
-        near_micro = [m for m in range(1, cfg.TRAIN.GLOBAL_BATCH + 1) if cfg.TRAIN.GLOBAL_BATCH % m == 0]
-        raise ValueError(
-            f"TRAIN.GLOBAL_BATCH={cfg.TRAIN.GLOBAL_BATCH} is not a multiple of TRAIN.MICRO_BATCH={cfg.TRAIN.MICRO_BATCH}; "
-            f"micro-batches that fit: {', '.join(map(str, near_micro))}"
-        )
     if cfg.TRAIN.MICRO_BATCH == 1 and (cfg.AUG.MIXUP or cfg.AUG.CUTMIX) and cfg.AUG.MIX_PROB:
         raise ValueError(
             "TRAIN.MICRO_BATCH=1 leaves mixup and cutmix no partner; set AUG.MIX_PROB to 0 or raise it to 2"
         )
+    if cfg.SCHEDULE.MIN_LR > cfg.OPTIM.LR:
+        raise ValueError(
+            f"SCHEDULE.MIN_LR={cfg.SCHEDULE.MIN_LR:g} is above OPTIM.LR={cfg.OPTIM.LR:g}: the rate would rise; lower MIN_LR"
+        )
+    if cfg.SCHEDULE.SCALED and not cfg.OPTIM.SCALE_BATCH:
+        raise ValueError("SCHEDULE.SCALED=true has no effect while OPTIM.SCALE_BATCH=0; set SCALE_BATCH (usually 512)")
     if cfg.SCHEDULE.WARMUP_EPOCHS >= cfg.TRAIN.EPOCHS:
         raise ValueError(
             f"SCHEDULE.WARMUP_EPOCHS={cfg.SCHEDULE.WARMUP_EPOCHS:g} must be shorter than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; "

@@ -35,28 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.fail(error)
     try:
-        evaluate_checkpoint(cfg, Path(args.checkpoint), args.weights or "raw", processes)
+        evaluate_checkpoint(cfg, Path(args.checkpoint), args.weights, processes)
     except ValueError as error:
-        if processes.main:
-            parser.fail(error)
-        return 2
-    finally:
-        distributed.stop()
+        parser.fail(error, processes.name)
+    distributed.stop()
     return 0
 
 
-def evaluate_checkpoint(cfg: CfgNode, checkpoint: Path, which: str, processes: Processes) -> None:
+def evaluate_checkpoint(cfg: CfgNode, checkpoint: Path, which: str | None, processes: Processes) -> None:
     """Load the weights, which must fit exactly, evaluate and print the result."""
     log = Log(processes.main)
-    weights, facts = load_weights(checkpoint, which)
+    weights, facts = load_weights(checkpoint, which or "raw")
+    arguments.check_which(facts, which, str(checkpoint))
     data = build_eval_data(cfg, processes.rank, processes.world, processes.device)
     check_classes(cfg, weights, facts, data.classes, str(checkpoint), log)
     model = build_model(cfg, len(data.classes))
     model.load_state_dict(fit(model, weights, str(checkpoint)))
-    model = prepare_model(cfg, model, processes)
+    model = prepare_model(model, processes)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     log.say(
-        f"{cfg.MODEL.NAME} from {checkpoint} ({facts.get('weights', which)} weights), {processes.device.type}, amp {cfg.TRAIN.AMP}"
+        f"{cfg.MODEL.NAME} from {checkpoint} ({facts['weights']} weights), {processes.device.type}, amp {cfg.TRAIN.AMP}"
     )
     batches = log.track(data.val, len(data.val), "evaluate")
     result = evaluate(model, batches, data.stage.evaluate, precision, processes, data.val.num_images)

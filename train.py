@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ from engine.checkpoint import load_state, save_weights
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.loop import DivergedError, Loop
+from engine.loop import DivergedError, Loop, check_finite
 from engine.plan import accumulation
 from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.run import RunDirectory, differences, this_start
 from engine.state import TrainState
 from models.build import build_model
-from models.weights import load_initial, load_weights
+from models.weights import fit, load_initial, load_weights
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -84,33 +85,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = arguments.train_parser()
     args = parser.parse_args(argv)
-    log = Log(main=True)
     try:
         cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
         processes = distributed.start(cfg.DEVICE)
-        log = Log(processes.main)
+    except ValueError as error:
+        parser.fail(error)
+    log = Log(processes.main)
+    try:
         session = build(cfg, args, processes, log)
     except ValueError as error:
-        if log.main:
-            parser.fail(error)
-        return 2
+        parser.fail(error, processes.name)
     try:
         evaluate_only(session) if args.eval else train(session)
     except (DivergedError, UnreadableImageError) as error:
-        log.say(f"stopped: {error}", style="red")
-        return 1
+        parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warn("interrupted; the same command continues from the last checkpoint")
         return 130
     finally:
         log.close()
-        distributed.stop()
+    distributed.stop()
     return 0
 
 
 def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log) -> Session:
     """Build everything and continue where the run stands. Raises ValueError for what the user can mend."""
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
+    torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
     check_same_run(cfg, run, log)
@@ -118,9 +119,9 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     seed_process(cfg.TRAIN.SEED)
-    model = prepare_model(cfg, build_model(cfg, len(data.classes)), processes)
+    model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
     state = build_state(cfg, model, plan, precision)
-    restore(cfg, args, run, state, processes, log)
+    restore(cfg, args, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes)
     session = Session(cfg, processes, log, run, data, precision, state, loop)
     if processes.main and not (args.eval or state.complete):
@@ -174,29 +175,70 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
 
 
 def restore(
-    cfg: CfgNode, args: argparse.Namespace, run: RunDirectory, state: TrainState, processes: Processes, log: Log
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    run: RunDirectory,
+    state: TrainState,
+    data: Data,
+    processes: Processes,
+    log: Log,
 ) -> None:
-    """Bring the state to the run's latest checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it."""
+    """Bring the state to the run's latest checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it.
+
+    With --eval, a file that is named comes before the run's own.
+    """
     latest = processes.from_main(run.checkpoints.latest())
-    source = Path(str(latest)) if latest else Path(args.resume) if args.resume else None
+    named = args.eval and (args.resume or cfg.MODEL.INIT)
+    source = Path(str(latest)) if latest and not named else Path(args.resume) if args.resume else None
     if source:
-        state.load_state_dict(load_state(source), str(source))
+        stored = load_state(source)
+        check_same_data(stored["facts"], data, source)
+        state.load_state_dict(stored, str(source))
         log.say(f"continuing {source} at update {state.update} of {state.plan.updates} (epoch {state.epoch + 1})")
-        for flag, value in (("--resume", args.resume if latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
+        if source != latest:
+            state.best = {}  # whose files lie in the other run
+            if state.complete and not args.eval:
+                raise ValueError(
+                    f"{source} is at the end of TRAIN.EPOCHS={state.plan.epochs}; raise it, or start with --init"
+                )
+        for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
             if value:
                 log.say(f"{flag} {value} is not read: the run has gone further")
     elif cfg.MODEL.INIT:
-        weights, _ = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS)
-        log.say(load_initial(state.model, weights, cfg.MODEL.INIT))
+        weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
+        arguments.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
+        if args.eval:
+            state.model.load_state_dict(fit(state.model, weights, cfg.MODEL.INIT))
+        else:
+            log.say(load_initial(state.model, weights, cfg.MODEL.INIT))
+        if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
+            log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
         if state.ema:
             state.ema.set(state.model)
     elif args.eval:
         raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
 
 
+def check_same_data(facts: dict[str, Any], data: Data, source: Path) -> None:
+    """Raise ValueError if a checkpoint's position is one in another data set."""
+    if facts["classes"] != data.classes:
+        pairs = [f"{a} -> {b}" for a, b in zip_longest(facts["classes"], data.classes) if a != b]
+        raise ValueError(f"{source} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
+    changed = [
+        f"{key}: {facts['data'].get(key)} -> {value}"
+        for key, value in data.fingerprint.items()
+        if facts["data"].get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the data set has changed since {source}: {', '.join(changed)}; put it back, or start with --init"
+        )
+
+
 def save(s: Session) -> None:
     """Write a checkpoint of the whole state; called by all processes."""
     stored = s.state.state_dict(s.processes)
+    check_finite(s.state, stored["sums"])
     if s.processes.main:
         facts = s.facts() | {"epoch": s.state.update / s.state.plan.updates_per_epoch}
         s.run.checkpoints.save(s.state.update, {**stored, "facts": facts})
@@ -256,6 +298,8 @@ def announce(s: Session) -> None:
         f"{plan.updates_per_epoch} updates an epoch, {plan.epochs} epochs, {plan.updates * plan.global_batch:,} images"
     )
     say(f"batch      {plan.global_batch} = {division}; {length}")
+    if cfg.MODEL.SYNC_BN and plan.world == 1:
+        say("inert      MODEL.SYNC_BN: there is one process")
     peak = groups[-1]["initial_lr"]
     say(f"schedule   learning rate {peak:.3e} after {cfg.SCHEDULE.WARMUP_EPOCHS:g} epochs of warmup, then cosine")
 

@@ -10,8 +10,8 @@ from engine.distributed import Processes
 class RunningStatistics:
     """Move running means and variances once per update, by the mean over all of its micro-batches.
 
-    PyTorch alone would move them once per micro-batch and keep process 0's. With one process and one micro-batch per update
-    this is exactly what PyTorch does. Normalisation itself uses each micro-batch's own statistics.
+    PyTorch alone would move them once per micro-batch and keep process 0's. With one process and one micro-batch per
+    update this is exactly what PyTorch does. Normalisation itself uses each micro-batch's own statistics.
     """
 
     def __init__(self, model: nn.Module, accumulation: int, processes: Processes):
@@ -21,13 +21,16 @@ class RunningStatistics:
         self.accumulation, self.processes = accumulation, processes
         self.micro_batches = accumulation * processes.world
         self.active = bool(self.buffers) and self.micro_batches > 1
+        if self.active:
+            self.before = [torch.empty_like(b) for b in self.buffers]
+            self.total = [torch.empty_like(b) for b in self.buffers]
 
     @torch.no_grad()
     def begin(self) -> None:
         """Remember the statistics at the start of an update."""
         if self.active:
-            self.before = [b.clone() for b in self.buffers]
-            self.total = [torch.zeros_like(b) for b in self.buffers]
+            torch._foreach_copy_(self.before, self.buffers)
+            torch._foreach_zero_(self.total)
 
     @torch.no_grad()
     def after_micro_batch(self) -> None:
@@ -41,8 +44,8 @@ class RunningStatistics:
         """Set them to the mean over the update's micro-batches on all processes."""
         if not self.active:
             return
-        for counter in self.counters:
-            counter.sub_(self.accumulation - 1)
+        if self.counters and self.accumulation > 1:
+            torch._foreach_sub_(self.counters, self.accumulation - 1)
         flat = torch.cat(self.total)
         self.processes.sum(flat).div_(self.micro_batches)
         torch._foreach_copy_(self.buffers, list(flat.split([b.numel() for b in self.buffers])))

@@ -1,12 +1,12 @@
 """The engine's parts from the config: the only file of engine/ that reads it."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -31,18 +31,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     excepted: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, cfg.OPTIM.WEIGHT_DECAY, no_weight_decay_list=excepted)
     lr = scaled_lr(cfg.OPTIM.LR, cfg.TRAIN.GLOBAL_BATCH, cfg.OPTIM.SCALE_BATCH)
-    name = cfg.OPTIM.NAME.lower()
-    if name not in list_optimizers():
-        near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0.3)
-        raise ValueError(
-            f"OPTIM.NAME={cfg.OPTIM.NAME} is not an optimiser of timm; nearest: {', '.join(near) or 'adamw'}"
-        )
-    info = get_optimizer_info(name)
-    if not (info.has_betas and info.has_eps):
-        raise ValueError(
-            f"OPTIM.NAME={cfg.OPTIM.NAME} takes no betas and eps; the loop is built for AdamW and its kin: set OPTIM.NAME to adamw"
-        )
-    return create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, betas=tuple(cfg.OPTIM.BETAS), eps=cfg.OPTIM.EPS)
+    name = cfg.OPTIM.NAME
+    fused = {"fused": True} if name in ("adam", "adamw") and next(model.parameters()).is_cuda else {}
+    betas, eps = tuple(cfg.OPTIM.BETAS), cfg.OPTIM.EPS
+    return create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, betas=betas, eps=eps, **fused)
 
 
 def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Plan) -> CosineLRScheduler:
@@ -74,16 +66,18 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def prepare_model(cfg: CfgNode, model: nn.Module, processes: Processes) -> nn.Module:
-    """Return the model on the device, in the memory format and with the BatchNorm that the config asks for."""
-    if cfg.MODEL.SYNC_BN and processes.world > 1:
+def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool = False) -> nn.Module:
+    """Return the model on the device, convolutions in channels_last memory, with SyncBatchNorm if asked for."""
+    if sync_batch_norm and processes.world > 1:
         if processes.device.type != "cuda":
-            raise ValueError(
-                "MODEL.SYNC_BN: torch's SyncBatchNorm runs on CUDA only; set MODEL.SYNC_BN to false on the CPU"
-            )
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    memory = torch.channels_last if cfg.MODEL.CHANNELS_LAST else torch.contiguous_format
-    return model.to(processes.device).to(memory_format=memory)
+            raise ValueError("MODEL.SYNC_BN: torch's SyncBatchNorm runs on CUDA only; set it to false on the CPU")
+        model = convert_sync_batchnorm(model)  # timm's: it keeps the activation of its fused norms
+    model = model.to(processes.device).to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if getattr(module, "plain_weight", False):
+            weight = module.get_parameter("weight")  # .contiguous() would leave the strides of dimensions of size 1
+            weight.data = weight.data.contiguous().view(-1).view(weight.shape)
+    return model
 
 
 def build_loop(

@@ -16,7 +16,6 @@ class Processes:
     rank: int
     world: int
     local_rank: int
-    local_world: int
     device: torch.device
     launcher: str
 
@@ -24,6 +23,11 @@ class Processes:
     def main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """What precedes this process's errors: nothing if it is alone."""
+        return f"process {self.rank}: " if self.world > 1 else ""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add the tensor over all processes, in place."""
@@ -39,11 +43,6 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world > 1:
-            dist.barrier()
-
 
 def start(device: str, timeout_s: float = 1800.0) -> Processes:
     """Join the processes that torchrun started, or stand alone; `device` is auto, cpu or cuda.
@@ -58,8 +57,9 @@ def start(device: str, timeout_s: float = 1800.0) -> Processes:
         )
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, world = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if launched else 0
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else 1
+    if launched and "LOCAL_RANK" not in os.environ:
+        raise ValueError("RANK is set but LOCAL_RANK is not: launch with torchrun, which sets both, or unset RANK")
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -70,7 +70,7 @@ def start(device: str, timeout_s: float = 1800.0) -> Processes:
     own = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    return Processes(rank, world, local_rank, local_world, own, "torchrun" if launched else "plain python")
+    return Processes(rank, world, local_rank, own, "torchrun" if launched else "plain python")
 
 
 def stop() -> None:

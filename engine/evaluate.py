@@ -56,7 +56,8 @@ def evaluate(
     training = model.training
     model.eval()
     device = processes.device
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1 correct, top-5 correct, images
+    correct = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
+    seen = 0
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         images, labels = prepare(batch)
@@ -64,9 +65,11 @@ def evaluate(
             logits = model(images)
         logits = logits.float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, <=5)
-        counts += torch.stack([ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels), device=device)])
+        correct += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        seen += len(labels)
         loss += F.cross_entropy(logits, labels, reduction="sum")
-    sums = processes.sum(torch.cat([counts.double(), loss[None]]))  # float64 holds counts below 2^53 exactly
+    counted = torch.tensor([seen], dtype=torch.float64, device=device)  # float64 holds counts below 2^53 exactly
+    sums = processes.sum(torch.cat([correct.double(), counted, loss[None]]))
     model.train(training)
     correct1, correct5, images_seen = (int(n) for n in sums[:3].tolist())
     if images_seen != num_images:

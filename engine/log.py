@@ -57,7 +57,7 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if update else None)
+            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
 
     def close(self) -> None:
         """Stop the bar and close the files."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,17 @@ class DivergedError(RuntimeError):
     """The loss is no number any more; nothing worth saving comes after it."""
 
 
+def check_finite(state: TrainState, sums: Tensor) -> None:
+    """Raise DivergedError if a loss or, without loss scaling, a gradient since the epoch began was not finite."""
+    if bool(sums[:, 0].isfinite().all()) and (state.scaler.is_enabled() or torch.equal(sums[:, 2], sums[:, 3])):
+        return
+    what = "a gradient" if bool(sums[:, 0].isfinite().all()) else "the loss"
+    raise DivergedError(
+        f"{what} is not finite any more, after update {state.update}; start another run from a good checkpoint with a "
+        "milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
+    )
+
+
 @dataclass(frozen=True)
 class Step:
     """What a logging step reports; rates over the updates since the one before."""
@@ -30,7 +42,7 @@ class Step:
     update_in_epoch: int
     loss: float  # mean since the last report
     epoch_loss: float  # mean since the epoch began
-    grad_norm: float
+    grad_norm: float  # mean since the last report, of the updates that loss scaling did not skip
     lr: float
     images_per_s: float
     data_share: float  # share of the time spent waiting for the loader
@@ -62,7 +74,7 @@ class Loop:
     ) -> None:
         """Run the epoch's remaining updates on this process's micro-batches, in order.
 
-        Raises DivergedError if a reported loss is not finite. Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
+        Raises DivergedError if a reported loss or, without loss scaling, gradient is not finite. Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
         """
         self.model.train()
         plan, stream = state.plan, iter(batches)
@@ -73,27 +85,10 @@ class Loop:
             waited += self._train_update(state, stream, statistics)
             done = state.update - epoch * plan.updates_per_epoch
             if done % self.log_every == 0 or done == plan.updates_per_epoch:
-                epoch_loss, _, loss, norm = state.mean_sums(self.processes).tolist()
-                seconds, window = time.perf_counter() - since, done % self.log_every or self.log_every
-                report(
-                    Step(
-                        epoch=epoch,
-                        update=state.update,
-                        update_in_epoch=done,
-                        loss=loss / window,
-                        epoch_loss=epoch_loss / done,
-                        grad_norm=norm / window,
-                        lr=max(group["lr"] for group in state.optimizer.param_groups),
-                        images_per_s=(state.update - before) * plan.global_batch / seconds,
-                        data_share=waited / seconds,
-                    )
-                )
-                if not math.isfinite(loss):
-                    raise DivergedError(
-                        f"the loss is {loss} after update {state.update}; continue from the last checkpoint with a lower "
-                        "OPTIM.LR, TRAIN.CLIP_GRAD, or TRAIN.AMP off"
-                    )
-                state.sums[2:] = 0
+                seconds = time.perf_counter() - since
+                step = self._step(state, epoch, (state.update - before) / seconds, waited / seconds)
+                report(step)
+                state.sums[1] = 0
                 since, before, waited = time.perf_counter(), state.update, 0.0
             if done == plan.updates_per_epoch:
                 state.sums.zero_()
@@ -102,6 +97,7 @@ class Loop:
     def _train_update(self, state: TrainState, batches: Iterator[Any], statistics: RunningStatistics) -> float:
         """Do one update; return the seconds spent waiting for the loader."""
         plan, waited = state.plan, 0.0
+        loss_sum = torch.zeros((), device=self.processes.device)
         state.schedule.step_update(state.update)
         statistics.begin()
         micro_batches = plan.micro_batches()
@@ -116,18 +112,36 @@ class Loop:
                     loss = self.criterion(self.model(images), targets) / plan.accumulation
                 state.scaler.scale(loss).backward()
             statistics.after_micro_batch()
-            state.sums[::2] += loss.detach()
+            loss_sum += loss.detach()
         state.scaler.unscale_(state.optimizer)
         norm = self._clip(state.model)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        state.sums[1::2] += norm
+        finite = norm.isfinite()
+        state.sums += torch.stack([loss_sum, torch.where(finite, norm, 0.0), finite, torch.ones_like(norm)])
         statistics.end()
         if state.ema:
             state.ema.update(state.model)
         state.update += 1
         return waited
+
+    def _step(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> Step:
+        """Read what a report needs from the device."""
+        sums = state.mean_sums(self.processes).cpu()
+        check_finite(state, sums)
+        (epoch_loss, _, _, done), (loss, norm, norms, updates) = sums.tolist()
+        return Step(
+            epoch=epoch,
+            update=state.update,
+            update_in_epoch=round(done),
+            loss=loss / updates,
+            epoch_loss=epoch_loss / done,
+            grad_norm=norm / norms if norms else math.inf,
+            lr=max(group["lr"] for group in state.optimizer.param_groups),
+            images_per_s=updates_per_s * state.plan.global_batch,
+            data_share=data_share,
+        )
 
     def _clip(self, model: nn.Module) -> Tensor:
         """Limit the gradient's L2 norm to `clip_grad` (0: leave it); return the norm it had."""

@@ -1,5 +1,6 @@
 """How a global batch is divided: the accumulation that follows from micro-batch and world size, and the learning rate."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -33,8 +34,8 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     """Return the micro-batches a process runs per update. Raises ValueError, listing what fits, if they do not divide."""
     if global_batch % (micro_batch * world) == 0:
         return global_batch // (micro_batch * world)
-    micro = [m for m in range(1, global_batch + 1) if global_batch % (m * world) == 0]
-    worlds = [w for w in range(1, global_batch + 1) if global_batch % (w * micro_batch) == 0]
+    micro = divisors(global_batch // world) if global_batch % world == 0 else []
+    worlds = divisors(global_batch // micro_batch) if global_batch % micro_batch == 0 else []
     raise ValueError(
         f"TRAIN.GLOBAL_BATCH={global_batch} cannot be divided into micro-batches of TRAIN.MICRO_BATCH={micro_batch} on {world} "
         f"processes; with {world} processes these micro-batches fit: {_few(micro)}; with this micro-batch these numbers of "
@@ -45,6 +46,12 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
 def scaled_lr(lr: float, global_batch: int, scale_batch: int) -> float:
     """Return the learning rate for a global batch, linear in it; scale_batch 0 leaves it as it is."""
     return lr * global_batch / scale_batch if scale_batch else lr
+
+
+def divisors(number: int) -> list[int]:
+    """List the divisors of a positive number, rising."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _few(numbers: list[int]) -> str:

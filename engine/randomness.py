@@ -5,10 +5,15 @@ import torch
 
 
 def seed_process(seed: int, *address: int) -> None:
-    """Seed torch's default generators (CPU and CUDA) from (seed, address).
+    """Seed torch's default generators (CPU and CUDA) from (seed, address); addresses of any two lengths differ.
 
     Called before each micro-batch's forward pass with (update, micro-batch): drop path and dropout then neither depend on
     the number of processes nor need a stored state to resume. The device is not synchronised.
     """
-    words = np.random.SeedSequence([seed, *address]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0] >> np.uint64(1)))
+    words = [
+        len(address)
+    ]  # SeedSequence ignores trailing zeros: every number takes two words, and their count comes first
+    for number in (seed, *address):
+        words += [number & 0xFFFFFFFF, number >> 32]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from engine.distributed import Processes
 from engine.plan import Plan
 
+SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")  # of an optimiser's group
+
 
 @dataclass
 class TrainState:
@@ -30,8 +32,8 @@ class TrainState:
     best: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # by "raw" and "ema": top1, correct1, images, epoch, update
-    # Sums of the loss and of the gradient's norm over updates: since the epoch began (0, 1), since the last report (2, 3).
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    # Since the epoch began, then since the last report: loss, gradient norm, finite norms, updates, each summed over updates.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
 
     @property
     def epoch(self) -> int:
@@ -98,12 +100,17 @@ class TrainState:
         except RuntimeError as error:
             first = " ".join(line.strip() for line in str(error).splitlines()[:3])
             raise ValueError(f"{source} was written by another model: {first[:400]}") from error
+        # The config rules over what the checkpoint's optimiser was set to; within a run they agree.
+        settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise ValueError(
                 f"{source} was written with another optimiser or other parameter groups: {error}"
             ) from error
-        self.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.update, self.best = state["update"], state["best"]
         self.sums = state["sums"].to(self.sums.device)

@@ -13,7 +13,7 @@ CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "_base_" not i
 
 
 def write(path: Path, text: str) -> str:
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return str(path)
 
 
@@ -48,7 +48,8 @@ def test_every_ranged_and_chosen_key_exists():
 
 def test_numeric_keys_without_a_range_are_the_unbounded_ones():
     cfg = config.defaults()
-    free = {k for k in config.keys(cfg) if k not in config.RANGES and type(config.get(cfg, k)) in (int, float)}
+    numbers = {k for k in config.keys(cfg) if type(config.get(cfg, k)) in (int, float, list) and k != "BASE"}
+    free = numbers - set(config.RANGES)
     assert free == set()
 
 
@@ -96,7 +97,13 @@ def test_int_and_exponent_are_accepted_for_floats(tmp_path):
         (["AUG.SCALE", "[1.0, 0.1]"], ["AUG.SCALE", "smallest"]),
         (["TRAIN.AMP", "fp32"], ["TRAIN.AMP", "bf16, fp16, off", "fp32"]),
         (["DATA.INTERPOLATION", "bicubc"], ["did you mean bicubic"]),
-        (["TRAIN.MICRO_BATCH", "100"], ["1024", "100", "micro-batches that fit", "128"]),
+        (["TRAIN.EPOCHS=3", "TRAIN.SEED", "1"], ["write TRAIN.EPOCHS 3"]),
+        (["OPTIM.NAME", "adamv"], ["OPTIM.NAME", "did you mean adam"]),
+        (["DATA.MEAN", "[.nan, 0, 0]"], ["DATA.MEAN", "nan"]),
+        (["DATA.STD", "[58, 57, 57]"], ["DATA.STD", "58"]),
+        (["OPTIM.LR", "1e-6"], ["SCHEDULE.MIN_LR", "OPTIM.LR"]),
+        (["SCHEDULE.SCALED", "true"], ["SCHEDULE.SCALED", "OPTIM.SCALE_BATCH"]),
+        (["NAME", ".."], ["NAME"]),
         (["TRAIN.MICRO_BATCH", "1"], ["AUG.MIX_PROB"]),
         (["TRAIN.EPOCHS", "3"], ["SCHEDULE.WARMUP_EPOCHS=20", "TRAIN.EPOCHS=3"]),
         (["DATA.EVAL_RESIZE", "200"], ["DATA.EVAL_RESIZE=200", "224", "256"]),
@@ -117,6 +124,14 @@ def test_unknown_key_in_file_names_file_and_nearest(tmp_path):
     assert "is a section" in message(write(tmp_path / "b.yaml", "TRAIN: 3\n"))
 
 
+def test_unquoted_yaml_words_are_explained(tmp_path):
+    assert "quotes" in message(write(tmp_path / "a.yaml", "TRAIN: {AMP: off}\n"))
+
+
+def test_folder_as_config_is_named(tmp_path):
+    assert "is a folder" in message(str(tmp_path))
+
+
 def test_missing_file_and_missing_base_are_named(tmp_path):
     write(tmp_path / "tiny_224.yaml", "")
     assert "tiny_224.yaml" in message(str(tmp_path / "tiny_242.yaml"))
@@ -128,7 +143,7 @@ def test_circular_base_is_refused(tmp_path):
     assert "includes itself" in message(write(tmp_path / "b.yaml", "BASE: a.yaml\n"))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "x"])
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "x", "BASE: 3", "BASE: [3]", "TRAIN: {}\nTRAIN: {}", "TAG: \udcff"])
 def test_file_that_is_no_mapping_is_refused(tmp_path, text):
     assert "a.yaml" in message(write(tmp_path / "a.yaml", text))
 
@@ -139,6 +154,14 @@ def test_flags_set_their_keys():
     assert (cfg.DATA.PATH, cfg.TRAIN.MICRO_BATCH, cfg.OUTPUT, cfg.TAG) == ("D", 16, "O", "T")
     assert (cfg.MODEL.INIT, cfg.TRAIN.AMP, cfg.TRAIN.SEED) == ("I", "off", 7)
     assert config.run_name(cfg) == "demo-T"
+
+
+def test_opts_given_twice_add_up():
+    argv = "--cfg configs/demo.yaml --opts TRAIN.SEED 1 --opts TRAIN.EPOCHS 9 --batch-size x"
+    args = arguments.train_parser().parse_args(argv.split())
+    assert args.opts == ["TRAIN.SEED", "1", "TRAIN.EPOCHS", "9"]
+    with pytest.raises(ValueError, match=r"TRAIN\.MICRO_BATCH in --batch-size must be int"):
+        arguments.resolve(args, arguments.TRAIN_FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """The pieces of the loop: running statistics, precision, evaluation, loss scaling, logging."""
 
+import copy
 import io
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -12,9 +15,10 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 import config
+import models  # noqa: F401  registers the families
 from engine import distributed
 from engine.batchnorm import RunningStatistics
-from engine.build import build_loop, build_state
+from engine.build import build_loop, build_state, prepare_model
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
@@ -25,7 +29,7 @@ from engine.randomness import seed_process
 from engine.run import differences
 
 CPU = torch.device("cpu")
-ALONE = Processes(0, 1, 0, 1, CPU, "test")
+ALONE = Processes(0, 1, 0, CPU, "test")
 
 
 def test_running_statistics_move_once_by_the_mean_over_micro_batches():
@@ -50,12 +54,36 @@ def test_running_statistics_move_once_by_the_mean_over_micro_batches():
     torch.testing.assert_close(plain.running_mean, 0.1 * pieces[0].mean(0))
 
 
+def test_sync_batch_norm_keeps_fused_activations():
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    processes = Processes(0, 2, 0, torch.device("cuda", 0), "test")
+    with mock.patch.object(nn.Module, "to", lambda self, *_, **__: self):
+        prepared = prepare_model(copy.deepcopy(model), processes, sync_batch_norm=True)
+    kinds = {type(m) for m in prepared.modules()}
+    assert any(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+    assert not any(issubclass(kind, nn.BatchNorm2d) for kind in kinds)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(prepared.eval()(x), model.eval()(x))
+    with pytest.raises(ValueError, match="SYNC_BN"):
+        prepare_model(model, replace(processes, device=CPU), sync_batch_norm=True)
+
+
+def test_gradients_have_the_memory_layout_of_their_weights():
+    model = prepare_model(timm.create_model("groupmixformer_mobile", num_classes=3), ALONE)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    model(x).sum().backward()
+    assert {n: p.stride() for n, p in model.named_parameters() if p.grad.stride() != p.stride()} == {}
+
+
 def test_seed_depends_on_every_part_of_the_address():
     draws = set()
     for address in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
         seed_process(*address)
         draws.add(torch.rand(()).item())
     assert len(draws) == 4
+    torch.manual_seed(0)
+    colliding = [(5,), (5, 0), (5, 0, 0), (2**32, 7, 3), (0, 1, 7, 3)]
+    assert len({(seed_process(*a), torch.initial_seed()) for a in colliding}) == len(colliding)
     seed_process(0, 0, 0)
     first = torch.rand(3)
     seed_process(0, 0, 0)

@@ -7,7 +7,7 @@ import torch
 
 import config
 from engine.build import build_optimizer, build_schedule
-from engine.plan import Plan, accumulation, scaled_lr
+from engine.plan import Plan, accumulation, divisors, scaled_lr
 
 
 @pytest.mark.parametrize(("world", "expected"), [(1, 4), (2, 2), (4, 1)])
@@ -66,7 +66,23 @@ def test_decay_groups_leave_out_biases_norms_and_what_the_model_excepts():
     assert set(decays.values()) == {0.0, 0.05}
 
 
-@pytest.mark.parametrize(("name", "hint"), [("adamv", "nearest: adam"), ("sgd", "betas")])
-def test_optimiser_that_cannot_be_built_is_refused(name, hint):
-    with pytest.raises(ValueError, match=hint):
-        build_optimizer(config.load((), ["OPTIM.NAME", name]), torch.nn.Linear(2, 2))
+def test_divisors_are_all_and_rising():
+    for number in (1, 2, 36, 97, 1024):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+    assert len(divisors(10**8)) == 81
+
+
+@pytest.mark.parametrize("name", config.CHOICES["OPTIM.NAME"])
+def test_every_optimiser_offered_learns(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = build_optimizer(config.load((), ["OPTIM.NAME", name, "OPTIM.LR", "0.01"]), model)
+    x = torch.randn(64, 4)
+    losses = []
+    for _ in range(100):
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,14 +1,17 @@
 """train.py and eval.py as a user runs them: train, continue, evaluate, and what they say when something is wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.loss import SoftTargetCrossEntropy
 
 import eval as eval_script
 import train as train_script
@@ -30,14 +33,14 @@ def rows(run):
     return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
-def assert_same_state(a, b, exact=True):
+def assert_same_state(a, b, exact=True, best=True):
     a, b = load_state(a), load_state(b)
     assert a["update"] == b["update"]
     if exact:
-        assert a["best"] == b["best"]
+        assert a["best"] == b["best"] or not best
         assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
     close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 5e-6}
-    for part in ("model", "ema"):
+    for part in ("model", "ema") if a["ema"] else ("model",):
         torch.testing.assert_close(a[part], b[part], **close)
     if exact:
         torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], **close)
@@ -181,10 +184,10 @@ def test_train_eval_flag_evaluates_and_writes_nothing(small_cfg, whole, capsys):
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
-def fails(call, capsys) -> str:
+def fails(call, capsys, status=2) -> str:
     with pytest.raises(SystemExit) as caught:
         call()
-    assert caught.value.code == 2
+    assert caught.value.code == status
     return capsys.readouterr().err
 
 
@@ -237,17 +240,93 @@ def test_eval_flag_without_a_checkpoint_is_refused(small_cfg, tmp_path, capsys):
 def test_unreadable_image_stops_with_its_name(small_cfg, tmp_path, capsys):
     draw_folder(tmp_path / "data", 8, 2)
     (tmp_path / "data/val/red/000.jpg").write_bytes(b"<html>")
-    assert train(small_cfg, tmp_path, "--data-path", tmp_path / "data") == 1
-    assert "red/000.jpg" in capsys.readouterr().out
+    text = fails(lambda: train(small_cfg, tmp_path, "--data-path", tmp_path / "data"), capsys, status=1)
+    assert "stopped" in text
+    assert "red/000.jpg" in text
 
 
-def test_diverged_loss_is_not_saved(small_cfg, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "engine.build.SoftTargetCrossEntropy", lambda: lambda logits, targets: logits.sum() * float("nan")
+@pytest.mark.slow
+def test_failure_of_one_process_is_said_by_it(small_cfg, tmp_path, run_script):
+    draw_folder(tmp_path / "data", 8, 2)
+    (tmp_path / "data/val/blue/001.jpg").write_bytes(b"<html>")  # the second process's first image
+    argv = (
+        "eval.py",
+        "--cfg",
+        str(small_cfg),
+        "--data-path",
+        str(tmp_path / "data"),
+        "--checkpoint",
+        str(tmp_path / "w.pt"),
     )
-    assert train(small_cfg, tmp_path) == 1
-    assert "the loss is nan after update 4" in capsys.readouterr().out
-    assert not (tmp_path / "small/checkpoints").exists()
+    torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), tmp_path / "w.pt")
+    done = run_script(*argv, processes=2, check=False)
+    assert done.returncode != 0
+    assert "process 1: " in done.stderr
+    assert "blue/001.jpg" in done.stderr
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_diverged_loss_is_not_saved(small_cfg, tmp_path, monkeypatch, capsys, every):
+    class Poison(SoftTargetCrossEntropy):
+        calls = 0
+
+        def forward(self, x, target):
+            Poison.calls += 1
+            return super().forward(x, target) * (float("nan") if Poison.calls > 5 else 1.0)
+
+    monkeypatch.setattr("engine.build.SoftTargetCrossEntropy", Poison)
+    text = fails(lambda: train(small_cfg, tmp_path, "--opts", "CHECKPOINT.EVERY_UPDATES", every), capsys, status=1)
+    assert "the loss is not finite any more, after update" in text
+    saved = sorted(p.name for p in (tmp_path / "small").glob("checkpoints/*"))
+    assert saved == (["update-00000001.pt", "update-00000002.pt"] if every else [])
+
+
+def test_other_data_of_the_same_size_are_refused(small_cfg, whole, tmp_path, capsys):
+    draw_folder(tmp_path / "data", 16, 5)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "blue").rename(tmp_path / "data" / split / "azure")
+    text = fails(lambda: train(small_cfg, whole.parent, "--data-path", tmp_path / "data"), capsys)
+    assert "blue -> azure" in text
+    draw_folder(tmp_path / "more", 17, 5)
+    text = fails(lambda: train(small_cfg, whole.parent, "--data-path", tmp_path / "more"), capsys)
+    assert "train: 48 -> 51" in text
+
+
+def test_resume_into_a_new_run_takes_the_new_recipe(small_cfg, whole, tmp_path, capsys):
+    middle = whole / "checkpoints/update-00000012.pt"
+    other = ("--opts", "OPTIM.WEIGHT_DECAY", 0.5, "TRAIN.AMP", "fp16", "OPTIM.LR", 2e-3, "EVAL.EVERY", 3)
+    assert train(small_cfg, tmp_path, "--resume", middle, *other) == 0
+    assert "learning rate 2.000e-03" in capsys.readouterr().out
+    state = load_state(tmp_path / "small" / LAST)
+    assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0, 0.5}
+    assert all(best["epoch"] == 3 for best in state["best"].values())
+    assert (tmp_path / "small/best_raw.safetensors").exists()
+    text = fails(lambda: train(small_cfg, tmp_path, "--tag", "x", "--resume", whole / LAST), capsys)
+    assert "at the end of TRAIN.EPOCHS=3" in text
+
+
+def test_fp16_resumes_bitwise(small_cfg, tmp_path):
+    fp16 = ("--opts", "TRAIN.AMP", "fp16", "TRAIN.EPOCHS", 1, "CHECKPOINT.EVERY_UPDATES", 3, "EMA.DECAY", 0)
+    assert train(small_cfg, tmp_path / "a", *fp16) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    name = "small/checkpoints/update-00000006.pt"
+    (tmp_path / "b" / name).unlink()
+    assert train(small_cfg, tmp_path / "b", *fp16) == 0
+    assert_same_state(tmp_path / "a" / name, tmp_path / "b" / name)
+    assert load_state(tmp_path / "a" / name)["scaler"] == load_state(tmp_path / "b" / name)["scaler"]
+
+
+def test_eval_refuses_weights_the_file_does_not_hold(small_cfg, whole, capsys):
+    text = fails(lambda: evaluate(small_cfg, whole / "best_raw.safetensors", "--weights", "ema"), capsys)
+    assert "holds raw weights, ema were asked for" in text
+
+
+def test_eval_flag_takes_the_named_file(small_cfg, whole, capsys):
+    first = next(r for r in rows(whole) if r["kind"] == "eval" and r["epoch"] == 1 and r["weights"] == "ema")
+    assert train(small_cfg, whole.parent, "--eval", "--resume", whole / "checkpoints/update-00000012.pt") == 0
+    out = capsys.readouterr().out
+    assert "at update 12 of 18" in out
+    assert f"loss {first['loss']:.4f}" in out
 
 
 def test_init_starts_from_weights_and_resume_from_a_position(small_cfg, whole, tmp_path, capsys):
@@ -261,4 +340,4 @@ def test_init_starts_from_weights_and_resume_from_a_position(small_cfg, whole, t
     assert all(torch.equal(state["model"][k], start[k]) for k in start if not k.endswith(norms))
     assert train(small_cfg, tmp_path, "--tag", "on", "--resume", whole / "checkpoints/update-00000012.pt") == 0
     assert "at update 12 of 18" in capsys.readouterr().out
-    assert_same_state(whole / LAST, tmp_path / "small-on" / LAST)
+    assert_same_state(whole / LAST, tmp_path / "small-on" / LAST, best=False)
