@@ -22,21 +22,32 @@ SEGMENTS = 5
 KERNELS = (3, 5, 7)  # of the aggregators of segments 1 to 3, and of the position convolutions
 
 
+class SharedDepthwiseConv(nn.Conv2d):
+    """A depthwise convolution that does the same to q, k and v, lying one after the other in the channels."""
+
+    plain_weight: ClassVar[bool] = True
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+
+    def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> same
+        kernel = self.weight.repeat(3, 1, 1, 1)
+        y = F.conv2d(qkv.permute(0, 3, 1, 2), kernel, padding=self.padding, groups=3 * self.groups)  # (B, 3S, H, W)
+        return y.permute(0, 2, 3, 1)
+
+
 class Aggregator(nn.Module):
     """Turn the pixels of a segment into proxies of their k×k neighbourhoods, alike for q, k and v."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
-        self.depthwise = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+        self.depthwise = SharedDepthwiseConv(dim, kernel_size)
         self.pointwise = Conv1x1(dim, dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, 3W, S), q, k and v of a pixel side by side
         B, H, W, _ = qkv.shape
-        conv, dim = self.depthwise, self.depthwise.out_channels
-        kernel = conv.weight.repeat(3, 1, 1, 1)
-        qkv = F.conv2d(qkv.permute(0, 3, 1, 2), kernel, padding=conv.padding, groups=3 * dim)  # (B, 3S, H, W)
-        return batch_norm(self.norm, self.pointwise(qkv.permute(0, 2, 3, 1).reshape(B, H, 3 * W, dim)))
+        return batch_norm(self.norm, self.pointwise(self.depthwise(qkv).reshape(B, H, 3 * W, self.norm.num_features)))
 
 
 class PlainSegment(nn.Module):

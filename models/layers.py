@@ -1,5 +1,7 @@
 """Layers that two or more families share. All work on (B, H, W, C) maps."""
 
+from typing import ClassVar
+
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
@@ -7,7 +9,12 @@ from torch.nn import functional as F
 
 
 class Conv1x1(nn.Conv2d):
-    """A 1×1 convolution, run as one matrix product over the pixels: (..., C) -> (..., C')."""
+    """A 1×1 convolution, run as one matrix product over the pixels: (..., C) -> (..., C').
+
+    plain_weight says that the gradient comes in contiguous memory, and so should the weight be (for gradient buckets).
+    """
+
+    plain_weight: ClassVar[bool] = True
 
     def __init__(self, dim: int, out: int, bias: bool = True):
         super().__init__(dim, out, 1, bias=bias)
