@@ -250,7 +250,7 @@ def groupmixformer_mobile(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GroupMixFormer-T: 11.0M parameters."""
+    """GroupMixFormer-T: 10.9M parameters (11.0M in the paper)."""
     shape = {"dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
     return build_variant(GroupMixFormer, "groupmixformer_tiny", pretrained, **{**shape, **kwargs})
 

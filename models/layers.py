@@ -33,6 +33,18 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the convolution sees (B, C, H, W)
 
 
+class ResidualDepthwiseConv(DepthwiseConv):
+    """x + a 3×3 depthwise convolution of x, as one convolution: its centre tap has 1 added. (B, H, W, C) -> same."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        itself = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight + itself, self.bias, padding=1, groups=self.groups)
+        return y.permute(0, 2, 3, 1)
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between: (..., C) -> (..., C)."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv
+from models.layers import Conv1x1, DepthwiseConv, ResidualDepthwiseConv
 from models.published import Rule
 from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
 
@@ -29,14 +29,11 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden)
-        self.depthwise = DepthwiseConv(hidden, 3)
+        self.depthwise = ResidualDepthwiseConv(hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        x, conv = self.fc1(x).permute(0, 3, 1, 2), self.depthwise  # the convolution sees (B, 4C, H, W)
-        itself = F.pad(conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))  # x + conv(x) in one pass
-        x = F.conv2d(x, conv.weight + itself, conv.bias, padding=1, groups=conv.groups)
-        return self.fc2(F.gelu(x.permute(0, 2, 3, 1)))
+        return self.fc2(F.gelu(self.depthwise(self.fc1(x))))
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, batch_norm
+from models.layers import Conv1x1, DepthwiseConv, ResidualDepthwiseConv, batch_norm
 from models.neighbours import neighbours, overlap_add
 from models.published import Rule
 
@@ -123,21 +123,6 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
         return self.fc2(self.conv(F.gelu(self.fc1(x))))
-
-
-class ResidualDepthwiseConv(DepthwiseConv):
-    """x + a 3×3 depthwise convolution of x, as one convolution: its centre tap has 1 added."""
-
-    identity: Tensor
-
-    def __init__(self, dim: int):
-        super().__init__(dim, 3)
-        self.register_buffer("identity", F.pad(torch.ones(1, 1, 1, 1), (1, 1, 1, 1)), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        x = x.permute(0, 3, 1, 2)  # (B, C, H, W)
-        y = F.conv2d(x, self.weight + self.identity, self.bias, padding=1, groups=self.groups)
-        return y.permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.layers import Conv1x1, DepthwiseConv, batch_norm, wide_softmax
+from models.layers import Conv1x1, DepthwiseConv, ResidualDepthwiseConv, batch_norm, wide_softmax
 from tests.small_models import images
 
 
@@ -36,3 +36,10 @@ def test_wide_softmax_computes_in_float32_and_keeps_the_type():
     double = wide_softmax(x.double(), 1)
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.sum(1), torch.ones(4, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def test_residual_convolution_is_one_with_a_raised_centre():
+    conv, x = ResidualDepthwiseConv(6).double(), torch.randn(2, 5, 4, 6, dtype=torch.float64)
+    plain = DepthwiseConv(6, 3).double()
+    plain.load_state_dict(conv.state_dict())  # no entry but weight and bias
+    torch.testing.assert_close(conv(x), x + plain(x), rtol=1e-12, atol=1e-12)

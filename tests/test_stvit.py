@@ -8,13 +8,11 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from models.layers import DepthwiseConv
 from models.neighbours import neighbours, overlap_add
 from models.published import to_published
 from models.stvit import (
     Attention,
     Block,
-    ResidualDepthwiseConv,
     SuperTokenAttention,
     associate,
     average,
@@ -208,13 +206,6 @@ def test_cells_are_cut_and_put_together(size):
     assert torch.equal(cells[:, 0, 0, 0], x[:, 0, 0])
     torch.testing.assert_close(cells.sum(), x.sum())  # the rest is zeros
     assert torch.equal(from_cells(cells, 4, *size), x)
-
-
-def test_residual_convolution_is_one_with_a_raised_centre():
-    conv, x = ResidualDepthwiseConv(6).double(), doubles(2, 5, 4, 6)
-    plain = DepthwiseConv(6, 3).double()
-    plain.load_state_dict(conv.state_dict())  # no entry but weight and bias
-    torch.testing.assert_close(conv(x), x + plain(x), rtol=1e-12, atol=1e-12)
 
 
 def test_block_scales_and_adds_its_branches():
