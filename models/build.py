@@ -29,14 +29,14 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
         raise ValueError(f"MODEL.NAME={name!r} does not take {arguments}: set to 0 what it names ({error})") from error
 
 
-def check_name(name: str) -> None:
-    """Refuse a name that is neither ours nor timm's, naming the nearest ones."""
+def check_name(name: str, key: str = "MODEL.NAME") -> None:
+    """Refuse a name that is neither ours nor timm's, naming the nearest ones and the key that it came from."""
     if timm.is_model(name):
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     ours = ", ".join(retoken_models())
     raise ValueError(
-        f"MODEL.NAME={name!r} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
+        f"{key}={name!r} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
         f"Retoken's are {ours}; timm.list_models() lists the others"
     )
 

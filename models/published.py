@@ -20,8 +20,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-# Identity kernels that published STViT files carry; no parameter of ours answers to them.
+# Identity kernels that published STViT files carry beside each attention; no parameter of ours answers to them.
 CONSTANTS = ("unfold.weights", "fold.weights")
+BESIDE = "stoken_refine.qkv.weight"
 COUNTER = "num_batches_tracked"  # of BatchNorm: files may lack it
 SHOWN = 3  # mismatches named in an error
 
@@ -128,8 +129,8 @@ def to_published(model: Published, tensors: Mapping[str, Tensor]) -> dict[str, T
 def from_published(model: Published, tensors: Mapping[str, Tensor], strict: bool = True) -> dict[str, Tensor]:
     """Rename published entries to the names of `model`.
 
-    Raises ValueError on another shape and, if strict, on missing or unexpected entries. If not strict it leaves those out,
-    and passes a merely renamed entry of another shape on (a classifier for other classes), for the caller to judge.
+    Raises ValueError on another shape and, if strict, on missing or unexpected entries. If not strict it passes unexpected
+    entries on, and merely renamed ones of another shape (a classifier for other classes), for the caller to judge.
     Batch counters may be missing, constant identity kernels are passed over.
     """
     left = {name: tensor for name, tensor in tensors.items() if not name.endswith(CONSTANTS)}
@@ -154,7 +155,17 @@ def from_published(model: Published, tensors: Mapping[str, Tensor], strict: bool
         else:
             ours[name] = pieces[0]
     _refuse({"missing": missing, "unexpected": list(left)} if strict else {}, {"of another shape": shapes})
-    return ours
+    return ours | left
+
+
+def constants(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make the identity kernels that the authors' code expects beside these published entries; of most families none."""
+    prefixes = [(name.removesuffix(BESIDE), tensor) for name, tensor in theirs.items() if name.endswith(BESIDE)]
+    return {
+        prefix + constant: torch.eye(9, dtype=tensor.dtype).view(9, 1, 3, 3)
+        for prefix, tensor in prefixes
+        for constant in CONSTANTS
+    }
 
 
 def is_published(model: Published, names: Iterable[str]) -> bool:

@@ -5,7 +5,7 @@
     timm        state_dict, state_dict_ema, args (Namespace)          SG-Former's trainer
     swin        model, config (yacs CfgNode)                          GroupMixFormer's trainer
     deit        model, model_ema, args (Namespace)                    STViT's trainer
-    plain       name: tensor                                          anybody
+    plain       name: tensor, alone or under model                    anybody
 
 Published names are turned into ours by the model itself (models/published.py), here and in any `load_state_dict`.
 """
@@ -22,33 +22,34 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.published import COUNTER, from_published, is_published
 
 EMA_ENTRIES = ("ema", "state_dict_ema", "model_ema")
 RAW_ENTRIES = ("model", "state_dict")
 SHOWN = 4  # names listed in an error
+REMEDY = "check MODEL.NAME and the classes"
 
 
-class Foreign(dict):
-    """Stands in for an object of a published file that is of no use here (arguments, configs, paths)."""
+class Foreign:
+    """Stands in for a class of a published file that is of no use here (arguments, configs, paths).
 
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
+    What is made of it is an OrderedDict: torch builds and fills that whatever the file says, and nothing else but tensors.
+    """
 
-    def __setstate__(self, state: Any) -> None:
-        """Forget the state."""
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Forget the arguments."""
+        return collections.OrderedDict()
 
 
-# All that a checkpoint may hold besides tensors and plain values. Nothing here runs what a file says: foreign classes
-# become an empty dict.
+# All that a checkpoint may hold besides tensors and plain values. Nothing here runs what a file says.
 ALLOWED: list[Any] = [
-    *((Foreign, name) for name in ("argparse.Namespace", "yacs.config.CfgNode")),
+    *((Foreign, name) for name in ("argparse.Namespace", "yacs.config.CfgNode", "collections.defaultdict")),
     *((Foreign, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     (np.dtype, "numpy.dtype"),
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
-    collections.defaultdict,
-    dict,
+    dict,  # the argument of defaultdict
 ]
 torch.serialization.add_safe_globals(ALLOWED)  # so that timm.create_model(checkpoint_path=...) reads the same files
 
@@ -57,8 +58,8 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
     """Read (weights, facts) from a file of any layout above, on the CPU, under the names that the file has.
 
     `which` picks "raw" or "ema" weights where a file holds both. facts are what a Retoken file says of itself (model,
-    classes, ...) with `weights` and `layout`. Raises ValueError with the remedy for a file that is missing or damaged, that
-    holds no such weights, or that only the unpickling of code could read.
+    classes, ...) with `weights`, `layout`, and `holds`, the weights one can ask for. Raises ValueError with the remedy
+    for a file that is missing or damaged, that holds no such weights, or that only the unpickling of code could read.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist{_nearby(path)}")
@@ -73,17 +74,19 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
             raise ValueError(
                 f"{path} holds no weights that are understood (entries: {', '.join(map(str, list(state)[:8]))})"
             )
-        return clean_state_dict(state), {"layout": "plain", "weights": "raw"}
-    entry = raw if which == "raw" else ema
+        return clean_state_dict(state), {"layout": "plain", "weights": "raw", "holds": ["raw"]}
+    facts = state.get("facts", {})
+    if "weights" in facts:  # of a converted file: it has these only
+        which, entry = facts["weights"], raw
+    else:
+        entry = raw if which == "raw" else ema
     if entry is None:
         other = "EMA" if which == "ema" else "raw"
         raise ValueError(
             f"{path} holds no {other} weights (entries: {', '.join(map(str, state))}); ask for the other ones"
         )
-    layout = (
-        "retoken" if "format" in state else "timm" if raw == "state_dict" else "swin" if "config" in state else "deit"
-    )
-    return clean_state_dict(state[entry]), {**state.get("facts", {}), "layout": layout, "weights": which}
+    holds = [which] if "weights" in facts else [kind for kind, key in (("raw", raw), ("ema", ema)) if key]
+    return clean_state_dict(state[entry]), {**facts, "layout": _layout(state), "weights": which, "holds": holds}
 
 
 def read_torch(path: Path) -> Any:
@@ -96,21 +99,25 @@ def read_torch(path: Path) -> Any:
             raise ValueError(
                 f"{path} was not read: it would run or build {', '.join(refused)}, which no weights need"
             ) from error
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+        first = next(iter(reason.strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"{path} cannot be read, it is damaged or no torch file ({first[:160]}); use another one"
         ) from error
 
 
 def fit(
-    model: nn.Module, weights: Mapping[str, Tensor], source: str, ignore: tuple[str, ...] = ()
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    source: str,
+    ignore: tuple[str, ...] = (),
+    remedy: str = REMEDY,
 ) -> dict[str, Tensor]:
     """Return the weights under the model's names; raise ValueError naming the first names and shapes that do not match.
 
     `ignore` lists prefixes of the model's names that may differ and are left out (a classifier for other classes).
     """
-    own = model.state_dict()
-    adapted = adapt(model, weights)
+    own, adapted = model.state_dict(), adapt(model, weights, source, remedy)
     if ignore:
         own, adapted = ({k: v for k, v in d.items() if not k.startswith(ignore)} for d in (own, adapted))
     missing = [name for name in own if name not in adapted and not name.endswith(COUNTER)]
@@ -126,19 +133,20 @@ def fit(
         if found
     ]
     if faults:
-        raise ValueError(
-            f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}; check MODEL.NAME and the classes"
-        )
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}; {remedy}")
     return {name: adapted.get(name, tensor) for name, tensor in own.items()}
 
 
-def adapt(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adapt(model: nn.Module, weights: Mapping[str, Tensor], source: str, remedy: str = REMEDY) -> dict[str, Tensor]:
     """Give published weights the model's names, and entries like position embeddings its size, where it knows how."""
-    if not hasattr(model, "published"):
+    if not isinstance(model, Backbone):
         return dict(weights)
-    if is_published(model, weights):
-        return from_published(model, weights, strict=False)
-    return {name: model.fit_entry(name, tensor) for name, tensor in weights.items()}
+    try:
+        if is_published(model, weights):
+            return from_published(model, weights, strict=False)
+        return {name: model.fit_entry(name, tensor) for name, tensor in weights.items()}
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {error}; {remedy}") from error
 
 
 def load_initial(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
@@ -146,7 +154,7 @@ def load_initial(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
 
     Returns a sentence that says what was loaded. Raises ValueError for anything else that does not fit.
     """
-    own, adapted = model.state_dict(), adapt(model, weights)
+    own, adapted = model.state_dict(), adapt(model, weights, source)
     heads = tuple(f"{name}." for name in classifier_names(model))
     other = [n for n, w in adapted.items() if heads and n.startswith(heads) and n in own and own[n].shape != w.shape]
     if not other:
@@ -172,11 +180,18 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from error
-    return clean_state_dict(weights), {
-        "layout": "safetensors",
-        "weights": "raw",
-        **json.loads(header.get("retoken", "{}")),
-    }
+    facts = {"weights": "raw", **json.loads(header.get("retoken", "{}"))}
+    return clean_state_dict(weights), {**facts, "layout": "safetensors", "holds": [facts["weights"]]}
+
+
+def _layout(state: Mapping[str, Any]) -> str:
+    if "format" in state:
+        return "retoken"
+    if "state_dict" in state or "state_dict_ema" in state:
+        return "timm"
+    if "config" in state:
+        return "swin"
+    return "deit" if "args" in state or "model_ema" in state else "plain"
 
 
 def _is_weights(value: Any) -> bool:

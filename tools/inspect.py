@@ -1,0 +1,184 @@
+"""Measure variants of the models: parameters, multiply-accumulates, activations, latency.
+
+    python -m tools.inspect --all
+    python -m tools.inspect stvit_base sgformer_small --size 224 384 512 --no-latency
+
+GMACs count each multiplication with its addition once, for one image, in matrix products (those of attention too) and
+convolutions; norms, softmax, activation functions and sums are not counted. Activations are the values that these operations
+put out, in millions. Latency is the median time of a forward pass of one image in float32 on the CPU.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from arguments import Parser
+from models.build import check_name, is_retoken, retoken_models, takes_img_size
+
+RUNS = 7  # timed forward passes, after one that is not
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What was measured of a variant; macs by image size, the rest at the first of them."""
+
+    name: str
+    parameters: int
+    macs: dict[int, int]
+    activations: int
+    latency_ms: float | None
+
+
+class ActivationCounter(TorchDispatchMode):
+    """Adds up the sizes of what matrix products and convolutions put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            first = out[0] if isinstance(out, tuple) else out
+            self.values += first.numel()
+        return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = inspect_parser()
+    args = parser.parse_args(argv)
+    try:
+        if bool(args.names) == args.all:
+            raise ValueError("give the names of models, or --all")
+        if min(args.size) < 1:
+            raise ValueError(f"--size {min(args.size)}: give sizes of 1 pixel or more")
+        names = retoken_models() if args.all else args.names
+        for name in names:
+            check_name(name, "NAME")
+    except ValueError as error:
+        parser.fail(error)
+    screen, progress = Console(), Console(stderr=True)
+    todo: Iterable[str] = names
+    if progress.is_terminal and len(names) > 1:
+        todo = track(names, "measuring", console=progress, transient=True)
+    rows = [row(measure(name, tuple(args.size), args.latency)) for name in todo]
+    if screen.is_terminal:
+        screen.print(as_table(header(args.size, args.latency), rows))
+        screen.print(legend(args.latency), style="dim")
+    else:
+        print("\n".join(as_columns([header(args.size, args.latency), *rows])))
+        print(legend(args.latency))
+    return 0
+
+
+def inspect_parser() -> Parser:
+    """Return the parser of this tool."""
+    parser = Parser("Measure variants of the models: parameters, GMACs, activations, CPU latency.")
+    parser.prog = "python -m tools.inspect"
+    parser.add_argument("names", metavar="NAME", nargs="*", help="models of Retoken or timm")
+    parser.add_argument("--all", action="store_true", help="all of Retoken's")
+    parser.add_argument("--size", metavar="PIXELS", type=int, nargs="+", default=[224, 384], help="sides of the image")
+    parser.add_argument("--no-latency", dest="latency", action="store_false", help="do not run the models: quick")
+    return parser
+
+
+def measure(name: str, sizes: Sequence[int], latency: bool) -> Measures:
+    """Count a model at each size, without memory for its values; time it at the first size if asked for."""
+    macs: dict[int, int] = {}
+    activations = []
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # everything goes as on the CPU, but nothing is computed
+    first = empty(name, sizes[0], fake)
+    for size in sizes:
+        model = first if is_retoken(name) else empty(name, size, fake)  # ours work at any size
+        with fake, torch.no_grad(), ActivationCounter() as counter, FlopCounterMode(display=False) as flops:
+            model(torch.empty(1, 3, size, size))
+        macs[size] = flops.get_total_flops() // 2
+        activations.append(counter.values)
+    parameters = sum(p.numel() for p in first.parameters())
+    return Measures(name, parameters, macs, activations[0], time_forward(name, sizes[0]) if latency else None)
+
+
+def empty(name: str, size: int, fake: FakeTensorMode) -> nn.Module:
+    """Build a model of fake tensors; its initialisation looks at values, which the meta device alone can do without."""
+    with torch.device("meta"):
+        model = build(name, size)
+    with fake:
+        return model.to_empty(device="cpu")
+
+
+def build(name: str, size: int) -> nn.Module:
+    """Build a model for images of a size, in eval mode."""
+    arguments = {"img_size": size} if takes_img_size(name) else {}
+    return timm.create_model(name, **arguments).eval()
+
+
+@torch.inference_mode()
+def time_forward(name: str, size: int) -> float:
+    """Return the median time in ms of a forward pass of one image, in float32 on the CPU."""
+    model, image = build(name, size), torch.zeros(1, 3, size, size)
+    times = []
+    for _ in range(1 + RUNS):
+        start = time.perf_counter()
+        model(image)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def header(sizes: Sequence[int], latency: bool) -> list[str]:
+    """Name the columns."""
+    macs = [f"GMACs {size}" for size in sizes]
+    return ["model", "params M", *macs, f"activations M {sizes[0]}", *([f"latency ms {sizes[0]}"] if latency else [])]
+
+
+def row(measures: Measures) -> list[str]:
+    """Write a variant's measures as cells."""
+    macs = [f"{count / 1e9:.2f}" for count in measures.macs.values()]
+    latency = [] if measures.latency_ms is None else [f"{measures.latency_ms:.0f}"]
+    return [measures.name, f"{measures.parameters / 1e6:.2f}", *macs, f"{measures.activations / 1e6:.1f}", *latency]
+
+
+def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Set rows as a table for a terminal."""
+    table = Table()
+    for i, title in enumerate(header):
+        table.add_column(title, justify="right" if i else "left", no_wrap=not i)
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def as_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Set rows as lines of aligned columns, two spaces apart."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        for cells in rows
+    ]
+
+
+def legend(latency: bool) -> str:
+    """Say what is counted, and where it was timed."""
+    text = "GMACs: 1 per multiply-add, in matrix products (attention's too) and convolutions; activations: what these put out"
+    threads = f"; latency: 1 image, float32, median of {RUNS} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    return text + threads if latency else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
