@@ -208,9 +208,8 @@ def restore(
         weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
         arguments.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
         if args.eval:
-            state.model.load_state_dict(fit(state.model, weights, cfg.MODEL.INIT))
-        else:
-            log.say(load_initial(state.model, weights, cfg.MODEL.INIT))
+            fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
+        log.say(load_initial(state.model, weights, cfg.MODEL.INIT))
         if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
             log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
         if state.ema:
