@@ -6,6 +6,12 @@ from torch.nn import functional as F
 
 from tests.small_models import SMALLEST, images, scrambled, shrunken
 
+# What torch 2.11 says of itself while it compiles, exports and loads.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
+]
 SHAPE = (50, 70)  # no stride divides it: all that pads is in the graph
 BATCH = ({0: torch.export.Dim.DYNAMIC},)
 

@@ -23,12 +23,15 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop
 
 from arguments import Parser
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 
 RUNS = 7  # timed forward passes, after one that is not
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+if CPU_ATTENTION not in flop_registry:  # torch 2.11
+    register_flop_formula(CPU_ATTENTION)(sdpa_flop)
 
 
 @dataclass(frozen=True)
