@@ -23,15 +23,13 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 
 from arguments import Parser
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 
 RUNS = 7  # timed forward passes, after one that is not
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-if CPU_ATTENTION not in flop_registry:  # torch 2.11
-    register_flop_formula(CPU_ATTENTION)(sdpa_flop)
+flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)  # torch 2.11 lacks it
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_name(name, "NAME")
     except ValueError as error:
         parser.fail(error)
-    screen, progress = Console(), Console(stderr=True)
+    screen, progress = Console(highlight=False), Console(stderr=True)
     todo: Iterable[str] = names
     if progress.is_terminal and len(names) > 1:
         todo = track(names, "measuring", console=progress, transient=True)
