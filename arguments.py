@@ -60,6 +60,9 @@ def train_parser() -> Parser:
     parser.add_argument(
         "--eval", action="store_true", help="evaluate the run's latest weights, or --resume's, and stop"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, report what the run would do, write nothing, stop"
+    )
     return parser
 
 
@@ -74,7 +77,24 @@ def eval_parser() -> Parser:
     parser.add_argument(
         "--checkpoint", metavar="FILE", required=True, help="best_*.safetensors or checkpoints/update-*.pt"
     )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="which weights of a checkpoint that holds both")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema", "both"), help="which weights of a checkpoint that holds both (default: raw)"
+    )
+    parser.add_argument(
+        "--val-path",
+        metavar="DIR",
+        help="folder with a folder per class to evaluate on, instead of DATA.PATH/val: ImageNet-V2, -A, -R, -Sketch, ...; "
+        "if it holds some of the classes only, answers are restricted to them",
+    )
+    parser.add_argument(
+        "--all-logits", action="store_true", help="do not restrict the answers to the classes of --val-path"
+    )
+    parser.add_argument("--real-labels", metavar="FILE", help="real.json: also count ReaL accuracy on ImageNet's val")
+    parser.add_argument("--per-class", metavar="FILE", help="write each class's accuracy to this .csv or .parquet file")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write each image's label and best answers to this .csv or .parquet file"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all numbers, the protocol and the checkpoint's facts")
     return parser
 
 
@@ -90,6 +110,21 @@ def _add_shared(parser: Parser) -> None:
         default=[],
         help="config keys to change, see config.py",
     )
+
+
+def check_eval(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags of eval.py that contradict each other or have no effect."""
+    if args.val_path is not None and args.data_path is not None:
+        raise ValueError(
+            f"--val-path {args.val_path} and --data-path {args.data_path} both name the images; give one of them"
+        )
+    if args.all_logits and args.val_path is None:
+        raise ValueError("--all-logits has no effect without --val-path; leave it out, or give the folder")
+    files = [(flag, path) for flag in OUTPUT_FLAGS if (path := getattr(args, flag[2:].replace("-", "_"))) is not None]
+    for i, (flag, path) in enumerate(files):
+        for other, same in files[:i]:
+            if path == same:
+                raise ValueError(f"{other} and {flag} name the same file {path}; give each its own")
 
 
 def check_which(facts: dict[str, Any], asked: str | None, source: str) -> None:
@@ -110,4 +145,5 @@ def resolve(args: argparse.Namespace, flags: dict[str, str]) -> CfgNode:
 
 
 TRAIN_FLAGS = {flag: key for flag, (key, _) in KEY_FLAGS.items()}
+OUTPUT_FLAGS = ("--per-class", "--predictions", "--json")
 EVAL_FLAGS = {"--data-path": "DATA.PATH", "--amp": "TRAIN.AMP", "--batch-size": "EVAL.BATCH"}

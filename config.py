@@ -1,17 +1,22 @@
 """The configuration: every key, its default, and the checks that keep a run from starting wrong.
 
 A YAML file states differences only; `BASE:` names one file or a list of files (relative to it) that are merged before it,
-later ones winning. `--opts KEY VALUE ...` is merged last. The result is frozen: derived values (accumulation, scaled
-learning rate) are computed in engine/ and never written back, so that the dump of a config loads to the same config.
+later ones winning. A `PUBLISHED:` section states what differs in the authors' own runs: with RECIPE.MODE published it is
+merged after all files, otherwise left out (`PUBLISHED: null` says that nothing was published, `{}` that nothing differs).
+`--opts KEY VALUE ...` is merged last. The result is frozen: derived values (accumulation, scaled learning rate) are
+computed in engine/ and never written back, so that the dump of a config loads to the same config.
 """
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yacs.config import CfgNode
+
+import timeline
 
 _C = CfgNode()
 
@@ -26,6 +31,14 @@ _C.NAME = ""
 _C.TAG = ""
 # auto (CUDA when there is one), cpu or cuda.
 _C.DEVICE = "auto"
+
+_C.RECIPE = CfgNode()
+# corrected, or published: what the authors' trainers executed, quirks included (docs/recipes.md lists the differences).
+_C.RECIPE.MODE = "corrected"
+# The weights whose accuracy is the recipe's result, raw or ema. Both are evaluated and kept all the same.
+_C.RECIPE.HEADLINE = "raw"
+# What differs in the authors' runs, in YAML files; empty in a resolved config.
+_C.PUBLISHED = CfgNode()
 
 _C.MODEL = CfgNode()
 # Any registered name of models/ (groupmixformer_mobile, ...) or of timm.
@@ -56,7 +69,8 @@ _C.DATA.CLASS_INDEX = ""
 _C.DATA.WORKERS = -1
 # Batches each worker keeps ready.
 _C.DATA.PREFETCH = 4
-# Evaluation: the shorter side is resized to this, then cropped; 0 resizes the whole image to the crop.
+# Evaluation with EVAL.MODE center: the shorter side is resized to this, then cropped; 0 resizes the whole image to the
+# crop. EVAL.CROP_PCT, if set, comes before it.
 _C.DATA.EVAL_RESIZE = 256
 # Resampling for training crops (bicubic, bilinear, random of the two) ...
 _C.DATA.INTERPOLATION = "bicubic"
@@ -106,6 +120,8 @@ _C.TRAIN.GLOBAL_BATCH = 1024
 _C.TRAIN.MICRO_BATCH = 128
 # Seed of everything random: order, augmentation, mixing, drop path, initial weights.
 _C.TRAIN.SEED = 0
+# Train with the model in evaluation mode, as DeiT and STViT fine-tune: no dropout, no drop path, frozen BatchNorm statistics.
+_C.TRAIN.EVAL_MODE = False
 # Largest L2 norm of the gradient; 0 is off.
 _C.TRAIN.CLIP_GRAD = 0.0
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
@@ -114,23 +130,68 @@ _C.TRAIN.AMP = "bf16"
 _C.TRAIN.BENCHMARK = True
 
 _C.OPTIM = CfgNode()
-# Name in timm's optimiser factory, of those that take BETAS and EPS.
+# Name in timm's optimiser factory ("sgd" is Nesterov's, "momentum" the plain one).
 _C.OPTIM.NAME = "adamw"
 # Peak learning rate, for a global batch of SCALE_BATCH; 0 there takes LR as it is.
 _C.OPTIM.LR = 1e-3
 _C.OPTIM.SCALE_BATCH = 0
+# Of the optimisers that have them.
 _C.OPTIM.BETAS = [0.9, 0.999]
 _C.OPTIM.EPS = 1e-8
+_C.OPTIM.MOMENTUM = 0.9
 # Not applied to biases, other one-dimensional parameters and what the model names in no_weight_decay().
 _C.OPTIM.WEIGHT_DECAY = 0.05
+# Learning rate of each layer (stem, every block) relative to the one after it; 1 is off, 0.75 usual for fine-tuning.
+_C.OPTIM.LAYER_DECAY = 1.0
 
 _C.SCHEDULE = CfgNode()
-# Linear warmup, in epochs, from WARMUP_LR; then a cosine over TRAIN.EPOCHS that ends at MIN_LR. Stepped every update.
+# How the learning rate falls after the warmup, in timm's formulas: cosine, tanh or poly to MIN_LR, step, multistep or constant.
+_C.SCHEDULE.NAME = "cosine"
+# Whether it changes at every update or only at every epoch.
+_C.SCHEDULE.UNIT = "update"
+# Steps (updates or epochs, as UNIT says) that it lags behind: 1 takes the first value twice, as two of the authors' trainers do.
+_C.SCHEDULE.DELAY = 0
+# Linear warmup, in epochs, from WARMUP_LR; it takes the place of the schedule's first epochs and does not lengthen it.
 _C.SCHEDULE.WARMUP_EPOCHS = 20.0
 _C.SCHEDULE.WARMUP_LR = 1e-6
+# Where cosine, tanh and poly end after TRAIN.EPOCHS.
 _C.SCHEDULE.MIN_LR = 1e-5
+# Epochs after TRAIN.EPOCHS, at the last learning rate.
+_C.SCHEDULE.COOLDOWN_EPOCHS = 0
 # WARMUP_LR and MIN_LR are scaled with the global batch as OPTIM.LR is.
 _C.SCHEDULE.SCALED = False
+# step: epochs between two falls; multistep: the epochs of the falls; both: what the rate is multiplied by.
+_C.SCHEDULE.DECAY_EPOCHS = 30.0
+_C.SCHEDULE.MILESTONES = []
+_C.SCHEDULE.DECAY_RATE = 0.1
+# poly: the exponent.
+_C.SCHEDULE.POWER = 1.0
+
+# What changes from epoch to epoch: "" leaves the key that is named; else EPOCH:VALUE points, "0:0.4, 260:0.6" (steps) or
+# "0:0.1 -> 100:0.4" (linear).
+_C.TIMELINE = CfgNode()
+# In place of MODEL.DROP_PATH_RATE.
+_C.TIMELINE.DROP_PATH_RATE = ""
+# In place of EMA.DECAY, which must be on.
+_C.TIMELINE.EMA_DECAY = ""
+# Magnitude of AUG.RAND_AUGMENT, in place of its m.
+_C.TIMELINE.MAGNITUDE = ""
+# In place of AUG.MIX_PROB; "0:1, 280:0" turns mixing off at epoch 280.
+_C.TIMELINE.MIX_PROB = ""
+# Size of the training images, in place of DATA.IMG_SIZE, which stays the size of evaluation; ramps go in multiples of 32.
+_C.TIMELINE.IMG_SIZE = ""
+
+_C.DISTILL = CfgNode()
+# DeiT's distillation: soft (the teacher's distribution), hard (its most probable class), or none.
+_C.DISTILL.TYPE = "none"
+# The model that teaches: any registered name of models/ or of timm, for the classes of the data.
+_C.DISTILL.TEACHER = ""
+# Its weights: a file of any layout that MODEL.INIT takes, or pretrained for those that timm downloads.
+_C.DISTILL.TEACHER_WEIGHTS = ""
+# Share of the distillation loss; the rest is the loss on the targets.
+_C.DISTILL.ALPHA = 0.5
+# Temperature that soft divides both models' logits by.
+_C.DISTILL.TAU = 1.0
 
 _C.EMA = CfgNode()
 # Decay per update of the averaged weights, which are evaluated and kept beside the raw ones; 0 is off.
@@ -141,6 +202,15 @@ _C.EVAL = CfgNode()
 _C.EVAL.BATCH = 128
 # Evaluate every so many epochs (the last one always).
 _C.EVAL.EVERY = 1
+# How an image becomes the DATA.IMG_SIZE square, by timm's names: center (shorter side resized, centre cropped), squash
+# (squeezed to a square) or border (longer side resized, the rest filled with DATA.MEAN). squash and border show the whole
+# image unless CROP_PCT is below 1.
+_C.EVAL.MODE = "center"
+# The crop as a share of the resized side: that is floor(IMG_SIZE / CROP_PCT) pixels. 0 leaves it to DATA.EVAL_RESIZE with
+# center, and is 1 with squash and border.
+_C.EVAL.CROP_PCT = 0.0
+# Average the logits of the image and of its mirror image; takes twice as long.
+_C.EVAL.FLIP = False
 
 _C.CHECKPOINT = CfgNode()
 # Also save in the middle of an epoch, every so many updates; 0 saves at the end of an epoch only.
@@ -156,14 +226,23 @@ _C.LOG.TENSORBOARD = True
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DEVICE": ("auto", "cpu", "cuda"),
+    "RECIPE.MODE": ("corrected", "published"),
+    "RECIPE.HEADLINE": ("raw", "ema"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
     "DATA.LOADER": ("torch", "synthetic"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.EVAL_INTERPOLATION": ("bicubic", "bilinear"),
     "AUG.ERASE_MODE": ("pixel", "rand", "const"),
     "AUG.ORDER": ("erase_then_mix", "mix_then_erase"),
+    "EVAL.MODE": ("center", "squash", "border"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
-    "OPTIM.NAME": ("adamw", "adam", "nadam", "nadamw", "radam", "lamb"),
+    "OPTIM.NAME": (
+        *("adamw", "adam", "nadam", "nadamw", "radam", "adabelief", "adan", "adopt", "lamb", "lion"),
+        *("sgd", "momentum", "rmsproptf", "madgrad", "adafactor", "muon"),
+    ),
+    "SCHEDULE.NAME": ("cosine", "tanh", "poly", "step", "multistep", "constant"),
+    "SCHEDULE.UNIT": ("update", "epoch"),
+    "DISTILL.TYPE": ("none", "soft", "hard"),
 }
 
 # Smallest and largest value, both allowed. Of a list, of each entry.
@@ -201,17 +280,41 @@ RANGES: dict[str, tuple[float, float]] = {
     "OPTIM.SCALE_BATCH": (0, 1e9),
     "OPTIM.BETAS": (0, 0.999999999),
     "OPTIM.EPS": (1e-30, 1),
+    "OPTIM.MOMENTUM": (0, 0.999999999),
     "OPTIM.WEIGHT_DECAY": (0, 1e3),
+    "OPTIM.LAYER_DECAY": (1e-6, 1),
+    "SCHEDULE.DELAY": (0, 1e9),
     "SCHEDULE.WARMUP_EPOCHS": (0, 1e6),
     "SCHEDULE.WARMUP_LR": (0, 1e3),
     "SCHEDULE.MIN_LR": (0, 1e3),
+    "SCHEDULE.COOLDOWN_EPOCHS": (0, 1e6),
+    "SCHEDULE.DECAY_EPOCHS": (1e-6, 1e6),
+    "SCHEDULE.MILESTONES": (0, 1e6),
+    "SCHEDULE.DECAY_RATE": (1e-9, 1),
+    "SCHEDULE.POWER": (1e-6, 100),
+    "DISTILL.ALPHA": (0, 1),
+    "DISTILL.TAU": (1e-3, 1e3),
     "EMA.DECAY": (0, 0.999999999),
     "EVAL.BATCH": (1, 1e9),
     "EVAL.EVERY": (1, 1e6),
+    "EVAL.CROP_PCT": (0, 1),
     "CHECKPOINT.EVERY_UPDATES": (0, 1e12),
     "CHECKPOINT.KEEP": (1, 1e6),
     "LOG.EVERY": (1, 1e9),
 }
+
+TO_MIN_LR = ("cosine", "tanh", "poly")  # the schedules that end at SCHEDULE.MIN_LR
+
+# Timelines: the key whose place each takes (whose range its values keep).
+TIMELINES = {
+    "TIMELINE.DROP_PATH_RATE": "MODEL.DROP_PATH_RATE",
+    "TIMELINE.EMA_DECAY": "EMA.DECAY",
+    "TIMELINE.MAGNITUDE": "AUG.RAND_AUGMENT",
+    "TIMELINE.MIX_PROB": "AUG.MIX_PROB",
+    "TIMELINE.IMG_SIZE": "DATA.IMG_SIZE",
+}
+
+SMALLEST_CROP_PCT = 0.05  # below it, images would be enlarged beyond reason
 
 
 def defaults() -> CfgNode:
@@ -228,9 +331,19 @@ def load(
 
     Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
     """
-    cfg = defaults()
-    for file in [files] if isinstance(files, str) else files:
-        _merge_file(cfg, Path(file), ())
+    cfg, published = defaults(), _Published()
+    names = [files] if isinstance(files, str) else list(files)
+    for file in names:
+        _merge_file(cfg, Path(file), (), published)
+    asked = [*(flags or {}).values(), *zip(opts[::2], opts[1::2], strict=False), ("RECIPE.MODE", cfg.RECIPE.MODE)]
+    if next(value for key, value in asked if key == "RECIPE.MODE") == "published":
+        if published.overlays is None:
+            raise ValueError(
+                f"RECIPE.MODE=published: {' '.join(names) or 'no config'} states no PUBLISHED section, nobody published such a "
+                "run; leave the mode at corrected"
+            )
+        for tree, source in published.overlays:
+            _merge_tree(cfg, tree, "", f"PUBLISHED of {source}")
     _merge_opts(cfg, opts)
     for flag, (key, value) in (flags or {}).items():
         if key in opts[::2]:
@@ -280,7 +393,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> None:
+@dataclass
+class _Published:
+    """The PUBLISHED sections of all files with where they stand, base first; None where no file has one."""
+
+    overlays: list[tuple[dict[str, Any], str]] | None = None
+
+
+def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...], published: _Published) -> None:
     path = file.resolve()
     if path in parents:
         raise ValueError(
@@ -306,7 +426,16 @@ def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> None:
         if not isinstance(base, str):
             raise ValueError(f"BASE in {file} must be a file name or a list of them, got {bases!r}")
         if base:
-            _merge_file(cfg, path.parent / base, (*parents, path))
+            _merge_file(cfg, path.parent / base, (*parents, path), published)
+    if "PUBLISHED" in tree:
+        overlay = tree.pop("PUBLISHED")
+        if not isinstance(overlay, dict | None):
+            raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {overlay!r}")
+        if overlay is None:
+            published.overlays = None
+        else:
+            _merge_tree(cfg.clone(), overlay, "", f"PUBLISHED of {file}")  # also checked where it is not used
+            published.overlays = [*(published.overlays or []), (overlay, str(file))]
     _merge_tree(cfg, tree, "", str(file))
 
 
@@ -360,6 +489,8 @@ def _unknown(cfg: CfgNode, name: str, source: str) -> str:
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     wanted = type(default)
     if isinstance(default, list):
+        if not default and isinstance(value, list | tuple):  # of any length, of numbers
+            return [_coerce(v, 0.0, f"{name}[{i}]", source) for i, v in enumerate(value)]
         if isinstance(value, list | tuple) and (len(value) == len(default)):
             return [_coerce(v, d, f"{name}[{i}]", source) for i, (v, d) in enumerate(zip(value, default, strict=True))]
         raise ValueError(f"{name} in {source} must be a list of {len(default)} like {default}, got {value!r}")
@@ -398,7 +529,13 @@ def validate(cfg: CfgNode) -> None:
     for name in ("NAME", "TAG"):
         if "/" in cfg[name] or cfg[name] in (".", ".."):
             raise ValueError(f"{name} is one folder name, got {cfg[name]!r}; use OUTPUT for the path")
-    if cfg.DATA.LOADER == "torch" and 0 < cfg.DATA.EVAL_RESIZE < cfg.DATA.IMG_SIZE:
+    if 0 < cfg.EVAL.CROP_PCT < SMALLEST_CROP_PCT:
+        raise ValueError(
+            f"EVAL.CROP_PCT={cfg.EVAL.CROP_PCT:g} must be 0 (off) or lie between {SMALLEST_CROP_PCT:g} and 1; "
+            "it is the share of the resized side that is kept, usually 0.875 to 1"
+        )
+    uses_resize = cfg.EVAL.MODE == "center" and not cfg.EVAL.CROP_PCT
+    if cfg.DATA.LOADER != "synthetic" and uses_resize and 0 < cfg.DATA.EVAL_RESIZE < cfg.DATA.IMG_SIZE:
         raise ValueError(
             f"DATA.EVAL_RESIZE={cfg.DATA.EVAL_RESIZE} is smaller than the crop DATA.IMG_SIZE={cfg.DATA.IMG_SIZE}; "
             f"give at least {cfg.DATA.IMG_SIZE}, usually {round(cfg.DATA.IMG_SIZE / 0.875)}"
@@ -407,7 +544,7 @@ def validate(cfg: CfgNode) -> None:
         raise ValueError(
             "TRAIN.MICRO_BATCH=1 leaves mixup and cutmix no partner; set AUG.MIX_PROB to 0 or raise it to 2"
         )
-    if cfg.SCHEDULE.MIN_LR > cfg.OPTIM.LR:
+    if cfg.SCHEDULE.NAME in TO_MIN_LR and cfg.SCHEDULE.MIN_LR > cfg.OPTIM.LR:
         raise ValueError(
             f"SCHEDULE.MIN_LR={cfg.SCHEDULE.MIN_LR:g} is above OPTIM.LR={cfg.OPTIM.LR:g}: the rate would rise; lower MIN_LR"
         )
@@ -418,8 +555,54 @@ def validate(cfg: CfgNode) -> None:
             f"SCHEDULE.WARMUP_EPOCHS={cfg.SCHEDULE.WARMUP_EPOCHS:g} must be shorter than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; "
             "lower the warmup or train longer"
         )
+    if cfg.SCHEDULE.NAME == "multistep" and not cfg.SCHEDULE.MILESTONES:
+        raise ValueError("SCHEDULE.NAME=multistep needs SCHEDULE.MILESTONES, e.g. [150, 225]")
+    if sorted(set(cfg.SCHEDULE.MILESTONES)) != cfg.SCHEDULE.MILESTONES:
+        raise ValueError(f"SCHEDULE.MILESTONES must rise, got {cfg.SCHEDULE.MILESTONES}")
+    if cfg.RECIPE.HEADLINE == "ema" and not cfg.EMA.DECAY:
+        raise ValueError("RECIPE.HEADLINE=ema but EMA.DECAY=0 keeps no averaged weights; set EMA.DECAY or HEADLINE raw")
+    _validate_timelines(cfg)
+    _validate_distillation(cfg)
     if cfg.MODEL.NUM_CLASSES and cfg.DATA.LOADER == "synthetic" and cfg.MODEL.NUM_CLASSES != cfg.DATA.SYNTHETIC_CLASSES:
         raise ValueError(
             f"MODEL.NUM_CLASSES={cfg.MODEL.NUM_CLASSES} but DATA.SYNTHETIC_CLASSES={cfg.DATA.SYNTHETIC_CLASSES}; "
             "set one of them to the other, or MODEL.NUM_CLASSES to 0"
+        )
+
+
+def _validate_timelines(cfg: CfgNode) -> None:
+    for name, instead in TIMELINES.items():
+        if not (text := get(cfg, name)):
+            continue
+        low, high = RANGES.get(instead, (0, 1000))
+        for value in timeline.parse(text, name).values:
+            if not low <= value <= high:
+                raise ValueError(f"{name}={text!r}: {value:g} must lie between {low:g} and {high:g}, as {instead} does")
+        if name in ("TIMELINE.EMA_DECAY", "TIMELINE.MAGNITUDE") and not get(cfg, instead):
+            raise ValueError(f"{name} has no effect while {instead} is off; set {instead}")
+    if (text := cfg.TIMELINE.IMG_SIZE) and any(v % 1 for v in timeline.parse(text, "TIMELINE.IMG_SIZE").values):
+        raise ValueError(f"TIMELINE.IMG_SIZE={text!r}: sizes are whole numbers of pixels")
+
+
+def _validate_distillation(cfg: CfgNode) -> None:
+    kind, teacher, weights = cfg.DISTILL.TYPE, cfg.DISTILL.TEACHER, cfg.DISTILL.TEACHER_WEIGHTS
+    given = " and ".join(
+        f"DISTILL.{key}={value!r}" for key, value in (("TEACHER", teacher), ("TEACHER_WEIGHTS", weights)) if value
+    )
+    if kind == "none" and given:
+        raise ValueError(
+            f"{given}: no effect while DISTILL.TYPE=none; set TYPE to soft or hard, or leave the teacher out"
+        )
+    if kind != "none" and not teacher:
+        raise ValueError(
+            f"DISTILL.TYPE={kind} needs DISTILL.TEACHER, the name of a model of models/ or timm; set it, or TYPE to none"
+        )
+    if kind != "none" and not weights:
+        raise ValueError(
+            f"DISTILL.TEACHER={teacher!r} has random weights while DISTILL.TEACHER_WEIGHTS is empty: it would teach nothing; "
+            "name a file, or say pretrained for the weights that timm downloads"
+        )
+    if kind == "hard" and cfg.DISTILL.TAU != 1:
+        raise ValueError(
+            f"DISTILL.TAU={cfg.DISTILL.TAU:g} has no effect with DISTILL.TYPE=hard; leave TAU at 1, or set TYPE to soft"
         )

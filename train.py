@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +28,9 @@ import config
 from data.build import Data, build_data
 from data.decode import UnreadableImageError
 from engine import distributed
-from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
+from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model, wrap_teacher
 from engine.checkpoint import load_state, save_weights
+from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
@@ -38,8 +40,9 @@ from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.run import RunDirectory, differences, this_start
 from engine.state import TrainState
-from models.build import build_model
+from models.build import build_model, build_teacher
 from models.weights import fit, load_initial, load_weights
+from report import estimate_memory, report
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -52,7 +55,9 @@ FREE = (
     "CHECKPOINT",
     "LOG",
     "MODEL.INIT",
+    "DISTILL.TEACHER_WEIGHTS",  # what is in the file must be the same
 )
+IMAGENET = 1_281_167, 50_000, 1000  # training images, validation images, classes
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Session:
     precision: Precision
     state: TrainState
     loop: Loop
+    teacher: Teacher | None
 
     def facts(self) -> dict[str, Any]:
         """Return what a reader of a checkpoint wants to know about it."""
@@ -75,9 +81,12 @@ class Session:
             "num_classes": len(self.data.classes),
             "classes": self.data.classes,
             "img_size": self.cfg.DATA.IMG_SIZE,
+            "mean": list(self.cfg.DATA.MEAN),
+            "std": list(self.cfg.DATA.STD),
             "parameters": sum(p.numel() for p in self.state.model.parameters()),
             "seed": self.cfg.TRAIN.SEED,
             "data": self.data.fingerprint,
+            **({"teacher": {"model": self.cfg.DISTILL.TEACHER, "digest": self.teacher.digest}} if self.teacher else {}),
         }
 
 
@@ -90,13 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = distributed.start(cfg.DEVICE)
     except ValueError as error:
         parser.fail(error)
-    log = Log(processes.main)
+    log, run = Log(processes.main), RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
     try:
-        session = build(cfg, args, processes, log)
-    except ValueError as error:
-        parser.fail(error, processes.name)
-    try:
-        evaluate_only(session) if args.eval else train(session)
+        session = build_or_fail(parser, cfg, args, processes, log, run)
+        if args.dry_run:
+            announce(session, with_memory=True)
+        elif args.eval:
+            evaluate_only(session)
+        else:
+            train(session)
     except (DivergedError, UnreadableImageError) as error:
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
@@ -104,38 +115,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         log.close()
+        run.unlock()
     distributed.stop()
     return 0
 
 
-def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log) -> Session:
+def build_or_fail(
+    parser: arguments.Parser,
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    processes: Processes,
+    log: Log,
+    run: RunDirectory,
+) -> Session:
+    """Build the session; end the process with the message of what the user can mend."""
+    try:
+        return build(cfg, args, processes, log, run)
+    except ValueError as error:
+        parser.fail(error, processes.name)
+
+
+def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log, run: RunDirectory) -> Session:
     """Build everything and continue where the run stands. Raises ValueError for what the user can mend."""
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
-    run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
+    stands_in = args.dry_run and cfg.DATA.LOADER == "torch" and not cfg.DATA.PATH
+    writes = processes.main and not (args.eval or args.dry_run)
+    if writes:
+        run.lock()
     check_same_run(cfg, run, log)
-    data = build_data(cfg, processes.rank, processes.world, processes.device)
+    data = build_data(as_imagenet(cfg) if stands_in else cfg, processes.rank, processes.world, processes.device)
+    if stands_in:
+        data.notes.append("DATA.PATH is not set: images are counted as ImageNet-1k's")
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     seed_process(cfg.TRAIN.SEED)
     model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
     state = build_state(cfg, model, plan, precision)
     restore(cfg, args, run, state, data, processes, log)
-    loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes)
-    session = Session(cfg, processes, log, run, data, precision, state, loop)
-    if processes.main and not (args.eval or state.complete):
+    teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
+    loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
+    session = Session(cfg, processes, log, run, data, precision, state, loop, teacher)
+    if writes and not state.complete:
         run.create(config.dump(cfg))
-        run.record_start(session.facts(), this_start(processes.world, state.update, processes.device))
+        run.lock()
+        start = this_start(processes.world, state.update, processes.device)
+        run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
         log.open(run.path, state.update, cfg.LOG.TENSORBOARD)
     return session
+
+
+def as_imagenet(cfg: CfgNode) -> CfgNode:
+    """Return the config with a stand-in of ImageNet-1k's size for the images that a dry run was not given."""
+    stand_in = cfg.clone()
+    stand_in.defrost()
+    stand_in.DATA.LOADER = "synthetic"
+    stand_in.DATA.SYNTHETIC_TRAIN, stand_in.DATA.SYNTHETIC_VAL, stand_in.DATA.SYNTHETIC_CLASSES = IMAGENET
+    return stand_in
 
 
 def train(s: Session) -> None:
     """Train the updates that are left; evaluate, keep the best and save after each epoch."""
     state, plan, log, every = s.state, s.state.plan, s.log, s.cfg.CHECKPOINT.EVERY_UPDATES
     if state.complete:
-        log.say(f"{s.run.path} is complete: {plan.epochs} epochs, best {describe_best(state)}")
+        log.say(f"{s.run.path} is complete: {plan.epochs} epochs, best {describe_best(s)}")
         return
     announce(s)
 
@@ -155,7 +199,7 @@ def train(s: Session) -> None:
         if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.complete:
             keep_best(s, evaluate_all(s), epoch)
         save(s)
-    log.say(f"done: best {describe_best(state)}; the run lies in {s.run.path}")
+    log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
 
 
 def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
@@ -218,6 +262,27 @@ def restore(
         raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
 
 
+def find_teacher(
+    cfg: CfgNode, run: RunDirectory, state: TrainState, data: Data, processes: Processes, log: Log
+) -> Teacher | None:
+    """Return the model to distil from, if one is asked for. Raises ValueError if it is not the one the run began with."""
+    if cfg.DISTILL.TYPE == "none":
+        return None
+    model, said = build_teacher(cfg, data.classes)
+    teacher = wrap_teacher(cfg, model, processes)
+    if state.update and run.manifest.is_file():
+        before = json.loads(run.manifest.read_text()).get("teacher", {}).get("digest", teacher.digest)
+        if before != teacher.digest:
+            raise ValueError(
+                f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "
+                f"{teacher.digest}); put the file back, or start another run with --tag NAME"
+            )
+    log.say(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
+    if not cfg.DISTILL.ALPHA:
+        log.warn("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
+    return teacher
+
+
 def check_same_data(facts: dict[str, Any], data: Data, source: Path) -> None:
     """Raise ValueError if a checkpoint's position is one in another data set."""
     if facts["classes"] != data.classes:
@@ -249,7 +314,13 @@ def evaluate_all(s: Session) -> dict[str, Accuracy]:
     for which, model in s.state.weights().items():
         batches = s.log.track(s.data.val, len(s.data.val), f"evaluate {which}")
         results[which] = evaluate(
-            model, batches, s.data.stage.evaluate, s.precision, s.processes, s.data.val.num_images
+            model,
+            batches,
+            s.data.stage.evaluate,
+            s.precision,
+            s.processes,
+            s.data.val.num_images,
+            s.cfg.EVAL.FLIP,
         )
     return results
 
@@ -272,35 +343,21 @@ def keep_best(s: Session, results: dict[str, Accuracy], epoch: int) -> None:
             save_weights(s.run.best(which), s.state.weights()[which].state_dict(), facts)
 
 
-def describe_best(state: TrainState) -> str:
-    """Return the best results in a few words."""
-    found = (f"{which} top-1 {best['top1']:.3f} (epoch {best['epoch']})" for which, best in state.best.items())
+def describe_best(s: Session) -> str:
+    """Return the best results in a few words, the recipe's own first."""
+    headline = s.cfg.RECIPE.HEADLINE
+    ordered = sorted(s.state.best.items(), key=lambda item: item[0] != headline)
+    found = (f"{which} top-1 {best['top1']:.3f} (epoch {best['epoch']})" for which, best in ordered)
     return ", ".join(found) or "none yet"
 
 
-def announce(s: Session) -> None:
+def announce(s: Session, with_memory: bool = False) -> None:
     """Say what is about to happen, derived values included."""
-    cfg, plan, groups, say = s.cfg, s.state.plan, s.state.optimizer.param_groups, s.log.say
-    parameters = sum(p.numel() for p in s.state.model.parameters())
-    counts = ", ".join(f"{sum(p.numel() for p in g['params']):,} at weight decay {g['weight_decay']:g}" for g in groups)
-    say(f"run        {s.run.path}")
-    say(
-        f"processes  {s.processes.world} ({s.processes.launcher}), device {s.processes.device.type}, amp {cfg.TRAIN.AMP}"
-    )
-    images = f"{s.data.fingerprint['train']} training and {s.data.val.num_images} validation images"
-    say(f"data       {images}, {len(s.data.classes)} classes")
+    memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory and s.processes.main else None
+    for label, text in report(s.cfg, s.state, s.data, s.processes.launcher, s.processes.device, s.run.path, memory):
+        s.log.say(f"{label:<12}{text}")
     for note in s.data.notes:
         s.log.warn(note)
-    say(f"model      {cfg.MODEL.NAME}, {parameters:,} parameters ({counts})")
-    division = f"{plan.micro_batch} images x {plan.world} processes x {plan.accumulation} accumulation"
-    length = (
-        f"{plan.updates_per_epoch} updates an epoch, {plan.epochs} epochs, {plan.updates * plan.global_batch:,} images"
-    )
-    say(f"batch      {plan.global_batch} = {division}; {length}")
-    if cfg.MODEL.SYNC_BN and plan.world == 1:
-        say("inert      MODEL.SYNC_BN: there is one process")
-    peak = groups[-1]["initial_lr"]
-    say(f"schedule   learning rate {peak:.3e} after {cfg.SCHEDULE.WARMUP_EPOCHS:g} epochs of warmup, then cosine")
 
 
 if __name__ == "__main__":

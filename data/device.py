@@ -1,6 +1,7 @@
 """The part of the data path that runs on the device: uint8 batches become normalised, erased and mixed floats."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from data.address import generator, torch_seed
 from data.batch import Batch
 from data.erasing import erase
 from data.mixing import Mixing, mix_images
+from timeline import Timeline
 
 ERASE_MODES = ("pixel", "rand", "const")
 ORDERS = ("erase_then_mix", "mix_then_erase")
@@ -18,7 +20,8 @@ class DeviceStage:
     """Turn a loader's batch into what the model and the loss take.
 
     Orders: erase_then_mix normalises, erases, mixes (timm with its loss on soft targets); mix_then_erase mixes pixel
-    values and rounds them, normalises, erases (timm's FastCollateMixup, which SG-Former uses).
+    values and rounds them, normalises, erases (timm's FastCollateMixup, which SG-Former uses). A timeline `mix_prob`
+    takes the place of the mixing's constant one.
     """
 
     def __init__(
@@ -30,12 +33,14 @@ class DeviceStage:
         device: torch.device | str = "cpu",
         erase_mode: str = "pixel",
         order: str = "erase_then_mix",
+        mix_prob: Timeline | None = None,
     ) -> None:
         if erase_mode not in ERASE_MODES:
             raise ValueError(f"AUG.ERASE_MODE={erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
         if order not in ORDERS:
             raise ValueError(f"AUG.ORDER={order!r} must be one of {', '.join(ORDERS)}")
         self.mixing, self.seed, self.erase_mode, self.order = mixing, seed, erase_mode, order
+        self.mix_prob = mix_prob
         self.device = torch.device(device)
         self.mean = torch.tensor([255.0 * value for value in mean], device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor([255.0 * value for value in std], device=self.device).view(1, 3, 1, 1)
@@ -48,7 +53,8 @@ class DeviceStage:
         within the update over all processes. `update` may count from the start of the run or of the epoch.
         """
         batch = batch.to(self.device, non_blocking=True)
-        mix = self.mixing.draw(generator(self.seed, "mix", epoch, update, micro), batch.images.shape[-1])
+        mixing = replace(self.mixing, prob=self.mix_prob.at(epoch)) if self.mix_prob else self.mixing
+        mix = mixing.draw(generator(self.seed, "mix", epoch, update, micro), batch.images.shape[-1])
         images = self._float(batch.images)
         if self.order == "mix_then_erase":
             images = mix_images(images, mix)

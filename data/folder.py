@@ -6,7 +6,7 @@ that forked workers share 1.28 million of them instead of copying them page by p
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,8 +31,12 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
+        return os.path.join(self.root, self.relative(index))  # noqa: PTH118  fast
+
+    def relative(self, index: int) -> str:
+        """Return the path of an image below the root."""
         start = int(self._ends[index - 1]) if index else 0
-        return os.path.join(self.root, os.fsdecode(self._paths[start : int(self._ends[index])]))  # noqa: PTH118  fast
+        return os.fsdecode(self._paths[start : int(self._ends[index])])
 
     def read(self, index: int) -> np.ndarray:
         """Return the bytes of an image's file, uint8 (n,)."""
@@ -95,6 +99,17 @@ def split_folder(root: str | Path, split: str) -> Path:
     raise ValueError(f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {_listing(root)}; {hint}")
 
 
+def val_folder(path: str) -> Path:
+    """Return the folder of --val-path; ValueError says what is there instead."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        parent = next((p for p in folder.parents if p.is_dir()), Path("/"))
+        raise ValueError(
+            f"--val-path {path!r} is not a folder; {parent} holds {_listing(parent)}; give one that holds a folder per class"
+        )
+    return folder
+
+
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the class folders of a split; ValueError if its images lie without folders."""
     classes = _folders(folder)
@@ -128,17 +143,23 @@ def scan(folder: Path, classes: Sequence[str], must_hold_all: bool) -> FolderSou
             f"{folder} has no folder for {len(missing)} of the {len(classes)} classes: {_some(missing)}; "
             "add their images, or take them out of DATA.CLASS_INDEX"
         )
-    held = [(label, name) for label, name in enumerate(classes) if name not in set(missing)]
+    held = set(present)
+    return scan_labelled(folder, {name: label for label, name in enumerate(classes) if name in held})
+
+
+def scan_labelled(folder: Path, labels: Mapping[str, int]) -> FolderSource:
+    """List the images of the named class folders, by label; ValueError for folders without images."""
+    held = sorted((label, name) for name, label in labels.items())
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         listings = list(pool.map(lambda item: _images(folder, item[1]), held))
     empty = [name for (_, name), paths in zip(held, listings, strict=True) if not paths]
     if empty:
         raise ValueError(
-            f"{folder} has no images in {len(empty)} of its {len(present)} class folders: {_some(empty)}; "
+            f"{folder} has no images in {len(empty)} of its {len(held)} class folders: {_some(empty)}; "
             f"fill or remove them (images end in {' '.join(SUFFIXES)})"
         )
-    labels = np.repeat([label for label, _ in held], [len(paths) for paths in listings])
-    return FolderSource(folder, [path for paths in listings for path in paths], labels.tolist())
+    repeated = np.repeat([label for label, _ in held], [len(paths) for paths in listings])
+    return FolderSource(folder, [path for paths in listings for path in paths], repeated.tolist())
 
 
 def _images(folder: Path, name: str) -> list[str]:

@@ -61,7 +61,7 @@ class Op(NamedTuple):
 class Policy:
     """A parsed policy string."""
 
-    magnitude: int = 10
+    magnitude: float = 10
     layers: int = 2
     prob: float = 0.5
     std: float = 0.0

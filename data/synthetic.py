@@ -4,6 +4,7 @@ A few random micro-batches are made once and handed out in turn: which one depen
 that any number of processes trains on the same.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from data.batch import Batch
 from data.erasing import EraseBoxes
 from data.stream import IndexStream, evaluation_indices
 from data.torch_loader import MicroBatches
+from timeline import Timeline
 
 POOL = 4  # micro-batches made for training
 EVAL_POOL = 64  # images made for evaluation
@@ -33,12 +35,12 @@ class SyntheticTrain:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
+        sizes: Timeline | None = None,
     ) -> None:
         self._addresses = MicroBatches(stream, rank, world)
-        batch = stream.micro_batch_size
-        self._pool = [_random_batch(seed, k, batch, size, num_classes, erase) for k in range(POOL)]
-        if pin_memory:
-            self._pool = [made.pin_memory() for made in self._pool]
+        self._size, self._sizes, self._pin_memory = size, sizes, pin_memory
+        self._make = functools.partial(_random_batch, seed, num_classes=num_classes, erase=erase)
+        self._pool: list[Batch] = []
 
     @property
     def updates_per_epoch(self) -> int:
@@ -49,6 +51,11 @@ class SyntheticTrain:
         """Yield this rank's micro-batches of updates first_update .. end; the images are shared, not to be written."""
         stream = self._addresses.stream
         self._addresses.epoch, self._addresses.first_update = epoch, first_update
+        size = int(self._sizes.at(epoch)) if self._sizes else self._size
+        if not self._pool or self._pool[0].images.shape[-1] != size:
+            self._pool = [self._make(k, stream.micro_batch_size, size) for k in range(POOL)]
+            if self._pin_memory:
+                self._pool = [made.pin_memory() for made in self._pool]
         for update, j in self._addresses.numbers():
             made = self._pool[(update * stream.micro_batches_per_update + j) % POOL]
             yield replace(made, indices=torch.from_numpy(stream.micro_batch(epoch, update, j)[1]))

@@ -63,7 +63,7 @@ class TrainImages(Dataset):
             return str(error)
 
     def _batch(self, addresses: list[Address]) -> Batch:
-        size = self.transform.size
+        size = self.transform.size_in(addresses[0][0])
         images = torch.empty(len(addresses), 3, size, size, dtype=torch.uint8)
         erase = np.zeros((len(addresses), self.transform.erase.slots, 4), dtype=np.int64)
         for row, (epoch, position, index) in enumerate(addresses):

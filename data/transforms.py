@@ -6,7 +6,7 @@ with torchvision's and timm's semantics and timm's order of draws.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tvf
 from data import rand_augment
 from data.address import generator
 from data.erasing import EraseBoxes
+from timeline import Timeline
 
 ATTEMPTS = 10
 INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -38,6 +39,7 @@ class Crop(NamedTuple):
 class TrainDraw:
     """All random choices for one sample."""
 
+    size: int  # of the result, pixels
     crop: Crop
     interpolation: str
     flip: bool
@@ -66,7 +68,10 @@ def draw_crop(
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, flip and RandAugment to a size x size image, by the address (epoch, position)."""
+    """Random resized crop, flip and RandAugment to a size x size image, by the address (epoch, position).
+
+    The timelines `sizes` and `magnitude` (of RandAugment), where given, take the place of a constant.
+    """
 
     size: int
     seed: int
@@ -77,10 +82,22 @@ class TrainTransform:
     policy: rand_augment.Policy | None = None  # None is off
     erase: EraseBoxes = field(default_factory=EraseBoxes)
     fill: tuple[int, int, int] = IMAGENET_FILL  # what RandAugment's geometric operations bring in from outside
+    sizes: Timeline | None = None
+    magnitude: Timeline | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in (*INTERPOLATIONS, "random"):
             raise ValueError(f"DATA.INTERPOLATION={self.interpolation!r} must be bicubic, bilinear or random")
+
+    def size_in(self, epoch: int) -> int:
+        """Return the size of an epoch's images."""
+        return int(self.sizes.at(epoch)) if self.sizes else self.size
+
+    def policy_in(self, epoch: int) -> rand_augment.Policy | None:
+        """Return an epoch's policy."""
+        if self.policy and self.magnitude:
+            return replace(self.policy, magnitude=self.magnitude.at(epoch))
+        return self.policy
 
     def draw(self, epoch: int, position: int, height: int, width: int) -> TrainDraw:
         """Draw the choices for the sample at a position of an epoch, an image of height x width pixels."""
@@ -90,13 +107,14 @@ class TrainTransform:
         if interpolation == "random":
             interpolation = ("bilinear", "bicubic")[rng.randint(2)]
         flip = bool(rng.random_sample() < self.hflip)
-        ops = rand_augment.draw(self.policy, rng, self.interpolation) if self.policy else ()
-        return TrainDraw(crop, interpolation, flip, ops, self.erase.draw(rng, self.size))
+        policy, size = self.policy_in(epoch), self.size_in(epoch)
+        ops = rand_augment.draw(policy, rng, self.interpolation) if policy else ()
+        return TrainDraw(size, crop, interpolation, flip, ops, self.erase.draw(rng, size))
 
     def apply(self, image: Tensor, drawn: TrainDraw) -> Tensor:
         """Return the crop, uint8 (3, size, size), of an image, uint8 (3, H, W)."""
         mode = INTERPOLATIONS[drawn.interpolation]
-        image = tvf.resized_crop(image, *drawn.crop, [self.size, self.size], mode, antialias=True)
+        image = tvf.resized_crop(image, *drawn.crop, [drawn.size, drawn.size], mode, antialias=True)
         if drawn.flip:
             image = image.flip(-1)
         if not drawn.ops:
@@ -118,24 +136,62 @@ def shorter_side_size(height: int, width: int, resize: int) -> tuple[int, int]:
     return int(resize * height / width), resize
 
 
+def longer_side_size(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Return (height, width) with the longer side at `resize`; the shorter one is rounded, as timm does."""
+    ratio = max(height, width) / resize
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side, then crop the centre; with resize 0, the whole image becomes the crop."""
+    """Resize, then crop the centre, in one of timm's ways.
+
+    center resizes the shorter side, squash both sides, border the longer side and fills up to the crop. With resize 0 the
+    whole image becomes the crop: center does as squash, and squash and border resize to the crop.
+    """
 
     crop: int
     resize: int = 0
     interpolation: str = "bicubic"
+    mode: str = "center"
+    fill: tuple[int, int, int] = IMAGENET_FILL  # around an image in border mode
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"DATA.EVAL_INTERPOLATION={self.interpolation!r} must be bicubic or bilinear")
+        if self.mode not in ("center", "squash", "border"):
+            raise ValueError(f"EVAL.MODE={self.mode!r} must be center, squash or border")
         if 0 < self.resize < self.crop:
             raise ValueError(f"DATA.EVAL_RESIZE={self.resize} must be 0 or at least the crop DATA.IMG_SIZE={self.crop}")
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return uint8 (3, crop, crop) of an image, uint8 (3, H, W)."""
-        size = (
-            shorter_side_size(image.shape[-2], image.shape[-1], self.resize) if self.resize else (self.crop, self.crop)
-        )
+        height, width = image.shape[-2:]
+        side = self.resize or self.crop
+        if self.mode == "border":
+            size = longer_side_size(height, width, side)
+        elif self.mode == "center" and self.resize:
+            size = shorter_side_size(height, width, side)
+        else:
+            size = (side, side)
         image = tvf.resize(image, list(size), INTERPOLATIONS[self.interpolation], antialias=True)
-        return tvf.center_crop(image, [self.crop, self.crop])
+        return self._framed(image) if self.mode == "border" else tvf.center_crop(image, [self.crop, self.crop])
+
+    def describe(self) -> str:
+        """Return what happens to an image, in a few words."""
+        side, crop = self.resize or self.crop, self.crop
+        whole = "" if side == crop else ", centre crop"
+        if self.mode == "border":
+            how = f"longer side to {side} ({self.interpolation}), border of the mean colour{whole}"
+        elif self.mode == "center" and self.resize:
+            how = f"shorter side to {side} ({self.interpolation}), centre crop"
+        else:
+            how = f"squashed to {side}x{side} ({self.interpolation}){whole}"
+        return f"{crop} px: {how}"
+
+    def _framed(self, image: Tensor) -> Tensor:
+        height, width = (min(side, self.crop) for side in image.shape[-2:])
+        top, left = (self.crop - height) // 2, (self.crop - width) // 2
+        square = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, self.crop, self.crop)
+        square[:, top : top + height, left : left + width] = tvf.center_crop(image, [height, width])
+        return square

@@ -14,13 +14,13 @@ class RunningStatistics:
     update this is exactly what PyTorch does. Normalisation itself uses each micro-batch's own statistics.
     """
 
-    def __init__(self, model: nn.Module, accumulation: int, processes: Processes):
+    def __init__(self, model: nn.Module, accumulation: int, processes: Processes, frozen: bool = False):
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         self.accumulation, self.processes = accumulation, processes
         self.micro_batches = accumulation * processes.world
-        self.active = bool(self.buffers) and self.micro_batches > 1
+        self.active = bool(self.buffers) and self.micro_batches > 1 and not frozen
         if self.active:
             self.before = [torch.empty_like(b) for b in self.buffers]
             self.total = [torch.empty_like(b) for b in self.buffers]

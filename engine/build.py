@@ -6,55 +6,109 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
+from engine.distill import DistillationLoss, Teacher
 from engine.distributed import Processes
 from engine.loop import Loop
 from engine.plan import Plan, scaled_lr
 from engine.precision import Precision
+from engine.schedule import LearningRate, Schedule, drop_path_setter
 from engine.state import TrainState
+from timeline import parse_optional
 
 
 def build_plan(cfg: CfgNode, processes: Processes, updates_per_epoch: int) -> Plan:
     """Divide the global batch among the processes."""
-    train = cfg.TRAIN
-    return Plan(train.GLOBAL_BATCH, train.MICRO_BATCH, processes.rank, processes.world, updates_per_epoch, train.EPOCHS)
+    train, epochs = cfg.TRAIN, cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS
+    return Plan(train.GLOBAL_BATCH, train.MICRO_BATCH, processes.rank, processes.world, updates_per_epoch, epochs)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimiser: no weight decay for biases, one-dimensional parameters and those the model excepts."""
+    optim = cfg.OPTIM
     excepted: set[str] = getattr(model, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(model, cfg.OPTIM.WEIGHT_DECAY, no_weight_decay_list=excepted)
-    lr = scaled_lr(cfg.OPTIM.LR, cfg.TRAIN.GLOBAL_BATCH, cfg.OPTIM.SCALE_BATCH)
-    name = cfg.OPTIM.NAME
-    fused = {"fused": True} if name in ("adam", "adamw") and next(model.parameters()).is_cuda else {}
-    betas, eps = tuple(cfg.OPTIM.BETAS), cfg.OPTIM.EPS
-    return create_optimizer_v2(groups, name, lr=lr, weight_decay=0.0, betas=betas, eps=eps, **fused)
+    groups: list[dict[str, Any]]
+    if optim.LAYER_DECAY < 1:
+        groups = param_groups_layer_decay(model, optim.WEIGHT_DECAY, excepted, layer_decay=optim.LAYER_DECAY)
+    else:
+        groups = param_groups_weight_decay(model, optim.WEIGHT_DECAY, no_weight_decay_list=excepted)
+    takes = optimizer_takes(optim.NAME)
+    settings: dict[str, Any] = {}
+    if "OPTIM.BETAS" in takes:
+        settings["betas"] = tuple(optim.BETAS)
+    if "OPTIM.EPS" in takes:
+        settings["eps"] = optim.EPS
+    if "OPTIM.MOMENTUM" in takes:
+        settings["momentum"] = optim.MOMENTUM
+    if optim.NAME in ("adam", "adamw") and next(model.parameters()).is_cuda:
+        settings["fused"] = True
+    lr = scaled_lr(optim.LR, cfg.TRAIN.GLOBAL_BATCH, optim.SCALE_BATCH)
+    return create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings)
 
 
-def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Plan) -> CosineLRScheduler:
-    """Return the schedule; update u (from 0) is done with the learning rate of `step_update(u)`."""
-    scale = cfg.OPTIM.SCALE_BATCH if cfg.SCHEDULE.SCALED else 0
-    return CosineLRScheduler(
+def optimizer_takes(name: str) -> list[str]:
+    """List which of OPTIM.BETAS, OPTIM.EPS and OPTIM.MOMENTUM an optimiser of timm's has; the others are inert."""
+    info = get_optimizer_info(name)
+    takes = {
+        "OPTIM.BETAS": info.has_betas and info.num_betas == 2,
+        "OPTIM.EPS": info.has_eps,
+        "OPTIM.MOMENTUM": info.has_momentum,
+    }
+    return [key for key, has in takes.items() if has]
+
+
+def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Plan) -> LearningRate:
+    """Return the learning rate over the updates, in timm's formulas."""
+    schedule = cfg.SCHEDULE
+    scale = cfg.OPTIM.SCALE_BATCH if schedule.SCALED else 0
+    updates_per_step = plan.updates_per_epoch if schedule.UNIT == "epoch" else 1
+
+    def steps(epochs: float) -> int:
+        return round(epochs * plan.updates_per_epoch / updates_per_step)
+
+    scheduler, _ = create_scheduler_v2(  # what it calls epochs are our steps
         optimizer,
-        t_initial=plan.updates,
-        lr_min=scaled_lr(cfg.SCHEDULE.MIN_LR, plan.global_batch, scale),
-        warmup_t=round(cfg.SCHEDULE.WARMUP_EPOCHS * plan.updates_per_epoch),
-        warmup_lr_init=scaled_lr(cfg.SCHEDULE.WARMUP_LR, plan.global_batch, scale),
-        t_in_epochs=False,
+        schedule.NAME,
+        num_epochs=steps(cfg.TRAIN.EPOCHS),
+        decay_epochs=max(steps(schedule.DECAY_EPOCHS), 1),
+        decay_milestones=[steps(epoch) for epoch in schedule.MILESTONES],
+        decay_rate=schedule.POWER if schedule.NAME == "poly" else schedule.DECAY_RATE,
+        min_lr=scaled_lr(schedule.MIN_LR, plan.global_batch, scale),
+        warmup_lr=scaled_lr(schedule.WARMUP_LR, plan.global_batch, scale),
+        warmup_epochs=steps(schedule.WARMUP_EPOCHS),
     )
+    if scheduler is None:
+        raise ValueError(f"SCHEDULE.NAME={schedule.NAME} is no schedule of timm's; take cosine")
+    return LearningRate(scheduler, updates_per_step, schedule.DELAY)
+
+
+def build_schedule(
+    cfg: CfgNode, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, plan: Plan
+) -> Schedule:
+    """Return all that the position decides: learning rate, drop path, EMA decay."""
+    drop_path = parse_optional(cfg.TIMELINE.DROP_PATH_RATE, "TIMELINE.DROP_PATH_RATE")
+    setter = drop_path_setter(model, max(drop_path.values)) if drop_path else None
+    ema_decay = parse_optional(cfg.TIMELINE.EMA_DECAY, "TIMELINE.EMA_DECAY")
+    return Schedule(build_learning_rate(cfg, optimizer, plan), setter, drop_path, ema, ema_decay)
 
 
 def build_state(cfg: CfgNode, model: nn.Module, plan: Plan, precision: Precision) -> TrainState:
     """Return the state of a run that has not begun."""
     ema = ModelEmaV3(model, decay=cfg.EMA.DECAY) if cfg.EMA.DECAY else None
     optimizer = build_optimizer(cfg, model)
-    return TrainState(model, ema, optimizer, build_schedule(cfg, optimizer, plan), precision.scaler, plan)
+    schedule = build_schedule(cfg, model, ema, optimizer, plan)
+    return TrainState(model, ema, optimizer, schedule, precision.scaler, plan)
 
 
 def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
@@ -80,15 +134,44 @@ def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool 
     return model
 
 
+def wrap_teacher(cfg: CfgNode, model: nn.Module, processes: Processes) -> Teacher:
+    """Return a trained model as the one to distil from, on the device; its `pretrained_cfg` says what images it knows."""
+    own: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    height, width = own["input_size"][1:]
+    size = (height, width) if own.get("fixed_input_size") else None
+    return Teacher(prepare_model(model, processes), cfg.DATA.MEAN, cfg.DATA.STD, own["mean"], own["std"], size)
+
+
+def build_criterion(cfg: CfgNode, teacher: Teacher | None) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """Return the loss of (outputs, soft targets, images)."""
+    base = SoftTargetCrossEntropy()
+    if teacher is None:
+        return lambda outputs, targets, images: base(outputs, targets)
+    return DistillationLoss(base, teacher, cfg.DISTILL.TYPE, cfg.DISTILL.ALPHA, cfg.DISTILL.TAU)
+
+
 def build_loop(
     cfg: CfgNode,
     model: nn.Module,
     prepare: Callable[[Any, int, int, int], tuple[Tensor, Tensor]],
     precision: Precision,
     processes: Processes,
+    teacher: Teacher | None = None,
 ) -> Loop:
-    """Return the loop around a (wrapped) model; `prepare` as in `Loop`."""
+    """Return the loop around a (wrapped) model; `prepare` as in `Loop`. A student with a distillation token will use it."""
     train = cfg.TRAIN
+    student = model.module if isinstance(model, DistributedDataParallel) else model
+    use_token: Callable[[bool], None] | None = getattr(student, "set_distilled_training", None)
+    if teacher and use_token:
+        use_token(True)
     return Loop(
-        model, SoftTargetCrossEntropy(), prepare, precision, processes, train.CLIP_GRAD, train.SEED, cfg.LOG.EVERY
+        model,
+        build_criterion(cfg, teacher),
+        prepare,
+        precision,
+        processes,
+        train.CLIP_GRAD,
+        train.SEED,
+        cfg.LOG.EVERY,
+        train.EVAL_MODE,
     )

@@ -1,7 +1,7 @@
 """Exact evaluation: every image counted once, at any number of processes."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,12 @@ class Accuracy:
         )
 
 
+TOP = 5  # the longest list of answers that is counted
+
+# Takes a loader's batch, the labels (B,), the logits float32 (B, classes) and the best classes (B, k), best first.
+Observer = Callable[[Any, Tensor, Tensor, Tensor], None]
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -46,11 +52,15 @@ def evaluate(
     precision: Precision,
     processes: Processes,
     num_images: int,
+    flip: bool = False,
+    answers: Sequence[int] | None = None,
+    observe: Observer | None = None,
 ) -> Accuracy:
     """Evaluate the model on this process's batches and add up over all processes.
 
-    `prepare` turns a loader's batch into (images (B, 3, H, W), labels (B,)) on the device. Raises RuntimeError if the
-    images counted are not exactly `num_images`.
+    `prepare` turns a loader's batch into (images (B, 3, H, W), labels (B,)) on the device. `flip` averages the logits of
+    each image and its mirror image. `answers` are the only classes an answer may name: the others' logits become -inf,
+    for the accuracies as for the loss. Raises RuntimeError if the images counted are not exactly `num_images`.
     """
     started = time.perf_counter()
     training = model.training
@@ -61,11 +71,14 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         images, labels = prepare(batch)
-        with precision.autocast():
-            logits = model(images)
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, <=5)
-        correct += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        logits = _logits(model, images, precision, flip)
+        if answers is not None:
+            logits = restrict(logits, answers)
+        ranked = logits.topk(min(TOP, logits.shape[1] if answers is None else len(answers))).indices  # (B, k)
+        if observe:
+            observe(batch, labels, logits, ranked)
+        hits = ranked == labels[:, None]
+        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
         seen += len(labels)
         loss += F.cross_entropy(logits, labels, reduction="sum")
     counted = torch.tensor([seen], dtype=torch.float64, device=device)  # float64 holds counts below 2^53 exactly
@@ -77,3 +90,17 @@ def evaluate(
             f"evaluation counted {images_seen} images of {num_images}; the loaders of the processes do not agree"
         )
     return Accuracy(correct1, correct5, images_seen, float(sums[3]) / images_seen, time.perf_counter() - started)
+
+
+def restrict(logits: Tensor, answers: Sequence[int]) -> Tensor:
+    """Return logits (B, classes) that are -inf outside the classes `answers`."""
+    out = torch.full_like(logits, -torch.inf)
+    out[:, answers] = logits[:, answers]
+    return out
+
+
+def _logits(model: nn.Module, images: Tensor, precision: Precision, flip: bool) -> Tensor:
+    with precision.autocast():
+        logits = model(images)
+        mirrored = model(images.flip(-1)) if flip else None
+    return logits.float() if mirrored is None else (logits.float() + mirrored.float()) / 2

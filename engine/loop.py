@@ -53,17 +53,19 @@ class Loop:
     """The parts that an update needs besides the state it changes.
 
     `model` is the state's model, possibly wrapped for gradient exchange. `prepare(batch, update, micro, epoch)` turns a
-    loader's batch into (images, soft targets) on the device, `update` counting from the start of the run.
+    loader's batch into (images, soft targets) on the device, `update` counting from the start of the run. `criterion(outputs,
+    targets, images)` is the loss.
     """
 
     model: nn.Module
-    criterion: nn.Module
+    criterion: Callable[[Any, Tensor, Tensor], Tensor]
     prepare: Callable[[Any, int, int, int], tuple[Tensor, Tensor]]
     precision: Precision
     processes: Processes
     clip_grad: float
     seed: int
     log_every: int
+    eval_mode: bool = False  # train the model in evaluation mode
 
     def train_epoch(
         self,
@@ -76,9 +78,10 @@ class Loop:
 
         Raises DivergedError if a reported loss or, without loss scaling, gradient is not finite. Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
         """
-        self.model.train()
+        self.model.train(not self.eval_mode)
+        state.schedule.begin_epoch(state.epoch)
         plan, stream = state.plan, iter(batches)
-        statistics = RunningStatistics(state.model, plan.accumulation, self.processes)
+        statistics = RunningStatistics(state.model, plan.accumulation, self.processes, frozen=self.eval_mode)
         epoch, state.sums = state.epoch, state.sums.to(self.processes.device)
         since, before, waited = time.perf_counter(), state.update, 0.0
         while state.update < (epoch + 1) * plan.updates_per_epoch:
@@ -98,7 +101,7 @@ class Loop:
         """Do one update; return the seconds spent waiting for the loader."""
         plan, waited = state.plan, 0.0
         loss_sum = torch.zeros((), device=self.processes.device)
-        state.schedule.step_update(state.update)
+        state.schedule.set(state.update)
         statistics.begin()
         micro_batches = plan.micro_batches()
         for micro in micro_batches:
@@ -109,7 +112,7 @@ class Loop:
             seed_process(self.seed, state.update, micro)
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():
-                    loss = self.criterion(self.model(images), targets) / plan.accumulation
+                    loss = self.criterion(self.model(images), targets, images) / plan.accumulation
                 state.scaler.scale(loss).backward()
             statistics.after_micro_batch()
             loss_sum += loss.detach()

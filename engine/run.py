@@ -8,6 +8,7 @@ output/<name>/
     best_raw.safetensors  best_ema.safetensors
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import torch
 from engine.checkpoint import CheckpointFolder, write_atomically
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
+LOCK_ATTEMPTS = 10  # one a second
 
 
 class RunDirectory:
@@ -33,6 +35,7 @@ class RunDirectory:
         self.path = path
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
+        self._locked: int | None = None  # the folder's file descriptor
 
     def best(self, which: str) -> Path:
         """Return the file of the best raw or EMA weights."""
@@ -47,6 +50,34 @@ class RunDirectory:
             raise ValueError(
                 f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
             ) from error
+
+    def lock(self) -> None:
+        """Keep other starts out of the folder, if it exists, until `unlock` or the end of this process.
+
+        Raises ValueError if another process is in it; one that was just killed may take some seconds to go. Does nothing
+        where the file system knows no locks.
+        """
+        if self._locked is not None or not self.path.is_dir():
+            return
+        self._locked = os.open(self.path, os.O_RDONLY)
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if attempt < LOCK_ATTEMPTS - 1:
+                    time.sleep(1)
+            except OSError:
+                return
+        raise ValueError(
+            f"another process trains in {self.path}; wait for it, stop it, or start another run with --tag NAME"
+        )
+
+    def unlock(self) -> None:
+        """Let other starts in."""
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def record_start(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Write the manifest: facts of the run, and one more entry to the list of its starts."""

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine.distributed import Processes
 from engine.plan import Plan
+from engine.schedule import Schedule
 
-SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")  # of an optimiser's group
+SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")  # of an optimiser's group
 
 
 @dataclass
@@ -25,7 +25,7 @@ class TrainState:
     model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    schedule: Scheduler
+    schedule: Schedule
     scaler: torch.amp.GradScaler
     plan: Plan
     update: int = 0  # updates done

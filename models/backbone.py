@@ -59,6 +59,7 @@ class Backbone(nn.Module):
     """
 
     published: ClassVar[Sequence[Rule]] = ()
+    resizable: ClassVar[Sequence[str]] = ()  # entries that `fit_entry` resizes
 
     def __init__(
         self,

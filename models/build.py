@@ -1,19 +1,26 @@
 """The model that a config asks for: one of Retoken's families or any other model of timm."""
 
 import difflib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg_value, model_entrypoint
-from torch import nn
+from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
+from models.weights import adapt, classifier_names, fit, load_weights
+from timeline import parse_optional
 
 
 def build_model(cfg: Any, num_classes: int) -> nn.Module:
     """Build cfg.MODEL.NAME with its drop rates, for cfg.DATA.IMG_SIZE where the model asks for a size."""
     name = cfg.MODEL.NAME
     check_name(name)
+    if cfg.TIMELINE.IMG_SIZE and takes_img_size(name) and not is_retoken(name):
+        raise ValueError(f"TIMELINE.IMG_SIZE: {name} is built for one image size; set it to '' or take another model")
     arguments: dict[str, Any] = {}
     if takes_img_size(name):
         size = cfg.DATA.IMG_SIZE
@@ -21,12 +28,47 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
     # timm's models do not all have these; what is off is not asked for.
     if cfg.MODEL.DROP_RATE:
         arguments["drop_rate"] = cfg.MODEL.DROP_RATE
-    if cfg.MODEL.DROP_PATH_RATE:
-        arguments["drop_path_rate"] = cfg.MODEL.DROP_PATH_RATE
+    drop_path = parse_optional(cfg.TIMELINE.DROP_PATH_RATE, "TIMELINE.DROP_PATH_RATE")
+    rate = max(drop_path.values) if drop_path else cfg.MODEL.DROP_PATH_RATE
+    if rate:
+        arguments["drop_path_rate"] = rate
     try:
         return timm.create_model(name, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise ValueError(f"MODEL.NAME={name!r} does not take {arguments}: set to 0 what it names ({error})") from error
+
+
+def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
+    """Build cfg.DISTILL.TEACHER with its weights; return it and a sentence that says what it is.
+
+    Its `pretrained_cfg` tells mean and std of the images it knows, and their size if it takes that one only. The random
+    streams stay where they are. Raises ValueError for a teacher that cannot be had or knows other classes.
+    """
+    name, source = cfg.DISTILL.TEACHER, cfg.DISTILL.TEACHER_WEIGHTS
+    check_name(name, "DISTILL.TEACHER")
+    with torch.random.fork_rng(devices=[]):
+        if source == "pretrained":
+            return _pretrained_teacher(name, len(classes)), f"{name} with timm's pretrained weights"
+        try:
+            weights, facts = load_weights(Path(source))
+        except ValueError as error:
+            raise ValueError(f"DISTILL.TEACHER_WEIGHTS: {error}") from error
+        size = cfg.DATA.IMG_SIZE if is_retoken(name) else facts.get("img_size")  # ours take any, timm's their own
+        asked = {"img_size": size if isinstance(size, int) else tuple(size)} if size and takes_img_size(name) else {}
+        model = timm.create_model(name, num_classes=len(classes), **asked)
+    said = f"{name} with the {facts['weights']} weights of {source}"
+    remedy = f"DISTILL.TEACHER is {name}" + (f", the file says {facts['model']}" if "model" in facts else "")
+    _check_teacher_classes(model, adapt(model, weights, source, remedy), facts.get("classes"), classes, source)
+    model.load_state_dict(fit(model, weights, source, remedy=remedy))
+    own = dict(model.pretrained_cfg)
+    own.update({key: tuple(facts[key]) for key in ("mean", "std") if key in facts})
+    if asked:
+        side = asked["img_size"]
+        own["input_size"] = (own["input_size"][0], *(side if isinstance(side, tuple) else (side, side)))
+    model.pretrained_cfg = own
+    if len(facts.get("classes", [])) == len(classes) and set(facts["classes"]) != set(classes):
+        said += ", trained on other classes of the same number"
+    return model, said
 
 
 def check_name(name: str, key: str = "MODEL.NAME") -> None:
@@ -53,3 +95,38 @@ def is_retoken(name: str) -> bool:
 def takes_img_size(name: str) -> bool:
     """Say whether a model is built for an image size: ours, and those of timm whose default config fixes it."""
     return is_retoken(name) or bool(get_pretrained_cfg_value(name, "fixed_input_size"))
+
+
+def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
+    known = get_pretrained_cfg_value(name, "num_classes")
+    if known != num_classes:
+        raise ValueError(_other_classes(f"DISTILL.TEACHER={name!r} pretrained", known, num_classes))
+    try:
+        return timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"DISTILL.TEACHER_WEIGHTS=pretrained: {name} has none that timm could fetch ({reason[:160]}); name a file instead"
+        ) from error
+
+
+def _check_teacher_classes(
+    model: nn.Module, weights: dict[str, Tensor], theirs: Sequence[str] | None, classes: Sequence[str], source: str
+) -> None:
+    """Raise ValueError if the classifier is for another number of classes, or for the same ones in another order."""
+    for head in classifier_names(model):
+        weight = weights.get(f"{head}.weight")
+        if weight is not None and len(weight) != len(classes):
+            raise ValueError(_other_classes(f"DISTILL.TEACHER_WEIGHTS={source}", len(weight), len(classes)))
+    if theirs and list(theirs) != list(classes) and set(theirs) == set(classes):
+        raise ValueError(
+            f"DISTILL.TEACHER_WEIGHTS={source} has the classes in another order ({theirs[0]} first, here {classes[0]}); give "
+            "the file with its order as DATA.CLASS_INDEX"
+        )
+
+
+def _other_classes(who: str, theirs: int | None, ours: int) -> str:
+    return (
+        f"{who} knows {theirs} classes, the data has {ours} (MODEL.NUM_CLASSES); name a teacher for these classes, e.g. a "
+        "file that train.py wrote on this data"
+    )

@@ -170,6 +170,7 @@ class SGFormer(Backbone):
     """SG-Former. Activations are (B, H, W, C); built for img_size, any other works."""
 
     published: ClassVar[Sequence[Rule]] = PUBLISHED
+    resizable: ClassVar[Sequence[str]] = ("stem.pos_embed",)
     stem: Stem
 
     def __init__(

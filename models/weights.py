@@ -23,7 +23,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.published import COUNTER, from_published, is_published
+from models.published import COUNTER, from_published, is_published, to_published
 
 EMA_ENTRIES = ("ema", "state_dict_ema", "model_ema")
 RAW_ENTRIES = ("model", "state_dict")
@@ -157,14 +157,26 @@ def load_initial(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     own, adapted = model.state_dict(), adapt(model, weights, source)
     heads = tuple(f"{name}." for name in classifier_names(model))
     other = [n for n, w in adapted.items() if heads and n.startswith(heads) and n in own and own[n].shape != w.shape]
+    changed = []
+    if isinstance(model, Backbone):
+        changed = [name for name in model.resizable if _resized(model, name, adapted, weights)]
+    resized = [f"; {name} was resized to {tuple(adapted[name].shape)}" for name in changed]
     if not other:
         model.load_state_dict(fit(model, weights, source))
-        return f"started from all {len(weights)} tensors of {source}"
+        return f"started from all {len(weights)} tensors of {source}, the classifier included{''.join(resized)}"
     model.load_state_dict(fit(model, weights, source, heads), strict=False)
     return (
         f"started from {source}; the classifier stays freshly initialised: "
-        f"it has {adapted[other[0]].shape[0]} classes there, {own[other[0]].shape[0]} here"
+        f"it has {adapted[other[0]].shape[0]} classes there, {own[other[0]].shape[0]} here{''.join(resized)}"
     )
+
+
+def _resized(model: Backbone, name: str, adapted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Say whether an entry has another size in the file."""
+    if name not in adapted:
+        return False
+    there = name if name in weights else next(iter(to_published(model, {name: adapted[name]})))
+    return there in weights and weights[there].shape != adapted[name].shape
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

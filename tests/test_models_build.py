@@ -1,15 +1,17 @@
 """From a config to a model."""
 
 import pytest
-from yacs.config import CfgNode
+from timm.layers import DropPath
 
+from config import load
 from models.build import build_model
 
 
-def config(name, drop_path_rate=0.0, size=64):
-    return CfgNode(
-        {"MODEL": {"NAME": name, "DROP_RATE": 0.0, "DROP_PATH_RATE": drop_path_rate}, "DATA": {"IMG_SIZE": size}}
-    )
+def config(name, drop_path_rate=0.0, size=64, *opts):
+    numbers = ["MODEL.DROP_PATH_RATE", str(drop_path_rate), "DATA.IMG_SIZE", str(size), "DATA.EVAL_RESIZE", str(size)]
+    cfg = load((), ["MODEL.NAME", name, *numbers, *opts])
+    cfg.defrost()
+    return cfg
 
 
 def test_config_values_reach_the_model():
@@ -36,3 +38,13 @@ def test_unknown_name_is_refused_with_the_nearest():
 def test_setting_a_model_does_not_take_is_refused():
     with pytest.raises(ValueError, match=r"vgg11.*drop_path_rate"):
         build_model(config("vgg11", drop_path_rate=0.1), 10)
+
+
+def test_model_is_built_with_the_largest_drop_path_of_its_timeline():
+    model = build_model(config("groupmixformer_mobile", 0.0, 64, "TIMELINE.DROP_PATH_RATE", "0:0.1, 5:0.3"), 10)
+    assert max(m.drop_prob for m in model.modules() if isinstance(m, DropPath)) == pytest.approx(0.3)
+
+
+def test_image_sizes_that_change_are_refused_for_a_model_of_one_size():
+    with pytest.raises(ValueError, match=r"TIMELINE\.IMG_SIZE.*vit_tiny_patch16_224"):
+        build_model(config("vit_tiny_patch16_224", 0.0, 64, "TIMELINE.IMG_SIZE", "0:32, 5:64"), 10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import config
-from engine.build import build_optimizer, build_schedule
+from engine.build import build_learning_rate, build_optimizer
 from engine.plan import Plan, accumulation, divisors, scaled_lr
 
 
@@ -38,10 +38,10 @@ def test_schedule_follows_the_formula_at_every_update():
     cfg = config.load((), ["OPTIM.LR", "5e-4", "OPTIM.SCALE_BATCH", "512", "SCHEDULE.SCALED", "true"])
     plan = Plan(1024, 128, 0, 1, 10, 300)
     optimizer = build_optimizer(cfg, torch.nn.Linear(2, 2))
-    schedule = build_schedule(cfg, optimizer, plan)
+    schedule = build_learning_rate(cfg, optimizer, plan)
     peak, low, start, warm = 1e-3, 2e-5, 2e-6, 200
     for update in (0, 1, 199, 200, 201, 1500, 2999):
-        schedule.step_update(update)
+        schedule.set(update)
         cosine = low + 0.5 * (peak - low) * (1 + math.cos(math.pi * update / plan.updates))
         expected = start + update * (peak - start) / warm if update < warm else cosine
         for group in optimizer.param_groups:

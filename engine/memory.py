@@ -1,0 +1,94 @@
+"""What a training run will hold in memory, estimated before it starts."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: int  # parameters and buffers
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int  # what the forward pass of a micro-batch keeps for the backward pass
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a checkpoint."""
+        return self.weights + self.optimizer + self.ema
+
+
+def estimate(
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    with_ema: bool,
+    images: tuple[int, int, int, int],
+    autocast: Callable[[], AbstractContextManager],
+) -> Memory:
+    """Estimate the memory of training on micro-batches of shape `images`; nothing is computed, the model stays as it is."""
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = parameters + sum(b.numel() * b.element_size() for b in model.buffers())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return Memory(
+        weights=weights,
+        gradients=trained,
+        optimizer=round(trained * optimizer_share(make_optimizer)),
+        ema=weights if with_ema else 0,
+        activations=activations(model, images, autocast),
+    )
+
+
+def optimizer_share(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> float:
+    """Return the bytes that an optimiser keeps for each byte of a weight, found on a small layer."""
+    layer = nn.Linear(64, 64, bias=False)
+    with torch.random.fork_rng(devices=[]):
+        optimizer = make_optimizer(layer)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept) / (4 * layer.weight.numel())
+
+
+def activations(
+    model: nn.Module, images: tuple[int, int, int, int], autocast: Callable[[], AbstractContextManager]
+) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, on fake tensors: shapes without values."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    own: dict[str, Tensor] = {
+        name: fake.from_tensor(t.detach()) for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    for name, parameter in model.named_parameters():
+        own[name].requires_grad_(parameter.requires_grad)
+    not_counted = {tensor.untyped_storage()._cdata for tensor in own.values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in not_counted:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    with fake, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = torch.empty(images, device=device).to(memory_format=torch.channels_last)
+        not_counted.add(x.untyped_storage()._cdata)
+        with autocast():
+            output = torch.func.functional_call(model, own, (x,))  # kept alive: what it keeps is counted once
+    del output
+    return sum(kept.values())
+
+
+def gib(number: int) -> str:
+    """Write a number of bytes for a person."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
