@@ -3,11 +3,15 @@
 import argparse
 import difflib
 import re
+import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
 import config
+
+ROOT = Path(__file__).resolve().parent
 
 # Flags that stand for one config key each, as Swin's users type them.
 KEY_FLAGS = {
@@ -40,7 +44,14 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def fail(self, error: Exception, process: str = "") -> NoReturn:
-        """Exit with status 2 and the message of an error in what the user gave; `process` names one of several."""
+        """Exit with status 2 and the message of an error in what the user gave; `process` names one of several.
+
+        An error that some library raised is nothing the user can be sure to mend: its traceback is printed first.
+        """
+        frames = traceback.extract_tb(error.__traceback__)
+        where = Path(frames[-1].filename) if frames else ROOT
+        if not where.is_relative_to(ROOT) or "site-packages" in where.parts:
+            traceback.print_exception(error)
         self.exit(2, f"{self.prog}: {process}{error}\n")
 
     def stop(self, error: Exception, process: str = "") -> NoReturn:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, Mlp, batch_norm
+from models.layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, batch_norm
 from models.layers import wide_softmax as softmax
 from models.published import Rule
 
@@ -69,7 +69,7 @@ class Bypass(nn.Module):
         super().__init__()
         self.depthwise = DepthwiseConv(3 * dim, 3, bias=False)
         self.pointwise = Conv1x1(3 * dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, W, S)
         return F.hardswish(self.norm(self.pointwise(self.depthwise(qkv))))
@@ -127,9 +127,9 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = GroupMixAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 

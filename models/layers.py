@@ -45,6 +45,16 @@ class ResidualDepthwiseConv(DepthwiseConv):
         return y.permute(0, 2, 3, 1)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels whose training keeps float32 gradients under autocast on the CPU, too.
+
+    PyTorch's backward pass there sums a bfloat16 input's weight gradients in bfloat16, off by half and more.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype) if torch.is_grad_enabled() else x)
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between: (..., C) -> (..., C)."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, ResidualDepthwiseConv
+from models.layers import Conv1x1, DepthwiseConv, LayerNorm, ResidualDepthwiseConv
 from models.published import Rule
 from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
 
@@ -41,9 +41,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
@@ -65,7 +65,7 @@ class Stem(nn.Module):
         self.norm2 = nn.GroupNorm(1, dim)
         self.conv3 = nn.Conv2d(dim, dim, 3, 2, 1, bias=False)
         self.norm3 = nn.GroupNorm(1, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.pos_embed = nn.Parameter(sine_cosine(*self.grid, dim))  # (1, N, C)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, ~H/4, ~W/4, C)
@@ -195,7 +195,7 @@ class SGFormer(Backbone):
                     Block(dim, make_attention(j, depths[i], dim, num_heads[i], REDUCTIONS[i]), mlp_ratios[i], rate)
                     for j, rate in enumerate(rates[i])
                 ],
-                nn.LayerNorm(dim, eps=1e-6),
+                LayerNorm(dim, eps=1e-6),
             )
             for i, dim in enumerate(dims)
         ]

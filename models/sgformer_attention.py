@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import DepthwiseConv
+from models.layers import DepthwiseConv, LayerNorm
 
 # B batch, C channels, H W grid, N = H*W tokens, K heads, D = C/K head channels, M reduced tokens
 # h w windows, S their side, T = S*S tokens of one
@@ -52,7 +52,7 @@ class HybridScaleAttention(nn.Module):
         self.dim, self.num_heads, self.reduction, self.guides = dim, num_heads, reduction, guides
         self.qkv = nn.Linear(dim, 2 * dim)  # rows: global q, local q, k, v, each of C/2
         self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
-        self.reduce_norm = nn.LayerNorm(dim)
+        self.reduce_norm = LayerNorm(dim)
         self.reduced_kv = nn.Linear(dim, dim)
         self.position = LocalPosition(dim)
         self.proj = nn.Linear(dim, dim)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, ResidualDepthwiseConv, batch_norm
+from models.layers import Conv1x1, DepthwiseConv, LayerNorm, ResidualDepthwiseConv, batch_norm
 from models.neighbours import neighbours, overlap_add
 from models.published import Rule
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = SuperTokenAttention(dim, num_heads, cell, num_iters) if cell > 1 else Attention(dim, num_heads)
         self.norm2 = nn.BatchNorm2d(dim)
         self.mlp = ConvMlp(dim, MLP_RATIO * dim)
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
         x = x + self.cpe(x)  # not ResidualDepthwiseConv, which under autocast would round x too
-        y = self.attn(self.norm1(x.to(self.norm1.weight.dtype)))  # float32 under autocast on any device
+        y = self.attn(self.norm1(x))  # float32 under autocast on any device
         x = x + self.drop_path(self.gamma1.flatten() * y if self.scaled else y)
         y = self.mlp(batch_norm(self.norm2, x))
         return x + self.drop_path(self.gamma2.flatten() * y if self.scaled else y)

@@ -187,3 +187,14 @@ def test_run_name_follows_model_and_size():
     assert (
         config.run_name(config.load(str(ROOT / "configs/groupmixformer/mobile_64.yaml"))) == "groupmixformer_mobile_64"
     )
+
+
+def test_error_of_a_library_shows_where_it_comes_from(capsys):
+    parser = arguments.train_parser()
+    for broken, shown in ((lambda: int("x"), False), (lambda: Path("a").relative_to("b"), True)):
+        try:
+            broken()
+        except ValueError as error:
+            with pytest.raises(SystemExit):
+                parser.fail(error)
+        assert ("Traceback" in capsys.readouterr().err) == shown

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.layers import Conv1x1, DepthwiseConv, ResidualDepthwiseConv, batch_norm, wide_softmax
+from models.layers import Conv1x1, DepthwiseConv, LayerNorm, ResidualDepthwiseConv, batch_norm, wide_softmax
 from tests.small_models import images
 
 
@@ -43,3 +43,15 @@ def test_residual_convolution_is_one_with_a_raised_centre():
     plain = DepthwiseConv(6, 3).double()
     plain.load_state_dict(conv.state_dict())  # no entry but weight and bias
     torch.testing.assert_close(conv(x), x + plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_layer_norm_trains_in_float32_under_autocast():
+    norm, x = LayerNorm(64), torch.randn(2, 56, 56, 64)
+    cotangent = torch.randn_like(x)
+    expected = torch.autograd.grad(norm(x), norm.weight, cotangent)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x.bfloat16())
+    found = torch.autograd.grad(y, norm.weight, cotangent.to(y.dtype))[0]
+    assert (found - expected).norm() < 0.01 * expected.norm()  # torch's own is off by 9 %
+    with torch.no_grad():
+        assert norm(x.bfloat16()).dtype == torch.bfloat16

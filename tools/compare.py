@@ -75,9 +75,9 @@ def show(found: Sequence[Comparison], markdown: bool) -> None:
                 screen.print(table)
             else:
                 print("\n".join([title, *_as_columns([header, *rows] if any(header) else rows)]))
-        rows = comparison.rows
+        count = comparison.rows
         compared = (
-            f"compared {rows['train']} training rows and {rows['eval']} evaluations, to update {comparison.through}"
+            f"compared {count['train']} training rows and {count['eval']} evaluations, to update {comparison.through}"
         )
         for note in (compared, *comparison.notes):
             print(note + "\n" * markdown)
