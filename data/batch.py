@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from data.bad_images import BadImage
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -14,6 +16,7 @@ class Batch:
     labels: Tensor  # int64 (B,)
     indices: Tensor  # int64 (B,), each image's number in its data set
     erase: Tensor | None = None  # training: int64 (B, count, 4), boxes as top, left, height, width; zero size is no box
+    bad: tuple[BadImage, ...] = ()  # training: what could not be read; `labels` and `indices` are the replacements
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -28,4 +31,4 @@ class Batch:
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}

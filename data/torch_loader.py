@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.bad_images import BadImage, read_or_replace
 from data.batch import Batch
 from data.decode import UnreadableImageError, decode
 from data.stream import IndexStream, evaluation_indices
@@ -42,7 +43,7 @@ def load(source: Source, index: int) -> Tensor:
         data = source.read(index)
     except OSError as error:
         raise UnreadableImageError(
-            f"{source.name(index)}: cannot be read ({error}); is the disk still there?"
+            source.name(index), f"cannot be read ({error})", "see whether the storage is still there"
         ) from error
     return decode(data, source.name(index))
 
@@ -66,12 +67,18 @@ class TrainImages(Dataset):
         size = self.transform.size
         images = torch.empty(len(addresses), 3, size, size, dtype=torch.uint8)
         erase = np.zeros((len(addresses), self.transform.erase.slots, 4), dtype=np.int64)
-        for row, (epoch, position, index) in enumerate(addresses):
-            cropped, erase[row] = self.transform(load(self.source, index), epoch, position)
-            images[row].copy_(cropped)
         indices = np.array([index for _, _, index in addresses], dtype=np.int64)
+        bad: list[BadImage] = []
+        for row, (epoch, position, index) in enumerate(addresses):
+            image, indices[row], replaced = read_or_replace(index, len(self.source), self._load, self.source.name)
+            bad += replaced
+            cropped, erase[row] = self.transform(image, epoch, position)
+            images[row].copy_(cropped)
         labels = self.source.labels[indices]
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase))
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase), tuple(bad))
+
+    def _load(self, index: int) -> Tensor:
+        return load(self.source, index)
 
 
 class EvalImages(Dataset):
