@@ -44,8 +44,10 @@ _C.MODEL.INIT_WEIGHTS = ""
 _C.MODEL.SYNC_BN = False
 
 _C.DATA = CfgNode()
-# Folder with train/<class>/*.jpg and val/<class>/*.jpg.
+# Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.
 _C.DATA.PATH = ""
+# File that tells the classes of validation images in an archive without class folders; "" looks beside the archive.
+_C.DATA.VAL_LABELS = ""
 # torch (decodes JPEGs on the CPU) or synthetic (random images, no decoding: the ceiling of everything else).
 _C.DATA.LOADER = "torch"
 # Training and evaluation crop, pixels.
@@ -56,6 +58,10 @@ _C.DATA.CLASS_INDEX = ""
 _C.DATA.WORKERS = -1
 # Batches each worker keeps ready.
 _C.DATA.PREFETCH = 4
+# Shuffle blocks of this many neighbouring images, then inside windows of 256 blocks (networked storage); 0 shuffles all.
+_C.DATA.BLOCK_SHUFFLE = 0
+# Share of the training images that may be unreadable, rounded up to whole images; 0 stops at the first.
+_C.DATA.MAX_BAD_SHARE = 0.001
 # Evaluation: the shorter side is resized to this, then cropped; 0 resizes the whole image to the crop.
 _C.DATA.EVAL_RESIZE = 256
 # Resampling for training crops (bicubic, bilinear, random of the two) ...
@@ -174,6 +180,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "DATA.IMG_SIZE": (16, 1e5),
     "DATA.WORKERS": (-1, 4096),
     "DATA.PREFETCH": (1, 1024),
+    "DATA.BLOCK_SHUFFLE": (0, 1e9),
+    "DATA.MAX_BAD_SHARE": (0, 1),
     "DATA.EVAL_RESIZE": (0, 1e5),
     "DATA.MEAN": (0, 1),
     "DATA.STD": (1e-3, 1),

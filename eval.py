@@ -47,7 +47,8 @@ def evaluate_checkpoint(cfg: CfgNode, checkpoint: Path, which: str | None, proce
     log = Log(processes.main)
     weights, facts = load_weights(checkpoint, which or "raw")
     arguments.check_which(facts, which, str(checkpoint))
-    data = build_eval_data(cfg, processes.rank, processes.world, processes.device)
+    say = log.say if processes.main else None
+    data = build_eval_data(cfg, processes.rank, processes.world, processes.device, say)
     check_classes(cfg, weights, facts, data.classes, str(checkpoint), log)
     model = build_model(cfg, len(data.classes))
     model.load_state_dict(fit(model, weights, str(checkpoint)))

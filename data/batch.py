@@ -1,6 +1,7 @@
 """The batch: what every loader hands over, in uint8, before normalising, erasing and mixing on the device."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,5 +31,5 @@ class Batch:
         """Return the batch in page-locked memory, as DataLoader's pin_memory asks for it."""
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
