@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from data import rand_augment
 from data.address import generator
+from data.augment import augment
 from data.erasing import EraseBoxes
 
 ATTEMPTS = 10
@@ -99,11 +98,7 @@ class TrainTransform:
         image = tvf.resized_crop(image, *drawn.crop, [self.size, self.size], mode, antialias=True)
         if drawn.flip:
             image = image.flip(-1)
-        if not drawn.ops:
-            return image
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        picture = rand_augment.apply(picture, drawn.ops, self.fill)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return augment(image, drawn.ops, self.fill)
 
     def __call__(self, image: Tensor, epoch: int, position: int) -> tuple[Tensor, np.ndarray]:
         """Return the crop and its erasing boxes."""
