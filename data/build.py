@@ -145,15 +145,19 @@ def _stream(cfg: CfgNode, num_samples: int, storage: np.ndarray | None = None) -
 
 
 def _storage_order(cfg: CfgNode, source: Source) -> np.ndarray | None:
-    """Return the order in which the images lie, which a block shuffle follows."""
-    return source.storage_order() if cfg.DATA.BLOCK_SHUFFLE and isinstance(source, ArchiveSource) else None
+    """Return the order in which the images lie, which a block shuffle follows and the source reads ahead in."""
+    if not (cfg.DATA.BLOCK_SHUFFLE and isinstance(source, ArchiveSource)):
+        return None
+    source.read_ahead(cfg.DATA.BLOCK_SHUFFLE)
+    return source.storage_order()
 
 
 def _order_fingerprint(stream: IndexStream) -> dict[str, Any]:
     """Return what tells whether two stores give a block shuffle the same order; nothing for a full shuffle."""
-    if not stream.block or stream.storage is None:
+    if not stream.block:
         return {}
-    return {"train_storage_sha256": hashlib.sha256(stream.storage.tobytes()).hexdigest()[:16]}
+    stored = np.arange(stream.num_samples, dtype=np.int64) if stream.storage is None else stream.storage
+    return {"train_storage_sha256": hashlib.sha256(stored.tobytes()).hexdigest()[:16]}
 
 
 def _erase_boxes(cfg: CfgNode) -> EraseBoxes:

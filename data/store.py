@@ -20,6 +20,7 @@ import numpy as np
 from data.folder import FolderSource, check_classes, class_folders, scan
 from data.layout import Place, find_split
 from data.store_index import Say, StoreIndex, open_index
+from data.stream import WINDOW_BLOCKS
 
 OPEN_FILES = 64  # of each thread; shards may be more than a process may open
 
@@ -109,6 +110,7 @@ class ArchiveSource:
         self._index, self._order = index, order
         self._archive, self._offset, self._size = index.archive[order], index.offset[order], index.size[order]
         self._open = _OpenFiles(place.archives)
+        self._ahead: _ReadAhead | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,6 +128,8 @@ class ArchiveSource:
             data.data,
             0,
         )
+        if self._ahead:
+            self._ahead.touch(index, fd)
         while done < len(data):
             count = os.preadv(fd, [view[done:]], offset + done)
             if count == 0:
@@ -136,6 +140,32 @@ class ArchiveSource:
     def storage_order(self) -> np.ndarray:
         """Return the indices in the order in which the images lie in the archives, int64 (n,)."""
         return np.lexsort((self._offset, self._archive)).astype(np.int64)
+
+    def read_ahead(self, block: int) -> None:
+        """From now on, let the first read in a block of images that lie together fetch all of the block."""
+        self._ahead = _ReadAhead(self.storage_order(), self._archive, self._offset, self._offset + self._size, block)
+
+
+class _ReadAhead:
+    """Tells the system which block of an archive is about to be read, so that it comes in one piece."""
+
+    def __init__(self, stored: np.ndarray, archive: np.ndarray, start: np.ndarray, end: np.ndarray, block: int) -> None:
+        self._block = np.empty(len(stored), dtype=np.int32)  # of each image
+        self._block[stored] = np.arange(len(stored)) // block
+        first, last = stored[::block], stored[np.minimum(np.arange(block, len(stored) + block, block), len(stored)) - 1]
+        whole = archive[first] == archive[last]  # others lie in two archives, and are left to chance
+        self._start, self._length = start[first], np.where(whole, end[last] - start[first], 0)
+        self._touched: OrderedDict[int, None] = OrderedDict()
+
+    def touch(self, index: int, fd: int) -> None:
+        """Note that an image is read; the first of its block, in a while, fetches the block."""
+        block = int(self._block[index])
+        if block in self._touched or not self._length[block]:
+            return
+        self._touched[block] = None
+        if len(self._touched) > 2 * WINDOW_BLOCKS:
+            self._touched.popitem(last=False)
+        os.posix_fadvise(fd, int(self._start[block]), int(self._length[block]), os.POSIX_FADV_WILLNEED)
 
 
 class _OpenFiles:

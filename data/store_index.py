@@ -122,7 +122,7 @@ def _state(path: Path) -> list[Any]:
         status = path.stat()
     except OSError:
         return [path.name, 0, 0]
-    return [path.name, status.st_size, int(status.st_mtime)]
+    return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def build_index(place: Place, val_labels: str, say: Say) -> StoreIndex:
