@@ -176,6 +176,41 @@ def test_archive_cut_off_while_training_is_an_unreadable_image(folder, tmp_path)
         source.read(last)
 
 
+def test_block_shuffle_follows_the_archives_and_reads_ahead(folder, tmp_path, monkeypatch):
+    data = build_data(cfg_of(as_shards(folder, tmp_path), "DATA.BLOCK_SHUFFLE", "6"), 0, 1, "cpu", quiet)
+    source = data.train._loader.dataset.source
+    names = [source.name(i) for i in source.storage_order()]
+    assert names == sorted(names, key=lambda name: name.split(":")[0])  # 16 images a shard
+    assert np.array_equal(data.stream.storage, source.storage_order())
+    advised = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, start, length, how: advised.append((fd, start, length)))
+    batches = list(data.train.epoch(0))
+    assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(48))
+    wanted = {}
+    for position, i in enumerate(source.storage_order().tolist()):
+        start = int(source._offset[i])
+        wanted.setdefault(position // 6, []).append((int(source._archive[i]), start, start + int(source._size[i])))
+    whole = [block for block in wanted.values() if len({archive for archive, *_ in block}) == 1]
+    assert len(whole) == 6  # of 8 blocks, two lie in two shards
+    assert sorted((a, b) for _, a, b in advised) == sorted((block[0][1], block[-1][2] - block[0][1]) for block in whole)
+    plain = build_data(cfg_of(folder, "DATA.BLOCK_SHUFFLE", "6"), 0, 1, "cpu")
+    assert plain.fingerprint != data.fingerprint  # another order: not to be continued on the other store
+    class_by_class = build_data(
+        cfg_of(as_zip_sorted(folder, tmp_path / "z"), "DATA.BLOCK_SHUFFLE", "6"), 0, 1, "cpu", quiet
+    )
+    assert class_by_class.fingerprint == plain.fingerprint
+    assert_same_batches(class_by_class.train.epoch(0), plain.train.epoch(0))
+
+
+def as_zip_sorted(folder, root):
+    root.mkdir()
+    for split in ("train", "val"):
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for path in sorted((folder / split).glob("*/*")):
+                archive.write(path, f"{path.parent.name}/{path.name}")
+    return root
+
+
 # The index
 
 
