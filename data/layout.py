@@ -161,13 +161,25 @@ def of_split(members: Sequence[Member], split: str, inside: bool) -> list[tuple[
     return found
 
 
-def shard_labels(entries: Sequence[tuple[str, Member]]) -> dict[str, Member]:
-    """Return the members that hold labels, by the keys of the images they belong to; .cls comes before .json."""
+def shard_labels(entries: Sequence[tuple[str, Member]], name: str) -> dict[str, Member]:
+    """Return the members that hold labels, by the keys of the images they belong to; .cls comes before .json.
+
+    ValueError if two samples share a key, so that it does not tell which label is whose.
+    """
     keys = {_key(path) for path, _ in entries if path.lower().endswith(SUFFIXES)}
     found: dict[str, Member] = {}
     for suffix in reversed(LABEL_SUFFIXES):
-        labels = ((_key(path), member) for path, member in entries if path.lower().endswith(suffix))
-        found |= {key: member for key, member in labels if key in keys}
+        own: dict[str, Member] = {}
+        for path, member in entries:
+            if (
+                path.lower().endswith(suffix)
+                and (key := _key(path)) in keys
+                and own.setdefault(key, member) is not member
+            ):
+                raise ValueError(
+                    f"{name} holds {path} twice; the samples of a shard must have keys of their own: write it again"
+                )
+        found |= own
     return found
 
 

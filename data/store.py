@@ -137,6 +137,11 @@ class ArchiveSource:
             done += count
         return data
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """The length of each image's file, int64 (n,)."""
+        return self._size
+
     def storage_order(self) -> np.ndarray:
         """Return the indices in the order in which the images lie in the archives, int64 (n,)."""
         return np.lexsort((self._offset, self._archive)).astype(np.int64)

@@ -108,12 +108,21 @@ def index_files(place: Place) -> list[Path]:
     name = f"{own}retoken-index-{place.split}.npz"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retoken"
     key = hashlib.sha256(os.fsencode(str(root))).hexdigest()[:16]
-    return [(root.parent if place.inside else root) / name, cache / f"{key}-{name}"]
+    return [_folder(place).absolute() / name, cache / f"{key}-{name}"]
+
+
+def _folder(place: Place) -> Path:
+    return place.root.parent if place.inside else place.root
+
+
+def _relative(file: Path, folder: Path) -> str:
+    """Return the path from the folder on, if it lies in it: an index may be copied with its archives."""
+    return str(file.relative_to(folder) if file.is_relative_to(folder) else file.absolute())
 
 
 def inputs(place: Place, label_files: Iterable[str], val_labels: str) -> list[Any]:
     """Return what an index depends on: name, size and time of the archives and label files, and DATA.VAL_LABELS."""
-    paths = [*place.archives, *(Path(file) for file in label_files)]
+    paths = [*place.archives, *(_folder(place) / file for file in label_files)]
     return [FORMAT, val_labels if label_files else "", *(_state(path) for path in paths)]
 
 
@@ -134,7 +143,7 @@ def build_index(place: Place, val_labels: str, say: Say) -> StoreIndex:
         done = _told(pool.map(lambda piece: _list_inner(place, *piece), inner), len(inner), place, say)
     founds = [found for found, pieces in listed if found.samples or not pieces] + done
     kind, samples, label_file = _classes(place, founds, val_labels)
-    label_files = [str(file) for file in inputs_of(label_file)] if label_file else []
+    label_files = [_relative(file, _folder(place)) for file in inputs_of(label_file)] if label_file else []
     rows = [(sample, found) for found, own in zip(founds, samples, strict=True) for sample in own]
     if not rows:
         raise NoImagesError(
@@ -182,7 +191,7 @@ def _list_inner(place: Place, number: int, inner: str, offset: int, size: int) -
 def _found(path: Path, number: int, inner: str, entries: Sequence[Any], problems: list[str]) -> Found:
     name = f"{path}:{inner}" if inner else str(path)
     labels: dict[str, str | int] = {}
-    holders = shard_labels(entries)
+    holders = shard_labels(entries, name)
     if holders:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -225,7 +234,7 @@ def _classes(place: Place, founds: Sequence[Found], val_labels: str) -> tuple[st
         raise ValueError(
             f"{place.name} holds images without classes; expected <class>/<image> or KEY.jpg with KEY.cls in it"
         )
-    file = find_label_file(place.root.parent if place.inside else place.root, val_labels)
+    file = find_label_file(_folder(place), val_labels)
     labels = read_labels(file, [s.place for own in samples for s in own])
     return kind, [[Sample(labels[s.place], s.place, s.member) for s in own] for own in samples], file
 

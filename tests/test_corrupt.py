@@ -1,11 +1,13 @@
 """Bad input: what cannot be read is replaced in training and listed, what is only odd is read, evaluation stops."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+import train as train_script
 from data.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
 from data.decode import UnreadableImageError, decode, jpeg_size
 from data.folder import scan
@@ -220,3 +222,58 @@ def test_watching_batches_collects_each_file_once(damaged):
     assert len(batches) == 20
     assert sorted(one.index for one in found.take_new()) == sorted(REPLACED)
     assert found.take_new() == []
+
+
+@pytest.fixture
+def bad_run(small_cfg, pictures, tmp_path):
+    """Copy the run's pictures, damage two, and return a function that trains on them."""
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    for name in ("train/blue/003.jpg", "train/red/015.jpg"):
+        (root / name).write_bytes(UNREADABLE["html"])
+
+    def run(*opts):
+        argv = ["--cfg", str(small_cfg), "--data-path", str(root), "--output", str(tmp_path / "out"), "--opts"]
+        return train_script.main([*argv, "TRAIN.EPOCHS", "1", *opts])
+
+    return root, tmp_path / "out" / "small", run
+
+
+def listed(run):
+    return [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
+
+
+def test_training_lists_what_it_replaced(bad_run, capsys):
+    root, out, run = bad_run
+    assert run("DATA.MAX_BAD_SHARE", "0.04") == 0  # 2 of 48
+    rows = sorted(listed(out), key=lambda row: row["index"])
+    assert [(row["index"], row["replaced_by_index"]) for row in rows] == [(3, 4), (47, 0)]
+    assert rows[0]["path"] == f"{root}/train/blue/003.jpg"
+    assert rows[0]["replaced_by"] == f"{root}/train/blue/004.jpg"
+    assert "a web page, not an image" in rows[0]["reason"]
+    assert f"{root}/train/blue/003.jpg cannot be decoded" in (out / "log.txt").read_text()
+
+
+def test_training_stops_above_the_share_and_says_where_the_list_is(bad_run, capsys):
+    _, out, run = bad_run
+    with pytest.raises(SystemExit) as caught:
+        run()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert (
+        f"2 of 48 training images cannot be read, DATA.MAX_BAD_SHARE=0.001 allows 1; {out}/bad_images.jsonl lists them"
+        in said
+    )
+    assert len(listed(out)) == 2
+
+
+@pytest.mark.slow
+def test_processes_list_each_file_once_and_stop_together(bad_run, small_cfg, run_script, tmp_path):
+    root, out, _ = bad_run
+    argv = ["train.py", "--cfg", str(small_cfg), "--data-path", str(root), "--output", str(tmp_path / "out"), "--opts"]
+    run_script(*argv, "TRAIN.EPOCHS", "1", "DATA.MAX_BAD_SHARE", "1", processes=2)
+    assert sorted(row["index"] for row in listed(out)) == [3, 47]
+    done = run_script(*argv, "TAG", "strict", "DATA.MAX_BAD_SHARE", "0", processes=2, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("DATA.MAX_BAD_SHARE=0 allows 0") >= 1
+    assert len(listed(tmp_path / "out" / "small-strict")) >= 1

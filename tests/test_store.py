@@ -443,6 +443,7 @@ def test_folder_with_archives_and_classes_is_refused(folder, tmp_path):
         ([("a/1.jpg", b""), ("2.jpg", b"")], ["in folders (a/1.jpg) and beside them (2.jpg)"]),
         ([("1.jpg", b""), ("1.cls", b"3"), ("2.jpg", b"")], ["labels for 1 of 2 images; 2.jpg has none"]),
         ([("1.jpg", b""), ("1.cls", b"")], ["1.cls tells no class"]),
+        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b""), ("1.cls", b"1")], ["1.cls twice", "keys of their own"]),
         ([("1.jpg", b""), ("1.json", b"{")], ["1.json is no JSON"]),
         ([("1.jpg", b""), ("1.json", b'{"caption": "cat"}')], ["1.json tells no class", "label, cls"]),
         ([("1.jpg", b""), ("1.cls", b"cat"), ("2.jpg", b""), ("2.cls", b"7")], ["by number for some"]),

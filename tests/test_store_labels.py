@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import struct
 import tarfile
 
@@ -106,6 +107,18 @@ def test_index_is_built_again_when_the_label_file_changes(tmp_path):
     assert len(said) == 4
     assert said[2].endswith("again: its files have changed")
     assert store.source(SORTED, False).labels.tolist() == [0, 1, 1, 3, 3]
+
+
+def test_index_copied_with_its_archives_stays_good(tmp_path):
+    write(tmp_path / "one", "ILSVRC2012_devkit_t12.tar.gz", NAMES["ILSVRC2012_devkit_t12.tar.gz"])
+    write_tar(tmp_path / "one" / "ILSVRC2012_img_val.tar", [(name, b"") for name in IMAGES])
+    open_store(tmp_path / "one", "val", say=lambda text: None)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")  # with the times of the files
+    shutil.rmtree(tmp_path / "one")
+    said = []
+    source = open_store(tmp_path / "two", "val", say=said.append).source(SORTED, False)
+    assert said == []
+    assert source.name(0).startswith(f"{tmp_path}/two/ILSVRC2012_img_val.tar:")
 
 
 def refused(path, images=IMAGES):
