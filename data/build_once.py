@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ TOUCH_S, STALE_S, POLL_S = 5.0, 60.0, 0.2
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -65,7 +66,7 @@ def build_once(
 
 def _lockable(lock: Path) -> bool:
     """Return whether files can be made in the folder of the lock, which is made if it is missing."""
-    probe = lock.with_name(f".{lock.name}.{socket.gethostname()}.{os.getpid()}.probe")
+    probe = lock.with_name(f".{lock.name}.{uuid.uuid4().hex}.probe")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -8,7 +8,6 @@ Images have the same order on every store that holds the same files: by class, t
 """
 
 import os
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -219,13 +218,9 @@ def open_store(
         if labelled:
             raise ValueError(f"DATA.VAL_LABELS={val_labels!r} has no effect: {place.name} is a folder; set it to ''")
         return FolderStore(place)
-    index, file = open_index(place, val_labels if split == "val" else "", say or _to_stderr)
+    index, file = open_index(place, val_labels if split == "val" else "", say)
     if labelled and not index.facts["label_inputs"]:
         raise ValueError(
             f"DATA.VAL_LABELS={val_labels!r} has no effect: {place.name} tells the classes itself; set it to ''"
         )
     return ArchiveStore(place, index, file)
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,8 +79,12 @@ class StoreIndex:
         return os.fsdecode(self.names[start : int(self.ends[index])].tobytes())
 
 
-def open_index(place: Place, val_labels: str, say: Say) -> tuple[StoreIndex, Path]:
-    """Return the index of a split's archives and the file it is kept in; build it if there is none that fits."""
+def open_index(place: Place, val_labels: str, say: Say | None) -> tuple[StoreIndex, Path]:
+    """Return the index of a split's archives and the file it is kept in; build it if there is none that fits.
+
+    `say` hears of building and of waiting; without it stderr does, of building only: one process of many has a voice.
+    """
+    tell = say or _to_stderr
     files = index_files(place)
     states: dict[str, Any] = {}
 
@@ -92,13 +97,13 @@ def open_index(place: Place, val_labels: str, say: Say) -> tuple[StoreIndex, Pat
 
     def build(file: Path) -> None:
         again = " again: its files have changed" if str(file) in states else ""
-        say(f"indexing {place.split} of {place.root} ({len(place.archives)} archives){again}")
-        index = build_index(place, val_labels, say)
+        tell(f"indexing {place.split} of {place.root} ({len(place.archives)} archives){again}")
+        index = build_index(place, val_labels, tell)
         write_whole(file, lambda temporary: _save(index, temporary))
         away = "" if file == files[0] else f" because {files[0].parent} cannot be written"
-        say(f"indexed {len(index)} images; the index is kept in {file}{away}")
+        tell(f"indexed {len(index)} images; the index is kept in {file}{away}")
 
-    return build_once(files, read, build, say)
+    return build_once(files, read, build, say or _to_nobody)
 
 
 def index_files(place: Place) -> list[Path]:
@@ -280,6 +285,14 @@ def _wordnet_ids(rows: list[tuple[Sample, Found]]) -> list[str] | None:
             return None
     ordered = [names[label] for label in sorted(names)]
     return ordered if sorted(names) == list(range(len(names))) and ordered == sorted(set(ordered)) else None
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _to_nobody(text: str) -> None:
+    pass
 
 
 def _save(index: StoreIndex, file: Path) -> None:

@@ -32,6 +32,12 @@ WNIDS = ("n01440764", "n01443537", "n02119789")
 SMALL = "DATA.IMG_SIZE 24 DATA.EVAL_RESIZE 28 TRAIN.GLOBAL_BATCH 8 TRAIN.MICRO_BATCH 4 EVAL.BATCH 5"
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Keep the tests out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Three ImageNet classes with names as there: <wnid>_<number> in train, numbered files in val."""
@@ -263,7 +269,6 @@ def test_index_that_does_not_fit_is_built_again_and_said(folder, tmp_path, chang
 
 def test_read_only_folder_keeps_its_index_in_the_cache(folder, tmp_path, monkeypatch):
     root = as_tar(folder, tmp_path / "store")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real = Path.touch
 
     def touch(path, *args, **kwargs):
@@ -297,6 +302,16 @@ def test_processes_that_start_together_build_one_index(folder, tmp_path):
         thread.join()
     assert len(stores) == 4
     assert sum(line.startswith("indexed") for line in said) == 1
+
+
+@pytest.mark.slow
+def test_processes_of_a_run_build_one_index_and_train(small_cfg, pictures, tmp_path, run_script):
+    root = as_tar(pictures, tmp_path / "store")
+    argv = ("--cfg", str(small_cfg), "--data-path", str(root), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "1")
+    done = run_script("train.py", *argv, processes=2)
+    assert (done.stdout + done.stderr).count(f"indexing train of {root}") == 1
+    assert (done.stdout + done.stderr).count(f"indexing val of {root}") == 1
+    assert "data       48 training and 15 validation images, 3 classes" in done.stdout
 
 
 def test_lock_of_a_process_that_died_is_taken_over(folder, tmp_path):
