@@ -8,7 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.data_doubles import write_folder
+
+WNIDS = ("n01440764", "n01443537", "n02119789")
 SPLITS = ("train", "val")
+
+
+def imagenet_like(root: Path) -> Path:
+    """Write three ImageNet classes with names as there: <wnid>_<number> in train, numbered files in val."""
+    write_folder(root, train=dict.fromkeys(WNIDS, 16), val=dict.fromkeys(WNIDS, 3))
+    for path in sorted(root.glob("train/*/*.jpg")):
+        number = int(path.stem)
+        path.rename(path.with_name(f"{path.parent.name}_{number * number * 7 + 2}.jpg"))
+    pictures = sorted(root.glob("val/*/*.jpg"))
+    for number, i in enumerate(np.random.RandomState(0).permutation(len(pictures)), 1):
+        pictures[i].rename(pictures[i].with_name(f"ILSVRC2012_val_{number:08d}.jpg"))
+    return root
 
 
 def files_of(folder: Path, split: str) -> list[tuple[str, str, bytes]]:
