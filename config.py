@@ -48,8 +48,11 @@ _C.DATA = CfgNode()
 _C.DATA.PATH = ""
 # File that tells the classes of validation images in an archive without class folders; "" looks beside the archive.
 _C.DATA.VAL_LABELS = ""
-# torch (decodes JPEGs on the CPU) or synthetic (random images, no decoding: the ceiling of everything else).
+# torch (decodes JPEGs on the CPU), dali (NVIDIA DALI, on a GPU or the CPU) or synthetic (random images, no decoding: the
+# ceiling of everything else).
 _C.DATA.LOADER = "torch"
+# Where DALI decodes: cpu, gpu, or auto, which is where the model trains.
+_C.DATA.DALI_DEVICE = "auto"
 # Training and evaluation crop, pixels.
 _C.DATA.IMG_SIZE = 224
 # File that fixes the order of the classes; "" sorts the folder names.
@@ -163,7 +166,8 @@ _C.LOG.TENSORBOARD = True
 CHOICES: dict[str, tuple[str, ...]] = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
-    "DATA.LOADER": ("torch", "synthetic"),
+    "DATA.LOADER": ("torch", "dali", "synthetic"),
+    "DATA.DALI_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.EVAL_INTERPOLATION": ("bicubic", "bilinear"),
     "AUG.ERASE_MODE": ("pixel", "rand", "const"),
@@ -406,10 +410,14 @@ def validate(cfg: CfgNode) -> None:
     for name in ("NAME", "TAG"):
         if "/" in cfg[name] or cfg[name] in (".", ".."):
             raise ValueError(f"{name} is one folder name, got {cfg[name]!r}; use OUTPUT for the path")
-    if cfg.DATA.LOADER == "torch" and 0 < cfg.DATA.EVAL_RESIZE < cfg.DATA.IMG_SIZE:
+    if cfg.DATA.LOADER != "synthetic" and 0 < cfg.DATA.EVAL_RESIZE < cfg.DATA.IMG_SIZE:
         raise ValueError(
             f"DATA.EVAL_RESIZE={cfg.DATA.EVAL_RESIZE} is smaller than the crop DATA.IMG_SIZE={cfg.DATA.IMG_SIZE}; "
             f"give at least {cfg.DATA.IMG_SIZE}, usually {round(cfg.DATA.IMG_SIZE / 0.875)}"
+        )
+    if cfg.DATA.LOADER != "dali" and cfg.DATA.DALI_DEVICE != "auto":
+        raise ValueError(
+            f"DATA.DALI_DEVICE={cfg.DATA.DALI_DEVICE} has no effect while DATA.LOADER={cfg.DATA.LOADER}; set DATA.LOADER to dali"
         )
     if cfg.TRAIN.MICRO_BATCH == 1 and (cfg.AUG.MIXUP or cfg.AUG.CUTMIX) and cfg.AUG.MIX_PROB:
         raise ValueError(

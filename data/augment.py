@@ -47,9 +47,9 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         """Return the operations on a device."""
-        tensors = self.images, self.numbers, self.tables
+        tensors = [self.images, self.numbers, self.tables]
         if device.type == "cuda":
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+            tensors = [tensor.pin_memory() for tensor in tensors]
         return Packed(self.groups, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
@@ -119,7 +119,7 @@ def pack(ops: Sequence[Sequence[Op]], size: int) -> Packed:
         if op.name in AXES:
             numbers[row] = matrix(op.name, _argument(op), size)
         elif _base(op) == "given":
-            tables[row] = photometric.given_table(op.name, op.argument)
+            tables[row] = photometric.given_table(op.name, op.argument or 0.0)
         else:
             numbers[row, 0] = op.argument or 0.0
     rows = torch.tensor([row for row, _ in entries], dtype=torch.int64)
@@ -160,7 +160,7 @@ def _recoloured(images: Tensor, op: Op) -> Tensor:
     """Run one photometric operation on a batch on the CPU."""
     base = _base(op)
     if base == "given":
-        table = torch.from_numpy(photometric.given_table(op.name, op.argument))
+        table = torch.from_numpy(photometric.given_table(op.name, op.argument or 0.0))
         return photometric.look_up(images, table.expand(len(images), 3, -1))
     numbers = torch.tensor([op.argument or 0.0], dtype=torch.float64)
     if base in photometric.FILTERS:

@@ -13,6 +13,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.bad_images import BadImages
+from data.dali_loader import DaliEvalLoader, DaliTrainLoader
 from data.device import DeviceStage
 from data.erasing import EraseBoxes
 from data.folder import FolderSource, read_class_index
@@ -34,7 +35,7 @@ Source = FolderSource | ArchiveSource
 class EvalData:
     """What an evaluation takes."""
 
-    val: EvalLoader | SyntheticEval
+    val: EvalLoader | DaliEvalLoader | SyntheticEval
     stage: DeviceStage
     classes: list[str]
     fingerprint: dict[str, Any]  # counts and hashes that tell whether two runs saw the same data
@@ -45,7 +46,7 @@ class EvalData:
 class Data(EvalData):
     """What a training run takes."""
 
-    train: TrainLoader | SyntheticTrain = field(kw_only=True)
+    train: TrainLoader | DaliTrainLoader | SyntheticTrain = field(kw_only=True)
     stream: IndexStream = field(kw_only=True)
     bad: BadImages = field(kw_only=True)
 
@@ -75,15 +76,13 @@ def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str, 
         erase=_erase_boxes(cfg),
         fill=(_level(cfg.DATA.MEAN[0]), _level(cfg.DATA.MEAN[1]), _level(cfg.DATA.MEAN[2])),
     )
-    pin = device.type == "cuda"
-    train = TrainLoader(train_source, transform, stream, rank, world, _workers(cfg), cfg.DATA.PREFETCH, pin)
     return Data(
         val=_eval_loader(cfg, val_source, rank, world, device),
         stage=_stage(cfg, len(classes), device),
         classes=classes,
         fingerprint=_fingerprint(classes, train=train_source, val=val_source) | _order_fingerprint(stream),
         notes=[*train_store.notes, *val_store.notes, *_notes(val_store, val_source, classes)],
-        train=train,
+        train=_train_loader(cfg, train_source, transform, stream, rank, world, device),
         stream=stream,
         bad=BadImages(len(train_source), cfg.DATA.MAX_BAD_SHARE),
     )
@@ -174,10 +173,29 @@ def _stage(cfg: CfgNode, num_classes: int, device: torch.device) -> DeviceStage:
     return DeviceStage(mixing, cfg.DATA.MEAN, cfg.DATA.STD, cfg.TRAIN.SEED, device, aug.ERASE_MODE, aug.ORDER)
 
 
-def _eval_loader(cfg: CfgNode, source: Source, rank: int, world: int, device: torch.device) -> EvalLoader:
+def _train_loader(
+    cfg: CfgNode,
+    source: Source,
+    transform: TrainTransform,
+    stream: IndexStream,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> TrainLoader | DaliTrainLoader:
+    share = source, transform, stream, rank, world, _workers(cfg), cfg.DATA.PREFETCH
+    if cfg.DATA.LOADER == "dali":
+        return DaliTrainLoader(*share, device, cfg.DATA.DALI_DEVICE)
+    return TrainLoader(*share, pin_memory=device.type == "cuda")
+
+
+def _eval_loader(
+    cfg: CfgNode, source: Source, rank: int, world: int, device: torch.device
+) -> EvalLoader | DaliEvalLoader:
     transform = EvalTransform(cfg.DATA.IMG_SIZE, cfg.DATA.EVAL_RESIZE, cfg.DATA.EVAL_INTERPOLATION)
-    pin = device.type == "cuda"
-    return EvalLoader(source, transform, cfg.EVAL.BATCH, rank, world, _workers(cfg), cfg.DATA.PREFETCH, pin)
+    share = source, transform, cfg.EVAL.BATCH, rank, world, _workers(cfg), cfg.DATA.PREFETCH
+    if cfg.DATA.LOADER == "dali":
+        return DaliEvalLoader(*share, device, cfg.DATA.DALI_DEVICE)
+    return EvalLoader(*share, pin_memory=device.type == "cuda")
 
 
 def _workers(cfg: CfgNode) -> int:

@@ -17,13 +17,13 @@ from torch import Tensor
 GREY = (19595, 38470, 7471)
 
 
-def given_table(name: str, argument: float | None) -> np.ndarray:
+def given_table(name: str, argument: float) -> np.ndarray:
     """Return the table, uint8 (L,), of an operation whose table does not depend on the image."""
     levels = np.arange(256)
     if name == "Invert":
         table = 255 - levels
     elif name.startswith("Posterize"):
-        bits = 0 if argument is None else int(argument)
+        bits = int(argument)
         table = levels & ~(2 ** (8 - bits) - 1) if bits > 0 else 0 * levels
     elif name.startswith("SolarizeAdd"):
         table = np.where(levels < 128, np.minimum(255, levels + argument), levels)

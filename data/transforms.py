@@ -42,6 +42,7 @@ class TrainDraw:
     flip: bool
     ops: tuple[rand_augment.Op, ...]
     erase: np.ndarray  # int64 (count, 4)
+    size: int  # side of the result
 
 
 def draw_crop(
@@ -90,12 +91,12 @@ class TrainTransform:
             interpolation = ("bilinear", "bicubic")[rng.randint(2)]
         flip = bool(rng.random_sample() < self.hflip)
         ops = rand_augment.draw(self.policy, rng, self.interpolation) if self.policy else ()
-        return TrainDraw(crop, interpolation, flip, ops, self.erase.draw(rng, self.size))
+        return TrainDraw(crop, interpolation, flip, ops, self.erase.draw(rng, self.size), self.size)
 
     def apply(self, image: Tensor, drawn: TrainDraw) -> Tensor:
         """Return the crop, uint8 (3, size, size), of an image, uint8 (3, H, W)."""
         mode = INTERPOLATIONS[drawn.interpolation]
-        image = tvf.resized_crop(image, *drawn.crop, [self.size, self.size], mode, antialias=True)
+        image = tvf.resized_crop(image, *drawn.crop, [drawn.size, drawn.size], mode, antialias=True)
         if drawn.flip:
             image = image.flip(-1)
         return augment(image, drawn.ops, self.fill)
@@ -127,10 +128,14 @@ class EvalTransform:
         if 0 < self.resize < self.crop:
             raise ValueError(f"DATA.EVAL_RESIZE={self.resize} must be 0 or at least the crop DATA.IMG_SIZE={self.crop}")
 
+    def geometry(self, height: int, width: int) -> tuple[tuple[int, int], Crop]:
+        """Return (height, width) that an image of height x width pixels is resized to, and the crop of that."""
+        size = shorter_side_size(height, width, self.resize) if self.resize else (self.crop, self.crop)
+        top, left = (round((side - self.crop) / 2.0) for side in size)  # to even, as torchvision does
+        return size, Crop(top, left, self.crop, self.crop)
+
     def __call__(self, image: Tensor) -> Tensor:
         """Return uint8 (3, crop, crop) of an image, uint8 (3, H, W)."""
-        size = (
-            shorter_side_size(image.shape[-2], image.shape[-1], self.resize) if self.resize else (self.crop, self.crop)
-        )
+        size, crop = self.geometry(image.shape[-2], image.shape[-1])
         image = tvf.resize(image, list(size), INTERPOLATIONS[self.interpolation], antialias=True)
-        return tvf.center_crop(image, [self.crop, self.crop])
+        return tvf.crop(image, *crop)
