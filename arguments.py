@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 # Flags that stand for one config key each, as Swin's users type them.
 KEY_FLAGS = {
-    "--data-path": ("DATA.PATH", "folder with train/ and val/, a folder per class in each"),
+    "--data-path": ("DATA.PATH", "folder with train/ and val/, or with the archives that hold them"),
     "--batch-size": ("TRAIN.MICRO_BATCH", "images per process and forward pass; the global batch stays the recipe's"),
     "--output": ("OUTPUT", "folder that run directories are made in"),
     "--tag": ("TAG", "tells runs of one config apart: the run directory is <output>/<name>-<tag>"),

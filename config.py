@@ -57,10 +57,15 @@ _C.MODEL.INIT_WEIGHTS = ""
 _C.MODEL.SYNC_BN = False
 
 _C.DATA = CfgNode()
-# Folder with train/<class>/*.jpg and val/<class>/*.jpg.
+# Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.
 _C.DATA.PATH = ""
-# torch (decodes JPEGs on the CPU) or synthetic (random images, no decoding: the ceiling of everything else).
+# File that tells the classes of validation images in an archive without class folders; "" looks beside the archive.
+_C.DATA.VAL_LABELS = ""
+# torch (decodes JPEGs on the CPU), dali (NVIDIA DALI, on a GPU or the CPU) or synthetic (random images, no decoding: the
+# ceiling of everything else).
 _C.DATA.LOADER = "torch"
+# Where DALI decodes: cpu, gpu, or auto, which is where the model trains.
+_C.DATA.DALI_DEVICE = "auto"
 # Training and evaluation crop, pixels.
 _C.DATA.IMG_SIZE = 224
 # File that fixes the order of the classes; "" sorts the folder names.
@@ -69,6 +74,10 @@ _C.DATA.CLASS_INDEX = ""
 _C.DATA.WORKERS = -1
 # Batches each worker keeps ready.
 _C.DATA.PREFETCH = 4
+# Shuffle blocks of this many neighbouring images, then inside windows of 256 blocks (networked storage); 0 shuffles all.
+_C.DATA.BLOCK_SHUFFLE = 0
+# Share of the training images that may be unreadable, rounded up to whole images; 0 stops at the first.
+_C.DATA.MAX_BAD_SHARE = 0.001
 # Evaluation with EVAL.MODE center: the shorter side is resized to this, then cropped; 0 resizes the whole image to the
 # crop. EVAL.CROP_PCT, if set, comes before it.
 _C.DATA.EVAL_RESIZE = 256
@@ -229,7 +238,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "RECIPE.MODE": ("corrected", "published"),
     "RECIPE.HEADLINE": ("raw", "ema"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
-    "DATA.LOADER": ("torch", "synthetic"),
+    "DATA.LOADER": ("torch", "dali", "synthetic"),
+    "DATA.DALI_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.EVAL_INTERPOLATION": ("bicubic", "bilinear"),
     "AUG.ERASE_MODE": ("pixel", "rand", "const"),
@@ -253,6 +263,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "DATA.IMG_SIZE": (16, 1e5),
     "DATA.WORKERS": (-1, 4096),
     "DATA.PREFETCH": (1, 1024),
+    "DATA.BLOCK_SHUFFLE": (0, 1e9),
+    "DATA.MAX_BAD_SHARE": (0, 1),
     "DATA.EVAL_RESIZE": (0, 1e5),
     "DATA.MEAN": (0, 1),
     "DATA.STD": (1e-3, 1),
@@ -539,6 +551,10 @@ def validate(cfg: CfgNode) -> None:
         raise ValueError(
             f"DATA.EVAL_RESIZE={cfg.DATA.EVAL_RESIZE} is smaller than the crop DATA.IMG_SIZE={cfg.DATA.IMG_SIZE}; "
             f"give at least {cfg.DATA.IMG_SIZE}, usually {round(cfg.DATA.IMG_SIZE / 0.875)}"
+        )
+    if cfg.DATA.LOADER != "dali" and cfg.DATA.DALI_DEVICE != "auto":
+        raise ValueError(
+            f"DATA.DALI_DEVICE={cfg.DATA.DALI_DEVICE} has no effect while DATA.LOADER={cfg.DATA.LOADER}; set DATA.LOADER to dali"
         )
     if cfg.TRAIN.MICRO_BATCH == 1 and (cfg.AUG.MIXUP or cfg.AUG.CUTMIX) and cfg.AUG.MIX_PROB:
         raise ValueError(

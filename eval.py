@@ -79,7 +79,8 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
     if args.val_path is not None:
         known, count = facts.get("classes", []), facts.get("num_classes", 0)
         folder = ValFolder(args.val_path, known, count, args.all_logits)
-    data = build_eval_data(cfg, processes.rank, processes.world, processes.device, folder)
+    say = log.say if processes.main else None
+    data = build_eval_data(cfg, processes.rank, processes.world, processes.device, say, folder)
     check_classes(cfg, facts, data.classes, str(checkpoint), log)
     real = None
     if args.real_labels is not None:

@@ -34,7 +34,7 @@ from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.loop import DivergedError, Loop, check_finite
+from engine.loop import DivergedError, Loop, Step, check_finite
 from engine.plan import accumulation
 from engine.precision import Precision
 from engine.randomness import seed_process
@@ -49,8 +49,10 @@ FREE = (
     "OUTPUT",
     "DEVICE",
     "DATA.PATH",
+    "DATA.VAL_LABELS",
     "DATA.WORKERS",
     "DATA.PREFETCH",
+    "DATA.MAX_BAD_SHARE",
     "EVAL.BATCH",
     "CHECKPOINT",
     "LOG",
@@ -140,12 +142,13 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
-    stands_in = args.dry_run and cfg.DATA.LOADER == "torch" and not cfg.DATA.PATH
+    stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
     writes = processes.main and not (args.eval or args.dry_run)
     if writes:
         run.lock()
     check_same_run(cfg, run, log)
-    data = build_data(as_imagenet(cfg) if stands_in else cfg, processes.rank, processes.world, processes.device)
+    say = log.say if processes.main else None
+    data = build_data(as_imagenet(cfg) if stands_in else cfg, processes.rank, processes.world, processes.device, say)
     if stands_in:
         data.notes.append("DATA.PATH is not set: images are counted as ImageNet-1k's")
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
@@ -183,6 +186,10 @@ def train(s: Session) -> None:
         return
     announce(s)
 
+    def report(step: Step) -> None:
+        log.step(step, plan.epochs, plan.updates_per_epoch)
+        note_bad_images(s)
+
     def after_update() -> None:
         log.advance()
         if every and state.update % every == 0 and state.update_in_epoch:
@@ -191,15 +198,22 @@ def train(s: Session) -> None:
     while not state.complete:
         epoch = state.epoch
         log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
-        batches = s.data.train.epoch(epoch, state.update_in_epoch)
-        s.loop.train_epoch(
-            state, batches, lambda step: log.step(step, plan.epochs, plan.updates_per_epoch), after_update
-        )
+        batches = s.data.bad.watch(s.data.train.epoch(epoch, state.update_in_epoch))
+        s.loop.train_epoch(state, batches, report, after_update)
         log.end_epoch()
         if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.complete:
             keep_best(s, evaluate_all(s), epoch)
         save(s)
     log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
+
+
+def note_bad_images(s: Session) -> None:
+    """List the training images that any process could not read since the last call; called by all processes."""
+    new = s.data.bad.take_new()
+    if not s.processes.sum(torch.tensor(float(len(new)), device=s.processes.device)):
+        return
+    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None):
+        s.log.warn(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")
 
 
 def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:

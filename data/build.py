@@ -6,36 +6,40 @@ data = build_eval_data(cfg, rank, world, device)   eval.py, which needs no train
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from yacs.config import CfgNode
 
+from data.bad_images import BadImages
+from data.dali_loader import DaliEvalLoader, DaliTrainLoader
 from data.device import DeviceStage
 from data.erasing import EraseBoxes
-from data.folder import FolderSource, class_folders, read_class_index, scan, scan_labelled, split_folder, val_folder
+from data.folder import FolderSource, class_folders, read_class_index, scan_labelled, val_folder
 from data.labels import class_names, label_folders
+from data.layout import has_split
 from data.mixing import Mixing
 from data.rand_augment import parse_policy
+from data.shared_memory import check_shared_memory, default_workers
+from data.store import ArchiveSource, ArchiveStore, FolderStore, open_store
+from data.store_index import NoImagesError, Say
 from data.stream import IndexStream
 from data.synthetic import SyntheticEval, SyntheticTrain
 from data.torch_loader import EvalLoader, TrainLoader
 from data.transforms import EvalTransform, TrainTransform
 from timeline import Timeline, parse_optional
 
-MAX_WORKERS = 16  # of each training process, when DATA.WORKERS=-1
+Source = FolderSource | ArchiveSource
 
 
 @dataclass
 class EvalData:
     """What an evaluation takes."""
 
-    val: EvalLoader | SyntheticEval
+    val: EvalLoader | DaliEvalLoader | SyntheticEval
     stage: DeviceStage
     classes: list[str]
     fingerprint: dict[str, Any]  # counts and hashes that tell whether two runs saw the same data
@@ -60,19 +64,25 @@ class ValFolder:
 class Data(EvalData):
     """What a training run takes."""
 
-    train: TrainLoader | SyntheticTrain = field(kw_only=True)
+    train: TrainLoader | DaliTrainLoader | SyntheticTrain = field(kw_only=True)
     stream: IndexStream = field(kw_only=True)
+    bad: BadImages = field(kw_only=True)
 
 
-def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str) -> Data:
-    """Build the loaders, the device stage and the index stream of a training run."""
+def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str, say: Say | None = None) -> Data:
+    """Build the loaders, the device stage and the index stream of a training run.
+
+    `say` hears when an index of archives is built; without it stderr does.
+    """
     device = torch.device(device)
     if cfg.DATA.LOADER == "synthetic":
         return _synthetic(cfg, rank, world, device)
-    classes = _classes(cfg)
-    train_source = scan(split_folder(cfg.DATA.PATH, "train"), classes, must_hold_all=True)
-    val_source = scan(split_folder(cfg.DATA.PATH, "val"), classes, must_hold_all=False)
-    stream = _stream(cfg, len(train_source))
+    train_store, val_store = _open(cfg, "train", say), _open(cfg, "val", say)
+    classes = _classes(cfg, train_store)
+    train_source = train_store.source(classes, must_hold_all=True)
+    val_source = val_store.source(classes, must_hold_all=False)
+    stream = _stream(cfg, len(train_source), _storage_order(cfg, train_source))
+    _check_shared_memory(cfg, max(cfg.TRAIN.MICRO_BATCH, cfg.EVAL.BATCH))
     transform = TrainTransform(
         size=cfg.DATA.IMG_SIZE,
         seed=cfg.TRAIN.SEED,
@@ -86,24 +96,28 @@ def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str) 
         sizes=_sizes(cfg),
         magnitude=parse_optional(cfg.TIMELINE.MAGNITUDE, "TIMELINE.MAGNITUDE"),
     )
-    pin = device.type == "cuda"
-    train = TrainLoader(train_source, transform, stream, rank, world, _workers(cfg), cfg.DATA.PREFETCH, pin)
     return Data(
         val=_eval_loader(cfg, val_source, rank, world, device),
         stage=_stage(cfg, len(classes), device),
         classes=classes,
-        fingerprint=_fingerprint(classes, train=train_source, val=val_source),
-        notes=_notes(val_source, classes),
-        origin=str(val_source.root),
-        names=val_source.relative,
+        fingerprint=_fingerprint(classes, train=train_source, val=val_source) | _order_fingerprint(stream),
+        notes=[*train_store.notes, *val_store.notes, *_notes(val_store, val_source, classes)],
+        origin=val_store.where,
+        names=_names(val_source),
         transform=_eval_transform(cfg),
-        train=train,
+        train=_train_loader(cfg, train_source, transform, stream, rank, world, device),
         stream=stream,
+        bad=BadImages(len(train_source), cfg.DATA.MAX_BAD_SHARE),
     )
 
 
 def build_eval_data(
-    cfg: CfgNode, rank: int, world: int, device: torch.device | str, folder: ValFolder | None = None
+    cfg: CfgNode,
+    rank: int,
+    world: int,
+    device: torch.device | str,
+    say: Say | None = None,
+    folder: ValFolder | None = None,
 ) -> EvalData:
     """Build the evaluation loader and the device stage.
 
@@ -114,15 +128,19 @@ def build_eval_data(
         if folder:
             raise ValueError(f"--val-path {folder.path} has no effect with DATA.LOADER=synthetic; set it to torch")
         return _synthetic(cfg, rank, world, device)
-    answers, notes = None, []
+    answers: list[int] | None = None
+    notes: list[str] = []
+    source: Source
     if folder:
         classes, source, origin = _labelled(cfg, folder)
         present = np.unique(source.labels).tolist()
         answers = present if len(present) < len(classes) and not folder.all_logits else None
     else:
-        classes = _classes(cfg)
-        source = scan(split_folder(cfg.DATA.PATH, "val"), classes, must_hold_all=False)
-        origin, notes = str(source.root), _notes(source, classes)
+        store = _open(cfg, "val", say)
+        classes = _classes(cfg, _train_or(store, cfg, say))
+        source = store.source(classes, must_hold_all=False)
+        origin, notes = store.where, [*store.notes, *_notes(store, source, classes)]
+    _check_shared_memory(cfg, cfg.EVAL.BATCH)
     return EvalData(
         val=_eval_loader(cfg, source, rank, world, device),
         stage=_stage(cfg, len(classes), device),
@@ -130,10 +148,15 @@ def build_eval_data(
         fingerprint=_fingerprint(classes, val=source),
         notes=notes,
         origin=origin,
-        names=source.relative,
+        names=_names(source),
         transform=_eval_transform(cfg),
         answers=answers,
     )
+
+
+def _names(source: Source) -> Callable[[int], str]:
+    """Return what gives an image's name: its path below the split's folder, or its place in an archive."""
+    return source.relative if isinstance(source, FolderSource) else source.name
 
 
 def _labelled(cfg: CfgNode, folder: ValFolder) -> tuple[list[str], FolderSource, str]:
@@ -147,14 +170,26 @@ def _labelled(cfg: CfgNode, folder: ValFolder) -> tuple[list[str], FolderSource,
     return classes, images, f"{root}, {len(labels)} folders {how}"
 
 
-def _classes(cfg: CfgNode) -> list[str]:
+def _open(cfg: CfgNode, split: str, say: Say | None) -> FolderStore | ArchiveStore:
+    return open_store(cfg.DATA.PATH, split, cfg.DATA.VAL_LABELS, say)
+
+
+def _train_or(val: FolderStore | ArchiveStore, cfg: CfgNode, say: Say | None) -> FolderStore | ArchiveStore:
+    """Return the training images, which name all classes, if they are there; else the validation images."""
+    if cfg.DATA.CLASS_INDEX or not has_split(cfg.DATA.PATH, "train"):
+        return val
+    try:
+        return _open(cfg, "train", say)
+    except NoImagesError:  # an archive that holds val/ only
+        return val
+
+
+def _classes(cfg: CfgNode, store: FolderStore | ArchiveStore) -> list[str]:
     """Return the classes in label order, checked against MODEL.NUM_CLASSES."""
     if cfg.DATA.CLASS_INDEX:
         classes, where = read_class_index(cfg.DATA.CLASS_INDEX), cfg.DATA.CLASS_INDEX
     else:
-        split = "train" if (Path(cfg.DATA.PATH).expanduser() / "train").is_dir() else "val"
-        folder = split_folder(cfg.DATA.PATH, split)
-        classes, where = class_folders(folder), str(folder)
+        classes, where = store.classes(), store.where
     _check_count(cfg, classes, where)
     return classes
 
@@ -168,9 +203,26 @@ def _check_count(cfg: CfgNode, classes: list[str], where: str) -> None:
         )
 
 
-def _stream(cfg: CfgNode, num_samples: int) -> IndexStream:
+def _stream(cfg: CfgNode, num_samples: int, storage: np.ndarray | None = None) -> IndexStream:
     batches = cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH
-    return IndexStream(num_samples, cfg.TRAIN.SEED, *batches, repeats=cfg.AUG.REPEATS)
+    block = cfg.DATA.BLOCK_SHUFFLE
+    return IndexStream(num_samples, cfg.TRAIN.SEED, *batches, repeats=cfg.AUG.REPEATS, block=block, storage=storage)
+
+
+def _storage_order(cfg: CfgNode, source: Source) -> np.ndarray | None:
+    """Return the order in which the images lie, which a block shuffle follows and the source reads ahead in."""
+    if not (cfg.DATA.BLOCK_SHUFFLE and isinstance(source, ArchiveSource)):
+        return None
+    source.read_ahead(cfg.DATA.BLOCK_SHUFFLE)
+    return source.storage_order()
+
+
+def _order_fingerprint(stream: IndexStream) -> dict[str, Any]:
+    """Return what tells whether two stores give a block shuffle the same order; nothing for a full shuffle."""
+    if not stream.block:
+        return {}
+    stored = np.arange(stream.num_samples, dtype=np.int64) if stream.storage is None else stream.storage
+    return {"train_storage_sha256": hashlib.sha256(stored.tobytes()).hexdigest()[:16]}
 
 
 def _erase_boxes(cfg: CfgNode) -> EraseBoxes:
@@ -192,9 +244,30 @@ def _stage(cfg: CfgNode, num_classes: int, device: torch.device) -> DeviceStage:
     return DeviceStage(mixing, cfg.DATA.MEAN, cfg.DATA.STD, cfg.TRAIN.SEED, device, aug.ERASE_MODE, aug.ORDER, mix_prob)
 
 
-def _eval_loader(cfg: CfgNode, source: FolderSource, rank: int, world: int, device: torch.device) -> EvalLoader:
-    pin = device.type == "cuda"
-    return EvalLoader(source, _eval_transform(cfg), cfg.EVAL.BATCH, rank, world, _workers(cfg), cfg.DATA.PREFETCH, pin)
+def _train_loader(
+    cfg: CfgNode,
+    source: Source,
+    transform: TrainTransform,
+    stream: IndexStream,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> TrainLoader | DaliTrainLoader:
+    share = source, transform, stream, rank, world, _workers(cfg), cfg.DATA.PREFETCH
+    if cfg.DATA.LOADER == "dali":
+        return DaliTrainLoader(*share, device, cfg.DATA.DALI_DEVICE)
+    return TrainLoader(*share, pin_memory=device.type == "cuda")
+
+
+def _eval_loader(
+    cfg: CfgNode, source: Source, rank: int, world: int, device: torch.device
+) -> EvalLoader | DaliEvalLoader:
+    share = source, _eval_transform(cfg), cfg.EVAL.BATCH, rank, world, _workers(cfg), cfg.DATA.PREFETCH
+    if cfg.DATA.LOADER == "dali":
+        if cfg.EVAL.MODE == "border":
+            raise ValueError("EVAL.MODE=border: the DALI loader crops and does not fill; set DATA.LOADER to torch")
+        return DaliEvalLoader(*share, device, cfg.DATA.DALI_DEVICE)
+    return EvalLoader(*share, pin_memory=device.type == "cuda")
 
 
 def _eval_transform(cfg: CfgNode) -> EvalTransform:
@@ -212,11 +285,12 @@ def _fill(cfg: CfgNode) -> tuple[int, int, int]:
 
 
 def _workers(cfg: CfgNode) -> int:
-    """Return the loader processes of this training process: the cores it may use, shared with its neighbours."""
-    if cfg.DATA.WORKERS >= 0:
-        return cfg.DATA.WORKERS
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // neighbours))
+    """Return the loader processes of this training process."""
+    return cfg.DATA.WORKERS if cfg.DATA.WORKERS >= 0 else default_workers()
+
+
+def _check_shared_memory(cfg: CfgNode, images: int) -> None:
+    check_shared_memory(_workers(cfg), cfg.DATA.PREFETCH, images * 3 * cfg.DATA.IMG_SIZE**2)
 
 
 def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:
@@ -239,10 +313,11 @@ def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Dat
         },
         train=SyntheticTrain(stream, size, num_classes, _erase_boxes(cfg), seed, rank, world, pin, _sizes(cfg)),
         stream=stream,
+        bad=BadImages(stream.num_samples, cfg.DATA.MAX_BAD_SHARE),
     )
 
 
-def _fingerprint(classes: list[str], **splits: FolderSource) -> dict[str, Any]:
+def _fingerprint(classes: list[str], **splits: Source) -> dict[str, Any]:
     found: dict[str, Any] = {"classes": len(classes), "classes_sha256": _sha256("\n".join(classes))}
     for split, source in splits.items():
         counts = np.bincount(source.labels, minlength=len(classes))
@@ -255,8 +330,8 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _notes(val: FolderSource, classes: list[str]) -> list[str]:
+def _notes(store: FolderStore | ArchiveStore, val: Source, classes: list[str]) -> list[str]:
     held = len(np.unique(val.labels))
     if held == len(classes):
         return []
-    return [f"{val.root} has images of {held} of the {len(classes)} classes; the others are not evaluated"]
+    return [f"{store.where} has images of {held} of the {len(classes)} classes; the others are not evaluated"]

@@ -15,6 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 JPEG_START = b"\xff\xd8"
+NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables among the markers of frames
+MAX_PIXELS = 178_956_970  # of an image, 16 times an ordinary photograph; Pillow refuses more, too
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB, which is deprecated with the wrapper
 HAS_JPEG_OPERATOR = hasattr(torch.ops.image, "decode_jpeg")
 if not HAS_JPEG_OPERATOR:
@@ -28,25 +30,76 @@ if not HAS_JPEG_OPERATOR:
 class UnreadableImageError(ValueError):
     """An image file that cannot be read or decoded."""
 
+    def __init__(self, name: str, reason: str = "", remedy: str = "") -> None:
+        super().__init__(f"{name}: {reason}; {remedy}" if reason else name)
+        self.name, self.reason = name, reason
+
 
 def decode(data: np.ndarray, name: str) -> Tensor:
     """Decode a file's bytes, uint8 (n,), to uint8 (3, H, W); UnreadableImageError names a file that is no image."""
-    if HAS_JPEG_OPERATOR and data[:2].tobytes() == JPEG_START:
-        try:
-            return torch.ops.image.decode_jpeg(torch.from_numpy(data), RGB_MODE, False)
-        except RuntimeError:
-            pass  # Pillow either can, or says better what is wrong
     try:
+        if data[:2].tobytes() == JPEG_START:
+            _check_pixels(*(jpeg_size(data) or (0, 0)))
+            if HAS_JPEG_OPERATOR:
+                try:
+                    return torch.ops.image.decode_jpeg(torch.from_numpy(data), RGB_MODE, False)
+                except RuntimeError:
+                    pass  # Pillow either can, or says better what is wrong
         return _decode_pillow(data)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        why = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # Pillow's readers meet damage with many kinds of errors
         raise UnreadableImageError(
-            f"{name}: cannot be decoded ({len(data)} bytes; {why}); restore the file or take it out of the folder"
+            name,
+            f"cannot be decoded ({len(data)} bytes; {_why(data, error)})",
+            "restore the file or take it out of the folder",
         ) from error
 
 
+def jpeg_size(data: np.ndarray) -> tuple[int, int] | None:
+    """Return (height, width) as a JPEG's header states them, uint8 (n,) being its bytes; None if it has no frame."""
+    at, size = 2, len(data)
+    while at + 9 <= size:
+        if data[at] != 0xFF:
+            return None
+        marker = int(data[at + 1])
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in NO_FRAMES:
+            return int(data[at + 5]) << 8 | int(data[at + 6]), int(data[at + 7]) << 8 | int(data[at + 8])
+        elif marker in (0xD9, 0xDA):  # end of image, start of scan
+            return None
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a segment
+            at += 2
+        else:
+            at += 2 + (int(data[at + 2]) << 8 | int(data[at + 3]))
+    return None
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+
+
+def _why(data: np.ndarray, error: Exception) -> str:
+    if len(data) == 0:
+        return "the file is empty"
+    if not data.any():
+        return "all bytes are zero"
+    if data[:512].tobytes().lstrip()[:5].lower() in (b"<html", b"<!doc"):
+        return "a web page, not an image"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format that Pillow knows"
+    return str(error) or type(error).__name__
+
+
 def _decode_pillow(data: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which are checked here, and of odd metadata
+        return _pixels(data)
+
+
+def _pixels(data: np.ndarray) -> Tensor:
     with Image.open(io.BytesIO(data.data)) as file:
+        _check_pixels(file.height, file.width)
         file.load()
         image: Image.Image = file
         if image.mode.startswith("I"):  # 16 bit grey; Pillow's own conversion would clip it at 255

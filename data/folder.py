@@ -62,7 +62,7 @@ def read_class_index(path: str | Path) -> list[str]:
     names = [name.strip() for name in names if name.strip()]
     doubles = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if doubles or not names:
-        what = f"names {_some(doubles)} more than once" if doubles else "holds no class"
+        what = f"names {some(doubles)} more than once" if doubles else "holds no class"
         raise ValueError(f"DATA.CLASS_INDEX={str(path)!r} {what}; each class must stand in it exactly once")
     return names
 
@@ -88,7 +88,7 @@ def split_folder(root: str | Path, split: str) -> Path:
         raise ValueError("DATA.PATH is not set; give the folder that holds train/ and val/ (--data-path FOLDER)")
     if not root.is_dir():
         parent = next((p for p in root.parents if p.is_dir()), Path("/"))
-        raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {parent} holds {_listing(parent)}")
+        raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {parent} holds {listing(parent)}")
     folder = root / split
     if folder.is_dir():
         return folder
@@ -96,7 +96,7 @@ def split_folder(root: str | Path, split: str) -> Path:
     hint = (
         f"did you mean DATA.PATH={str(root / inner[0])!r}?" if inner else "give the folder that holds train/ and val/"
     )
-    raise ValueError(f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {_listing(root)}; {hint}")
+    raise ValueError(f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {listing(root)}; {hint}")
 
 
 def val_folder(path: str) -> Path:
@@ -105,7 +105,7 @@ def val_folder(path: str) -> Path:
     if not folder.is_dir():
         parent = next((p for p in folder.parents if p.is_dir()), Path("/"))
         raise ValueError(
-            f"--val-path {path!r} is not a folder; {parent} holds {_listing(parent)}; give one that holds a folder per class"
+            f"--val-path {path!r} is not a folder; {parent} holds {listing(parent)}; give one that holds a folder per class"
         )
     return folder
 
@@ -121,7 +121,7 @@ def class_folders(folder: Path) -> list[str]:
             f"{folder} holds {flat} images but no class folders, so their classes are unknown; "
             f"move each into a folder of its class, {folder}/<class>/<image> (for ImageNet's val, by its ground truth file)"
         )
-    raise ValueError(f"{folder} holds no class folders, only {_listing(folder)}; expected {folder}/<class>/<image>.jpg")
+    raise ValueError(f"{folder} holds no class folders, only {listing(folder)}; expected {folder}/<class>/<image>.jpg")
 
 
 def scan(folder: Path, classes: Sequence[str], must_hold_all: bool) -> FolderSource:
@@ -131,18 +131,7 @@ def scan(folder: Path, classes: Sequence[str], must_hold_all: bool) -> FolderSou
     with `must_hold_all`, for classes without a folder.
     """
     present = class_folders(folder)
-    unknown = sorted(set(present) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{folder} has {len(unknown)} class folders that are not among the {len(classes)} classes: {_some(unknown)}; "
-            f"remove them, or add them to train/ and to DATA.CLASS_INDEX if one is set (the classes are {_some(classes)})"
-        )
-    missing = sorted(set(classes) - set(present))
-    if missing and must_hold_all:
-        raise ValueError(
-            f"{folder} has no folder for {len(missing)} of the {len(classes)} classes: {_some(missing)}; "
-            "add their images, or take them out of DATA.CLASS_INDEX"
-        )
+    check_classes(folder, "class folders", present, classes, must_hold_all)
     held = set(present)
     return scan_labelled(folder, {name: label for label, name in enumerate(classes) if name in held})
 
@@ -155,11 +144,29 @@ def scan_labelled(folder: Path, labels: Mapping[str, int]) -> FolderSource:
     empty = [name for (_, name), paths in zip(held, listings, strict=True) if not paths]
     if empty:
         raise ValueError(
-            f"{folder} has no images in {len(empty)} of its {len(held)} class folders: {_some(empty)}; "
+            f"{folder} has no images in {len(empty)} of its {len(held)} class folders: {some(empty)}; "
             f"fill or remove them (images end in {' '.join(SUFFIXES)})"
         )
     repeated = np.repeat([label for label, _ in held], [len(paths) for paths in listings])
     return FolderSource(folder, [path for paths in listings for path in paths], repeated.tolist())
+
+
+def check_classes(
+    where: str | Path, noun: str, present: Sequence[str], classes: Sequence[str], must_hold_all: bool
+) -> None:
+    """Raise ValueError for classes present that are not known, and, with `must_hold_all`, for known ones that are not there."""
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{where} has {len(unknown)} {noun} that are not among the {len(classes)} classes: {some(unknown)}; "
+            f"remove them, or add them to train/ and to DATA.CLASS_INDEX if one is set (the classes are {some(classes)})"
+        )
+    missing = sorted(set(classes) - set(present))
+    if missing and must_hold_all:
+        raise ValueError(
+            f"{where} has no {noun.removeprefix('class ').removesuffix('s')} for {len(missing)} of the {len(classes)} classes: "
+            f"{some(missing)}; add their images, or take them out of DATA.CLASS_INDEX"
+        )
 
 
 def _images(folder: Path, name: str) -> list[str]:
@@ -185,11 +192,11 @@ def _folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _listing(folder: Path) -> str:
+def listing(folder: Path) -> str:
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    return _some(names) if names else "nothing"
+    return some(names) if names else "nothing"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -8,6 +8,13 @@ With repeated augmentation the copies of an image stand next to each other in th
 order to its ranks like cards, so that the copies fall on different ranks; here micro-batch j of an update takes every
 A-th position of the update's piece from j on, A being the micro-batches of an update. For A = published ranks
 (1024 images in 8 x 128) these are DeiT's batches. Copies share a micro-batch only where A is smaller than `repeats`.
+
+For storage that is slow at random reads, a block shuffle takes the images in the order in which they are stored, cuts
+that into blocks, shuffles the blocks, and then the images inside windows of WINDOW_BLOCKS blocks or a few more: at any
+time only the blocks of one window are read. It costs randomness. An image can only meet those of its window, and the
+images of a block always come together; where images are stored class by class, a block is of one class or two. With
+ImageNet so stored and blocks of 64, a window holds 16,400 images, and a batch of 1024 has 231 classes on average instead
+of 641; blocks of 1024 bring 370, for windows of 320,000 images. Shards written in random order have no such limit.
 """
 
 import numpy as np
@@ -16,6 +23,7 @@ from data.address import generator
 
 # DeiT cuts a repeated epoch to a multiple of this many positions, whatever the batch.
 REPEATED_EPOCH_MULTIPLE = 256
+WINDOW_BLOCKS = 256
 
 
 class IndexStream:
@@ -29,7 +37,10 @@ class IndexStream:
         micro_batch: int,
         repeats: int = 1,
         shuffle: bool = True,
+        block: int = 0,
+        storage: np.ndarray | None = None,
     ) -> None:
+        """`block` images a block of the block shuffle, 0 for a full one; `storage` the indices as they are stored."""
         if global_batch < 1 or micro_batch < 1 or global_batch % micro_batch:
             raise ValueError(
                 f"TRAIN.GLOBAL_BATCH={global_batch} must be a positive multiple of TRAIN.MICRO_BATCH={micro_batch}"
@@ -37,6 +48,7 @@ class IndexStream:
         if repeats < 1:
             raise ValueError(f"AUG.REPEATS={repeats} must be at least 1")
         self.num_samples, self.seed, self.repeats, self.shuffle = num_samples, seed, repeats, shuffle
+        self.block, self.storage = block, storage
         self.global_batch, self.micro_batch_size = global_batch, micro_batch
         self.epoch_length = num_samples
         if repeats > 1 and num_samples >= REPEATED_EPOCH_MULTIPLE:
@@ -62,7 +74,9 @@ class IndexStream:
         """Return the epoch's sample indices by position, int64, read-only."""
         if self._cached is None or self._cached[0] != epoch:
             indices = np.arange(self.num_samples, dtype=np.int64)
-            if self.shuffle:
+            if self.shuffle and self.block:
+                indices = self._block_shuffled(epoch)
+            elif self.shuffle:
                 generator(self.seed, "order", epoch).shuffle(indices)
             if self.repeats > 1:
                 distinct = -(-self.epoch_length // self.repeats)
@@ -70,6 +84,18 @@ class IndexStream:
             indices.flags.writeable = False
             self._cached = (epoch, indices)
         return self._cached[1]
+
+    def _block_shuffled(self, epoch: int) -> np.ndarray:
+        """Return the indices with their blocks shuffled, then shuffled inside windows of blocks; int64."""
+        rng = generator(self.seed, "block order", epoch)
+        stored = np.arange(self.num_samples, dtype=np.int64) if self.storage is None else self.storage
+        blocks = np.split(stored, range(self.block, self.num_samples, self.block))
+        order = rng.permutation(len(blocks))
+        windows = np.array_split(order, max(1, len(order) // WINDOW_BLOCKS))
+        pieces = [np.concatenate([blocks[i] for i in window]) for window in windows]
+        for piece in pieces:
+            rng.shuffle(piece)
+        return np.concatenate(pieces)
 
     def micro_batch(self, epoch: int, update: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (positions, indices) of micro-batch j of the epoch's update, both int64 (micro_batch,)."""

@@ -5,6 +5,7 @@ workers changes the speed and nothing else. The main process sends a worker the 
 `Batch` back, or the message of an UnreadableImageError: raised here, it carries no traceback of another process.
 """
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.bad_images import BadImage, read_or_replace
 from data.batch import Batch
 from data.decode import UnreadableImageError, decode
 from data.stream import IndexStream, evaluation_indices
@@ -36,15 +38,19 @@ class Source(Protocol):
         """Return the bytes of the image's file, uint8 (n,), writable."""
 
 
-def load(source: Source, index: int) -> Tensor:
-    """Return an image, uint8 (3, H, W); UnreadableImageError names its file."""
+def read(source: Source, index: int) -> np.ndarray:
+    """Return the bytes of an image's file, uint8 (n,); UnreadableImageError names it."""
     try:
-        data = source.read(index)
+        return source.read(index)
     except OSError as error:
         raise UnreadableImageError(
-            f"{source.name(index)}: cannot be read ({error}); is the disk still there?"
+            source.name(index), f"cannot be read ({error})", "see whether the storage is still there"
         ) from error
-    return decode(data, source.name(index))
+
+
+def load(source: Source, index: int) -> Tensor:
+    """Return an image, uint8 (3, H, W); UnreadableImageError names its file."""
+    return decode(read(source, index), source.name(index))
 
 
 class TrainImages(Dataset):
@@ -66,12 +72,18 @@ class TrainImages(Dataset):
         size = self.transform.size_in(addresses[0][0])
         images = torch.empty(len(addresses), 3, size, size, dtype=torch.uint8)
         erase = np.zeros((len(addresses), self.transform.erase.slots, 4), dtype=np.int64)
-        for row, (epoch, position, index) in enumerate(addresses):
-            cropped, erase[row] = self.transform(load(self.source, index), epoch, position)
-            images[row].copy_(cropped)
         indices = np.array([index for _, _, index in addresses], dtype=np.int64)
+        bad: list[BadImage] = []
+        for row, (epoch, position, index) in enumerate(addresses):
+            image, indices[row], replaced = read_or_replace(index, len(self.source), self._load, self.source.name)
+            bad += replaced
+            cropped, erase[row] = self.transform(image, epoch, position)
+            images[row].copy_(cropped)
         labels = self.source.labels[indices]
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase))
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase), tuple(bad))
+
+    def _load(self, index: int) -> Tensor:
+        return load(self.source, index)
 
 
 class EvalImages(Dataset):
@@ -143,7 +155,7 @@ class TrainLoader:
         pin_memory: bool = False,
     ) -> None:
         self._addresses = MicroBatches(stream, rank, world)
-        self._loader = _loader(TrainImages(source, transform), self._addresses, workers, prefetch, pin_memory)
+        self._loader = start_workers(TrainImages(source, transform), self._addresses, workers, prefetch, pin_memory)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -160,7 +172,7 @@ class TrainLoader:
                 f"first_update={first_update} must lie in 0 .. {self.updates_per_epoch}, the epoch's updates"
             )
         self._addresses.epoch, self._addresses.first_update = epoch, first_update
-        yield from _batches(self._loader)
+        yield from batches_of(self._loader)
 
 
 class EvalLoader:
@@ -180,20 +192,21 @@ class EvalLoader:
         self.num_images = len(source)
         own = evaluation_indices(len(source), rank, world).tolist()
         self._batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-        self._loader = _loader(EvalImages(source, transform), self._batches, workers, prefetch, pin_memory)
+        self._loader = start_workers(EvalImages(source, transform), self._batches, workers, prefetch, pin_memory)
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from _batches(self._loader)
+        yield from batches_of(self._loader)
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _loader(images: Dataset, batches: Any, workers: int, prefetch: int, pin_memory: bool) -> DataLoader:
+def start_workers(images: Dataset, batches: Any, workers: int, prefetch: int, pin_memory: bool) -> DataLoader:
+    """Return a DataLoader of whole batches: `images` makes one of what `batches` yields."""
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -203,17 +216,31 @@ def _loader(images: Dataset, batches: Any, workers: int, prefetch: int, pin_memo
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_keep_inherited if workers else None,
         generator=torch.Generator(),  # its own: DataLoader would draw from the global stream at each epoch
     )
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
+def _keep_inherited(_: int) -> None:
+    """Never collect what a worker inherits: a destructor of the main process's might wait for threads that are not here."""
+    gc.freeze()
+    gc.enable()
+
+
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """Yield what the workers made of each batch; UnreadableImageError for the message of one."""
     with warnings.catch_warnings():
         # Python 3.12 warns of any fork while threads run; workers use nothing that another thread could hold locked.
         warnings.filterwarnings(
             "ignore", message=".*use of fork\\(\\) may lead to deadlocks", category=DeprecationWarning
         )
-        iterator = iter(loader)
+        collecting = gc.isenabled()
+        gc.disable()  # until the workers keep what they inherit
+        try:
+            iterator = iter(loader)
+        finally:
+            if collecting:
+                gc.enable()
     for batch in iterator:
         if isinstance(batch, str):
             raise UnreadableImageError(batch)

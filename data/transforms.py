@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from data import rand_augment
 from data.address import generator
+from data.augment import augment
 from data.erasing import EraseBoxes
 from timeline import Timeline
 
@@ -117,11 +117,7 @@ class TrainTransform:
         image = tvf.resized_crop(image, *drawn.crop, [drawn.size, drawn.size], mode, antialias=True)
         if drawn.flip:
             image = image.flip(-1)
-        if not drawn.ops:
-            return image
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        picture = rand_augment.apply(picture, drawn.ops, self.fill)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return augment(image, drawn.ops, self.fill)
 
     def __call__(self, image: Tensor, epoch: int, position: int) -> tuple[Tensor, np.ndarray]:
         """Return the crop and its erasing boxes."""
@@ -164,18 +160,25 @@ class EvalTransform:
         if 0 < self.resize < self.crop:
             raise ValueError(f"DATA.EVAL_RESIZE={self.resize} must be 0 or at least the crop DATA.IMG_SIZE={self.crop}")
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Return uint8 (3, crop, crop) of an image, uint8 (3, H, W)."""
-        height, width = image.shape[-2:]
+    def geometry(self, height: int, width: int) -> tuple[tuple[int, int], Crop]:
+        """Return (height, width) that an image of height x width pixels is resized to, and the crop of that.
+
+        In border mode the crop may lie outside the image.
+        """
         side = self.resize or self.crop
+        size = (side, side)
         if self.mode == "border":
             size = longer_side_size(height, width, side)
         elif self.mode == "center" and self.resize:
             size = shorter_side_size(height, width, side)
-        else:
-            size = (side, side)
+        top, left = (round((side - self.crop) / 2.0) for side in size)  # to even, as torchvision does
+        return size, Crop(top, left, self.crop, self.crop)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return uint8 (3, crop, crop) of an image, uint8 (3, H, W)."""
+        size, crop = self.geometry(image.shape[-2], image.shape[-1])
         image = tvf.resize(image, list(size), INTERPOLATIONS[self.interpolation], antialias=True)
-        return self._framed(image) if self.mode == "border" else tvf.center_crop(image, [self.crop, self.crop])
+        return self._framed(image) if self.mode == "border" else tvf.crop(image, *crop)
 
     def describe(self) -> str:
         """Return what happens to an image, in a few words."""

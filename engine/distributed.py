@@ -3,10 +3,13 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Return every process's value of a small picklable object, by rank, on every process."""
+        if self.world == 1:
+            return [value]
+        box = [value] * self.world
+        dist.all_gather_object(box, value)
+        return box
 
 
 def start(device: str, timeout_s: float = 1800.0) -> Processes:

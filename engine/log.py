@@ -23,6 +23,7 @@ from engine.evaluate import Accuracy
 from engine.loop import Step
 
 T = TypeVar("T")
+STALL = 0.1  # share of the time spent waiting for data from which on a hint is due
 
 
 class Log:
@@ -37,6 +38,7 @@ class Log:
         self.events: Any = None
         self.progress: Progress | None = None
         self.task: TaskID | None = None
+        self.hinted: int | None = None  # the epoch of the last hint that data are late; -1 before any
 
     def open(self, folder: Path, update: int, tensorboard: bool) -> None:
         """Begin, or continue after `update` updates, the files of a run directory.
@@ -137,6 +139,18 @@ class Log:
         else:
             self.say(line)
         self._row({"kind": "train", **asdict(step)}, step.update)
+        self._hint(step)
+
+    def _hint(self, step: Step) -> None:
+        """Say once an epoch what helps against waiting for data; the first report, in which workers start, does not count."""
+        if self.hinted is None:
+            self.hinted = -1
+        elif step.data_share > STALL and step.epoch != self.hinted:
+            self.hinted = step.epoch
+            self.warn(
+                f"the model waits for data {100 * step.data_share:.0f}% of the time: raise DATA.WORKERS or DATA.PREFETCH, decode on "
+                "the GPU with DATA.LOADER dali, or on slow storage read from tars (docs/data.md, Sizing workers)"
+            )
 
     def result(self, which: str, accuracy: Accuracy, epoch: int, update: int, best: bool) -> None:
         """Report an evaluation of the raw or EMA weights after `epoch` (from 0)."""

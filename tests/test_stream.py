@@ -5,6 +5,8 @@ import pytest
 
 from data.stream import IndexStream, evaluation_indices
 
+FROZEN = [63, 13, 12, 50, 26, 4]
+
 
 def stream(num_samples=1000, seed=0, global_batch=64, micro_batch=16, **options):
     return IndexStream(num_samples, seed, global_batch, micro_batch, **options)
@@ -23,6 +25,45 @@ def test_order_is_a_permutation_and_pure_in_seed_and_epoch():
 def test_order_is_frozen():
     """A changed number here means that every run so far would resume in another order: do not adapt the test."""
     assert stream(num_samples=64).order(5)[:6].tolist() == [49, 48, 41, 4, 44, 10]
+
+
+def test_block_order_is_a_permutation_and_pure_in_seed_and_epoch():
+    orders = [stream(100_000, block=32).order(epoch) for epoch in range(2)]
+    assert all(np.array_equal(np.sort(order), np.arange(100_000)) for order in orders)
+    assert not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(stream(100_000, block=32).order(1), orders[1])
+    assert not np.array_equal(stream(100_000, block=32, seed=1).order(1), orders[1])
+    assert stream(num_samples=64, block=8).order(5)[:6].tolist() == FROZEN  # as above: do not adapt the test
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "block", "windows"), [(100_000, 32, 12), (100_003, 32, 12), (1000, 32, 1), (90, 100, 1)]
+)
+def test_block_order_reads_the_blocks_of_one_window_at_a_time(num_samples, block, windows):
+    order = stream(num_samples, block=block).order(0)
+    counts = [len(piece) for piece in np.array_split(np.arange(-(-num_samples // block)), windows)]
+    start, seen = 0, []
+    for count in counts:
+        blocks = set()
+        while len(blocks) < count or (start < num_samples and order[start] // block in blocks):
+            blocks.add(order[start] // block)
+            start += 1
+        seen.append(blocks)
+    assert start == num_samples
+    assert sum(map(len, seen)) == len(set.union(*seen))  # no block is in two windows
+    if windows > 1:
+        assert max(seen[0]) > 2 * len(seen[0])  # the blocks of a window lie apart
+        assert np.abs(np.diff(order[:2000] // block)).mean() > 100  # and their images are mixed
+
+
+def test_block_order_follows_the_order_of_storage():
+    stored = np.random.RandomState(0).permutation(1000)
+    assert np.array_equal(stream(block=8, storage=stored).order(3), stored[stream(block=8).order(3)])
+
+
+def test_block_order_repeats_images_as_the_full_one():
+    repeated = stream(block=8, repeats=3).order(0)
+    assert np.array_equal(repeated, np.repeat(stream(block=8).order(0)[:256], 3)[:768])
 
 
 def test_order_without_shuffle_counts_up():

@@ -1,0 +1,232 @@
+"""Build the index of a data set's archives, and verify what lies there, archives or folders.
+
+    python -m tools.index PATH                 index, counts, sizes, class balance; decodes 1000 images of each split
+    python -m tools.index PATH --full          decodes every image
+    python -m tools.index PATH --split val --val-labels FILE
+
+Exit status 0: nothing is wrong. 1: the report ends with what is. 2: the data set cannot be opened.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from arguments import Parser
+from data.build import Source
+from data.decode import UnreadableImageError
+from data.folder import read_class_index
+from data.layout import has_split
+from data.store import ArchiveSource, ArchiveStore, FolderStore, open_store
+from data.store_index import NoImagesError
+from data.torch_loader import load
+
+SAMPLE = 1000  # images decoded of each split without --full
+CHUNK = 32
+NAMED = 20  # problems of a kind that are listed
+_source: Source | None = None  # of a checking process
+
+
+@dataclass
+class Report:
+    """What was found of a split, and what is wrong with it."""
+
+    split: str
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = index_parser()
+    args = parser.parse_args(argv)
+    screen = Console(highlight=False, soft_wrap=True)
+    try:
+        if args.sample < 0 or args.workers < 1:
+            raise ValueError(f"--sample {args.sample} and --workers {args.workers} must be at least 0 and 1")
+        stores = open_stores(args, screen)
+        classes = read_class_index(args.class_index) if args.class_index else next(iter(stores.values())).classes()
+        reports = []
+        for split, store in stores.items():
+            source = store.source(classes, must_hold_all=False)
+            report = describe(split, store, source, classes)
+            indices = np.arange(len(source)) if args.full else spread(len(source), args.sample)
+            check(report, source, indices, args.workers)
+            print_report(report, screen)
+            reports.append(report)
+    except ValueError as error:
+        parser.fail(error)
+    count = sum(len(report.problems) for report in reports)
+    screen.print(f"{count} problems" if count else "no problems")
+    return 1 if count else 0
+
+
+def index_parser() -> Parser:
+    """Return the parser of this command."""
+    parser = Parser("Index a data set's archives, and verify what lies there.")
+    parser.prog = "python -m tools.index"
+    parser.add_argument("path", metavar="PATH", help="what DATA.PATH would be")
+    parser.add_argument("--split", choices=("train", "val"), help="one split only")
+    parser.add_argument("--full", action="store_true", help="decode every image")
+    parser.add_argument("--sample", type=int, default=SAMPLE, metavar="N", help=f"else decode N of a split ({SAMPLE})")
+    parser.add_argument("--val-labels", default="", metavar="FILE", help="what DATA.VAL_LABELS would be")
+    parser.add_argument("--class-index", default="", metavar="FILE", help="what DATA.CLASS_INDEX would be")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes that decode ({cores})")
+    return parser
+
+
+def open_stores(args: object, screen: Console) -> dict[str, FolderStore | ArchiveStore]:
+    """Open the splits asked for, or those there are."""
+    path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
+    found: dict[str, FolderStore | ArchiveStore] = {}
+    for name in [split] if split else ["train", "val"]:
+        if not split and not has_split(path, name) and (name == "train" or found):
+            continue
+        try:
+            found[name] = open_store(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
+        except NoImagesError:  # an archive that holds one split only
+            if split or (name == "val" and not found):
+                raise
+    return found
+
+
+def describe(split: str, store: FolderStore | ArchiveStore, source: Source, classes: Sequence[str]) -> Report:
+    """Count images, classes and bytes; note what is wrong without reading an image."""
+    report = Report(split)
+    say, problems = report.lines.append, report.problems
+    say(("store", f"{store.where} ({store.kind})"))
+    if isinstance(store, ArchiveStore):
+        say(("index", str(store.file)))
+        problems += store.index.facts["problems"]
+        again = store.index.facts["duplicates"]
+        if again:
+            problems.append(
+                f"{again} images have the class and name of another: {', '.join(store.index.facts['duplicate_names'][:5])}"
+            )
+    counts = np.bincount(source.labels, minlength=len(classes))
+    held = counts[counts > 0]
+    say(("images", f"{len(source)} of {len(held)} classes"))
+    few, many = (int(i) for i in (counts.argmin(), counts.argmax()))
+    say(
+        (
+            "balance",
+            f"{held.mean():.1f} a class; fewest {counts[few]} ({classes[few]}), most {counts[many]} ({classes[many]})",
+        )
+    )
+    missing = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if missing:
+        problems.append(f"{len(missing)} of {len(classes)} classes have no image: {', '.join(missing[:5])}")
+    sizes = sizes_of(source)
+    say(
+        (
+            "bytes",
+            f"{sizes.sum() / 2**30:.2f} GiB; an image {sizes.mean() / 1000:.1f} kB, from {sizes.min()} to {sizes.max()}",
+        )
+    )
+    empty = np.flatnonzero(sizes == 0)
+    problems += [f"{source.name(int(i))} is empty" for i in empty[:NAMED]]
+    problems += [f"{len(empty) - NAMED} more are empty"] if len(empty) > NAMED else []
+    return report
+
+
+def sizes_of(source: Source) -> np.ndarray:
+    """Return the length of each image's file, int64 (n,)."""
+    if isinstance(source, ArchiveSource):
+        return source.sizes
+    return np.array([Path(source.name(i)).stat().st_size for i in range(len(source))], dtype=np.int64)
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """Return `count` indices spread evenly over 0 .. total - 1, each once; all of them if there are no more."""
+    return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(np.int64))
+
+
+def check(report: Report, source: Source, indices: np.ndarray, workers: int) -> None:
+    """Decode the images, in several processes, and note those that cannot be."""
+    stored = indices
+    if isinstance(source, ArchiveSource):  # in the order in which they lie
+        rank = np.empty(len(source), dtype=np.int64)
+        rank[source.storage_order()] = np.arange(len(source))
+        stored = indices[np.argsort(rank[indices])]
+    found = [reason for reason in shown(decoded(source, stored.tolist(), workers), len(stored), report.split) if reason]
+    share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
+    report.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
+    report.problems += found[:NAMED]
+    if len(found) > NAMED:
+        kinds = Counter(reason.split("(")[-1].split(";")[-1].split(")")[0].strip() for reason in found[NAMED:])
+        report.problems.append(
+            f"{len(found) - NAMED} more are unreadable ({', '.join(f'{n} x {k}' for k, n in kinds.most_common(3))})"
+        )
+
+
+def decoded(source: Source, indices: list[int], workers: int) -> Iterator[str]:
+    """Yield what is wrong with each image, "" for nothing."""
+    if workers == 1 or len(indices) <= CHUNK:
+        yield from (
+            reason
+            for start in range(0, len(indices), CHUNK)
+            for reason in _check(indices[start : start + CHUNK], source)
+        )
+        return
+    chunks = (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
+    context = multiprocessing.get_context("fork")  # of which the loaders' workers are, too
+    with ProcessPoolExecutor(workers, context, initializer=_take, initargs=(source,)) as pool:
+        pending = [pool.submit(_check, chunk) for chunk in islice(chunks, 4 * workers)]
+        while pending:
+            reasons = pending.pop(0).result()
+            pending += [pool.submit(_check, chunk) for chunk in islice(chunks, 1)]
+            yield from reasons
+
+
+def _take(source: Source) -> None:
+    global _source
+    _source = source
+
+
+def _check(indices: list[int], source: Source | None = None) -> list[str]:
+    source = source or _source
+    assert source is not None
+    reasons = []
+    for index in indices:
+        try:
+            load(source, index)
+            reasons.append("")
+        except UnreadableImageError as error:
+            reasons.append(f"{error.name} {error.reason}")
+    return reasons
+
+
+def shown(reasons: Iterator[str], total: int, split: str) -> Iterator[str]:
+    """Yield the results, with a bar on a terminal and a line at each tenth of a long check elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        yield from track(reasons, f"decoding {split}", total, console=console, transient=True)
+        return
+    for count, reason in enumerate(reasons, 1):
+        if total > 10 * SAMPLE and count * 10 // total > (count - 1) * 10 // total:
+            console.print(f"decoded {count} of {total} images of {split}")
+        yield reason
+
+
+def print_report(report: Report, screen: Console) -> None:
+    """Print a split's facts, then its problems."""
+    screen.print(report.split, style="bold")
+    for name, text in report.lines:
+        screen.print(f"  {name:<8} {text}", markup=False)
+    for problem in report.problems:
+        screen.print(f"  problem  {problem}", style="red", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
