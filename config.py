@@ -2,13 +2,13 @@
 
 A YAML file states differences only; `BASE:` names one file or a list of files (relative to it) that are merged before it,
 later ones winning. A `PUBLISHED:` section states what differs in the authors' own runs: with RECIPE.MODE published it is
-merged after all files, otherwise left out (`PUBLISHED: null` says that nothing was published, `{}` that nothing differs).
+merged right after its file, otherwise left out (`PUBLISHED: null` says that nothing was published, `{}` that nothing differs).
 `--opts KEY VALUE ...` is merged last. The result is frozen: derived values (accumulation, scaled learning rate) are
 computed in engine/ and never written back, so that the dump of a config loads to the same config.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.0
 # Weights to start from (.safetensors, or a checkpoint of a run); "" starts from random weights.
 _C.MODEL.INIT = ""
-# Which weights of MODEL.INIT to take, raw or ema; "" takes those it holds, raw if both.
+# Which weights of MODEL.INIT to take, raw or ema; "" takes those it holds, RECIPE.HEADLINE's if both.
 _C.MODEL.INIT_WEIGHTS = ""
 # BatchNorm statistics over all processes (torch.nn.SyncBatchNorm, CUDA only) instead of over each micro-batch.
 _C.MODEL.SYNC_BN = False
@@ -144,9 +144,9 @@ _C.OPTIM.NAME = "adamw"
 # Peak learning rate, for a global batch of SCALE_BATCH; 0 there takes LR as it is.
 _C.OPTIM.LR = 1e-3
 _C.OPTIM.SCALE_BATCH = 0
-# Of the optimisers that have them.
-_C.OPTIM.BETAS = [0.9, 0.999]
-_C.OPTIM.EPS = 1e-8
+# Of the optimisers that have them; [] and 0 leave them at the optimiser's own.
+_C.OPTIM.BETAS = []
+_C.OPTIM.EPS = 0.0
 _C.OPTIM.MOMENTUM = 0.9
 # Not applied to biases, other one-dimensional parameters and what the model names in no_weight_decay().
 _C.OPTIM.WEIGHT_DECAY = 0.05
@@ -165,7 +165,7 @@ _C.SCHEDULE.WARMUP_EPOCHS = 20.0
 _C.SCHEDULE.WARMUP_LR = 1e-6
 # Where cosine, tanh and poly end after TRAIN.EPOCHS.
 _C.SCHEDULE.MIN_LR = 1e-5
-# Epochs after TRAIN.EPOCHS, at the last learning rate.
+# Epochs after TRAIN.EPOCHS, at the learning rate that those end with.
 _C.SCHEDULE.COOLDOWN_EPOCHS = 0
 # WARMUP_LR and MIN_LR are scaled with the global batch as OPTIM.LR is.
 _C.SCHEDULE.SCALED = False
@@ -291,7 +291,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "OPTIM.LR": (0, 1e3),
     "OPTIM.SCALE_BATCH": (0, 1e9),
     "OPTIM.BETAS": (0, 0.999999999),
-    "OPTIM.EPS": (1e-30, 1),
+    "OPTIM.EPS": (0, 1),
     "OPTIM.MOMENTUM": (0, 0.999999999),
     "OPTIM.WEIGHT_DECAY": (0, 1e3),
     "OPTIM.LAYER_DECAY": (1e-6, 1),
@@ -315,6 +315,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "LOG.EVERY": (1, 1e9),
 }
 
+RESOLVED = "resolved"  # stands under PUBLISHED in a dump
 TO_MIN_LR = ("cosine", "tanh", "poly")  # the schedules that end at SCHEDULE.MIN_LR
 
 # Timelines: the key whose place each takes (whose range its values keep).
@@ -343,19 +344,12 @@ def load(
 
     Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
     """
-    cfg, published = defaults(), _Published()
+    cfg = defaults()
     names = [files] if isinstance(files, str) else list(files)
-    for file in names:
-        _merge_file(cfg, Path(file), (), published)
-    asked = [*(flags or {}).values(), *zip(opts[::2], opts[1::2], strict=False), ("RECIPE.MODE", cfg.RECIPE.MODE)]
-    if next(value for key, value in asked if key == "RECIPE.MODE") == "published":
-        if published.overlays is None:
-            raise ValueError(
-                f"RECIPE.MODE=published: {' '.join(names) or 'no config'} states no PUBLISHED section, nobody published such a "
-                "run; leave the mode at corrected"
-            )
-        for tree, source in published.overlays:
-            _merge_tree(cfg, tree, "", f"PUBLISHED of {source}")
+    steps = [step for file in names for step in _read(cfg, Path(file), ())]
+    given = {**dict(zip(opts[::2], opts[1::2], strict=False)), **dict((flags or {}).values())}
+    for step in _of_mode(cfg, steps, given.get("RECIPE.MODE"), " ".join(names)):
+        _merge_tree(cfg, step.tree, "", step.source)
     _merge_opts(cfg, opts)
     for flag, (key, value) in (flags or {}).items():
         if key in opts[::2]:
@@ -368,8 +362,8 @@ def load(
 
 
 def dump(cfg: CfgNode) -> str:
-    """Return the config as YAML that `load` reads back to the same config."""
-    return str(cfg.dump(sort_keys=False))
+    """Return the config as YAML that `load` reads back to the same config, in its mode and no other."""
+    return str(cfg.dump(sort_keys=False)).replace("PUBLISHED: {}", f"PUBLISHED: {RESOLVED}")
 
 
 def keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -406,18 +400,64 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 @dataclass
-class _Published:
-    """The PUBLISHED sections of all files with where they stand, base first; None where no file has one."""
+class _Step:
+    """Keys to merge: a file's, or its PUBLISHED section. `ends` says that what was published before counts no more."""
 
-    overlays: list[tuple[dict[str, Any], str]] | None = None
+    tree: dict[str, Any]
+    source: str
+    published: bool = False
+    ends: bool = False
+    resolved: bool = False  # of a dump, which is in one mode for good
 
 
-def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...], published: _Published) -> None:
+def _of_mode(cfg: CfgNode, steps: Sequence[_Step], asked: str | None, names: str) -> Iterator[_Step]:
+    """Yield the steps that count in the mode asked for, else in the one the files say."""
+    said = [step.tree["RECIPE"]["MODE"] for step in steps if "MODE" in (step.tree.get("RECIPE") or {})]
+    mode = asked or (said[-1] if said else cfg.RECIPE.MODE)
+    for step in steps:
+        own = (step.tree.get("RECIPE") or {}).get("MODE", "corrected")
+        if step.resolved and own != mode:
+            raise ValueError(
+                f"RECIPE.MODE={mode}: {step.source} is the resolved config of a run in mode {own}; start from the recipe's file"
+            )
+    last = max((i for i, step in enumerate(steps) if step.ends), default=-1)
+    overlays = [step for step in steps[last + 1 :] if step.published]
+    if mode == "published" and not overlays and not any(step.resolved for step in steps):
+        raise ValueError(
+            f"RECIPE.MODE=published: {names or 'no config'} states no PUBLISHED section, nobody published such a run; leave "
+            "the mode at corrected"
+        )
+    for i, step in enumerate(steps):
+        if not step.published or (mode == "published" and i > last):
+            yield step
+
+
+def _read(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[_Step]:
+    """Yield what a file and those it builds on say, in the order in which it counts."""
     path = file.resolve()
     if path in parents:
         raise ValueError(
             f"BASE: {file} includes itself ({' -> '.join(p.name for p in (*parents, path))}); break the circle"
         )
+    tree = _parse(file, parents)
+    bases = tree.pop("BASE", [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ValueError(f"BASE in {file} must be a file name or a list of them, got {base!r}")
+        if base:
+            yield from _read(cfg, path.parent / base, (*parents, path))
+    overlay = tree.pop("PUBLISHED", False)
+    if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
+        raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {overlay!r}")
+    yield _Step(tree, str(file), ends=overlay is None, resolved=overlay == RESOLVED)
+    if isinstance(overlay, dict):
+        source = f"PUBLISHED of {file}"
+        _merge_tree(cfg.clone(), overlay, "", source)  # checked also where it is not used
+        yield _Step(overlay, source, published=True)
+
+
+def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """Return a YAML file's tree; ValueError says what is wrong with it, or what lies near it."""
     if not file.is_file():
         said_by = f", named by BASE in {parents[-1]}" if parents else ""
         folder = next((p for p in file.parents if p.is_dir()), Path())
@@ -433,22 +473,9 @@ def _merge_file(cfg: CfgNode, file: Path, parents: tuple[Path, ...], published: 
         tree = {}
     if not isinstance(tree, dict):
         raise ValueError(f"config file {file} must hold KEY: VALUE lines, not a {type(tree).__name__}")
-    bases = tree.pop("BASE", [])
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise ValueError(f"BASE in {file} must be a file name or a list of them, got {bases!r}")
-        if base:
-            _merge_file(cfg, path.parent / base, (*parents, path), published)
-    if "PUBLISHED" in tree:
-        overlay = tree.pop("PUBLISHED")
-        if not isinstance(overlay, dict | None):
-            raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {overlay!r}")
-        if overlay is None:
-            published.overlays = None
-        else:
-            _merge_tree(cfg.clone(), overlay, "", f"PUBLISHED of {file}")  # also checked where it is not used
-            published.overlays = [*(published.overlays or []), (overlay, str(file))]
-    _merge_tree(cfg, tree, "", str(file))
+    if not isinstance(tree.get("RECIPE", {}), dict):
+        raise ValueError(f"RECIPE in {file} is a section, got {tree['RECIPE']!r}; give its keys, e.g. MODE")
+    return tree
 
 
 def _merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, source: str) -> None:
@@ -505,7 +532,8 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
             return [_coerce(v, 0.0, f"{name}[{i}]", source) for i, v in enumerate(value)]
         if isinstance(value, list | tuple) and (len(value) == len(default)):
             return [_coerce(v, d, f"{name}[{i}]", source) for i, (v, d) in enumerate(zip(value, default, strict=True))]
-        raise ValueError(f"{name} in {source} must be a list of {len(default)} like {default}, got {value!r}")
+        shape = f"of {len(default)} like {default}" if default else "of numbers, e.g. [150, 225]"
+        raise ValueError(f"{name} in {source} must be a list {shape}, got {value!r}")
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # an int is fine, and so is 1e-3, which YAML reads as a string
@@ -560,9 +588,15 @@ def validate(cfg: CfgNode) -> None:
         raise ValueError(
             "TRAIN.MICRO_BATCH=1 leaves mixup and cutmix no partner; set AUG.MIX_PROB to 0 or raise it to 2"
         )
-    if cfg.SCHEDULE.NAME in TO_MIN_LR and cfg.SCHEDULE.MIN_LR > cfg.OPTIM.LR:
+    scale = cfg.TRAIN.GLOBAL_BATCH / cfg.OPTIM.SCALE_BATCH if cfg.OPTIM.SCALE_BATCH else 1.0
+    low, high = cfg.SCHEDULE.MIN_LR * (scale if cfg.SCHEDULE.SCALED else 1.0), cfg.OPTIM.LR * scale
+    if cfg.SCHEDULE.NAME in TO_MIN_LR and low > high:
         raise ValueError(
-            f"SCHEDULE.MIN_LR={cfg.SCHEDULE.MIN_LR:g} is above OPTIM.LR={cfg.OPTIM.LR:g}: the rate would rise; lower MIN_LR"
+            f"SCHEDULE.MIN_LR={low:g} is above OPTIM.LR={high:g} (as scaled with the batch): the rate would rise; lower MIN_LR"
+        )
+    if cfg.SCHEDULE.UNIT == "epoch" and cfg.SCHEDULE.WARMUP_EPOCHS % 1:
+        raise ValueError(
+            f"SCHEDULE.WARMUP_EPOCHS={cfg.SCHEDULE.WARMUP_EPOCHS:g} must be whole while SCHEDULE.UNIT is epoch; or set UNIT update"
         )
     if cfg.SCHEDULE.SCALED and not cfg.OPTIM.SCALE_BATCH:
         raise ValueError("SCHEDULE.SCALED=true has no effect while OPTIM.SCALE_BATCH=0; set SCALE_BATCH (usually 512)")
@@ -590,7 +624,7 @@ def _validate_timelines(cfg: CfgNode) -> None:
     for name, instead in TIMELINES.items():
         if not (text := get(cfg, name)):
             continue
-        low, high = RANGES.get(instead, (0, 1000))
+        low, high = RANGES.get(instead, (0, 1000 if "mmax" in cfg.AUG.RAND_AUGMENT else 10))
         for value in timeline.parse(text, name).values:
             if not low <= value <= high:
                 raise ValueError(f"{name}={text!r}: {value:g} must lie between {low:g} and {high:g}, as {instead} does")

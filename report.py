@@ -20,6 +20,7 @@ from engine.state import TrainState
 from timeline import Timeline, parse_optional
 
 Line = tuple[str, str]  # label, text
+OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # what optimisers of timm's call it
 
 
 def report(
@@ -50,7 +51,12 @@ def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Me
     size = int(max(sizes.values)) if sizes else cfg.DATA.IMG_SIZE
     state.model.train(not cfg.TRAIN.EVAL_MODE)
     images = (cfg.TRAIN.MICRO_BATCH, 3, size, size)
-    return estimate(state.model, lambda m: build_optimizer(cfg, m), bool(state.ema), images, precision.autocast)
+    plain = cfg.clone()
+    plain.defrost()
+    plain.OPTIM.LAYER_DECAY = 1.0
+    return estimate(
+        state.model, lambda layer: build_optimizer(plain, layer), bool(state.ema), images, precision.autocast
+    )
 
 
 def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
@@ -62,6 +68,10 @@ def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
         for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TIMELINE.DROP_PATH_RATE", "MODEL.SYNC_BN"):
             if value := config.get(cfg, key):
                 yield f"{key} {value}: TRAIN.EVAL_MODE keeps the model in evaluation mode"
+    for key in config.TIMELINES:
+        line = parse_optional(config.get(cfg, key), key)
+        if line and line.end >= cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS:
+            yield f"{key} {line}: the run ends before epoch {line.end:g}"
     yield from _unused(cfg)
     if cfg.DATA.LOADER == "synthetic":
         yield "AUG.SCALE, RATIO, HFLIP, RAND_AUGMENT, DATA.INTERPOLATION, EVAL_RESIZE, EVAL.MODE, CROP_PCT: images are synthetic"
@@ -90,12 +100,21 @@ def _unused(cfg: CfgNode) -> Iterator[str]:
             reasons["SCHEDULE.DELAY"] = "the learning rate does not change"
     if not aug.ERASE_PROB:
         reasons |= dict.fromkeys(("AUG.ERASE_MODE", "AUG.ERASE_COUNT", "AUG.ERASE_AREA"), "AUG.ERASE_PROB is 0")
-    if not aug.RAND_AUGMENT and cfg.TIMELINE.MAGNITUDE:
-        reasons["TIMELINE.MAGNITUDE"] = "AUG.RAND_AUGMENT is off"
-    if not (aug.MIX_PROB or cfg.TIMELINE.MIX_PROB):
+    if not (aug.MIXUP or aug.CUTMIX):
+        off = "AUG.MIXUP and AUG.CUTMIX are 0"
+        reasons |= dict.fromkeys(("AUG.MIX_PROB", "TIMELINE.MIX_PROB", "AUG.MIX_SWITCH_PROB"), off)
+    elif not (aug.MIX_PROB or cfg.TIMELINE.MIX_PROB):
         reasons |= dict.fromkeys(("AUG.MIXUP", "AUG.CUTMIX", "AUG.MIX_SWITCH_PROB"), "AUG.MIX_PROB is 0")
     elif not (aug.MIXUP and aug.CUTMIX):
         reasons["AUG.MIX_SWITCH_PROB"] = "only one of mixup and cutmix is on"
+    if cfg.EVAL.MODE != "center" or cfg.EVAL.CROP_PCT:
+        reasons["DATA.EVAL_RESIZE"] = (
+            "EVAL.CROP_PCT sets the size" if cfg.EVAL.CROP_PCT else f"EVAL.MODE {cfg.EVAL.MODE}"
+        )
+    if cfg.DISTILL.TYPE == "none":
+        reasons |= dict.fromkeys(("DISTILL.ALPHA", "DISTILL.TAU"), "DISTILL.TYPE is none")
+    if not cfg.MODEL.INIT:
+        reasons["MODEL.INIT_WEIGHTS"] = "MODEL.INIT is not set"
     for key, why in reasons.items():
         if (value := config.get(cfg, key)) != config.get(default, key):
             yield f"{key} {value}: {why}"
@@ -131,7 +150,10 @@ def _optimiser(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Iterator[Line]
     optim, groups = cfg.OPTIM, optimizer.param_groups
     factor = f" = {optim.LR:g} x {cfg.TRAIN.GLOBAL_BATCH}/{optim.SCALE_BATCH}" if optim.SCALE_BATCH else ""
     clip = f"gradient clipped to norm {cfg.TRAIN.CLIP_GRAD:g}" if cfg.TRAIN.CLIP_GRAD else "no gradient clipping"
+    clip += "".join(f", {optim.NAME}'s own {key} {groups[0][key]:g}" for key in OWN_CLIPPING if groups[0].get(key))
     yield "optimiser", f"{optim.NAME}, learning rate {groups[-1]['initial_lr']:.4g}{factor}; {clip}"
+    settings = {key: groups[0][key] for key in ("betas", "eps", "momentum") if key in groups[0]}
+    yield "", ", ".join(f"{key} {value}" for key, value in settings.items()) or "no other settings"
     for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
         found = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
         yield "", f"weight decay {decay:g}: {len(found)} tensors, {sum(p.numel() for p in found):,} parameters"
@@ -212,7 +234,8 @@ def _memory(memory: Memory, cfg: CfgNode) -> str:
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimizer, "EMA": memory.ema}
     kept = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     activations = f"activations {gib(memory.activations)} for {cfg.TRAIN.MICRO_BATCH} images"
-    return f"about {gib(memory.total)} a process: {activations}, {kept} (estimated, without workspace)"
+    without = "workspace and teacher" if cfg.DISTILL.TYPE != "none" else "workspace"
+    return f"about {gib(memory.total)} a process: {activations}, {kept} (estimated, without {without})"
 
 
 def _over_time(cfg: CfgNode, key: str, constant: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-_POINT = re.compile(r"\s*([\d.]+(?:e-?\d+)?)\s*:\s*(-?[\d.]+(?:e-?\d+)?)\s*", re.IGNORECASE)
+_POINT = re.compile(r"\s*(\d+)\s*:\s*(-?[\d.]+(?:e-?\d+)?)\s*", re.IGNORECASE)
 
 
 class Point(NamedTuple):
@@ -76,7 +76,7 @@ def parse(text: str, key: str, multiple: int = 0) -> Timeline:
             points.append(Point(float(match[1]), float(match[2]), joint == "->"))
         except ValueError:
             raise ValueError(
-                f"{key}={text!r}: {piece.strip()!r} is not EPOCH:VALUE; write e.g. '0:0.4, 260:0.6', or '0:0.1 -> 100:0.4' "
+                f"{key}={text!r}: {piece.strip()!r} is not EPOCH:VALUE with a whole epoch; write e.g. '0:0.4, 260:0.6', or '0:0.1 -> 100:0.4' "
                 "for a line"
             ) from None
     if points[0].epoch != 0:

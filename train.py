@@ -47,7 +47,12 @@ from report import estimate_memory, report
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
     "OUTPUT",
+    "NAME",
+    "TAG",
     "DEVICE",
+    "RECIPE.HEADLINE",
+    "TRAIN.BENCHMARK",
+    "DATA.CLASS_INDEX",  # what it orders must be the same
     "DATA.PATH",
     "DATA.VAL_LABELS",
     "DATA.WORKERS",
@@ -57,6 +62,7 @@ FREE = (
     "CHECKPOINT",
     "LOG",
     "MODEL.INIT",
+    "MODEL.INIT_WEIGHTS",
     "DISTILL.TEACHER_WEIGHTS",  # what is in the file must be the same
 )
 IMAGENET = 1_281_167, 50_000, 1000  # training images, validation images, classes
@@ -142,11 +148,17 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
+    if args.dry_run and args.eval:
+        raise ValueError("--dry-run and --eval exclude each other; give one of them")
     stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
     writes = processes.main and not (args.eval or args.dry_run)
     if writes:
         run.lock()
     check_same_run(cfg, run, log)
+    if stands_in and run.checkpoints.latest():
+        raise ValueError(
+            f"DATA.PATH is not set and {run.path} holds a run on other images; give its data with --data-path"
+        )
     say = log.say if processes.main else None
     data = build_data(as_imagenet(cfg) if stands_in else cfg, processes.rank, processes.world, processes.device, say)
     if stands_in:
@@ -162,7 +174,6 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     session = Session(cfg, processes, log, run, data, precision, state, loop, teacher)
     if writes and not state.complete:
         run.create(config.dump(cfg))
-        run.lock()
         start = this_start(processes.world, state.update, processes.device)
         run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
         log.open(run.path, state.update, cfg.LOG.TENSORBOARD)
@@ -174,7 +185,8 @@ def as_imagenet(cfg: CfgNode) -> CfgNode:
     stand_in = cfg.clone()
     stand_in.defrost()
     stand_in.DATA.LOADER = "synthetic"
-    stand_in.DATA.SYNTHETIC_TRAIN, stand_in.DATA.SYNTHETIC_VAL, stand_in.DATA.SYNTHETIC_CLASSES = IMAGENET
+    stand_in.DATA.SYNTHETIC_TRAIN, stand_in.DATA.SYNTHETIC_VAL, classes = IMAGENET
+    stand_in.DATA.SYNTHETIC_CLASSES = cfg.MODEL.NUM_CLASSES or classes
     return stand_in
 
 
@@ -252,7 +264,8 @@ def restore(
         stored = load_state(source)
         check_same_data(stored["facts"], data, source)
         state.load_state_dict(stored, str(source))
-        log.say(f"continuing {source} at update {state.update} of {state.plan.updates} (epoch {state.epoch + 1})")
+        where = "complete" if state.complete else f"in epoch {state.epoch + 1}"
+        log.say(f"continuing {source} at update {state.update} of {state.plan.updates} ({where})")
         if source != latest:
             state.best = {}  # whose files lie in the other run
             if state.complete and not args.eval:
@@ -265,9 +278,13 @@ def restore(
     elif cfg.MODEL.INIT:
         weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
         arguments.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
+        if not cfg.MODEL.INIT_WEIGHTS and cfg.RECIPE.HEADLINE == "ema" and "ema" in facts["holds"]:
+            weights, facts = load_weights(Path(cfg.MODEL.INIT), "ema")
         if args.eval:
             fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
-        log.say(load_initial(state.model, weights, cfg.MODEL.INIT))
+        also = [kind for kind in facts["holds"] if kind != facts["weights"]]
+        other = f"; the file also holds {also[0]} weights, see MODEL.INIT_WEIGHTS" if also else ""
+        log.say(f"{load_initial(state.model, weights, cfg.MODEL.INIT)} ({facts['weights']} weights{other})")
         if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
             log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
         if state.ema:

@@ -1,5 +1,6 @@
 """The engine's parts from the config: the only file of engine/ that reads it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         groups = param_groups_weight_decay(model, optim.WEIGHT_DECAY, no_weight_decay_list=excepted)
     takes = optimizer_takes(optim.NAME)
     settings: dict[str, Any] = {}
-    if "OPTIM.BETAS" in takes:
+    if optim.BETAS and "OPTIM.BETAS" in takes:
         settings["betas"] = tuple(optim.BETAS)
-    if "OPTIM.EPS" in takes:
+        if len(optim.BETAS) != (count := get_optimizer_info(optim.NAME).num_betas):
+            raise ValueError(f"OPTIM.BETAS={optim.BETAS}: {optim.NAME} has {count}; give as many, or [] for its own")
+    if optim.EPS and "OPTIM.EPS" in takes:
         settings["eps"] = optim.EPS
     if "OPTIM.MOMENTUM" in takes:
         settings["momentum"] = optim.MOMENTUM
@@ -61,7 +64,7 @@ def optimizer_takes(name: str) -> list[str]:
     """List which of OPTIM.BETAS, OPTIM.EPS and OPTIM.MOMENTUM an optimiser of timm's has; the others are inert."""
     info = get_optimizer_info(name)
     takes = {
-        "OPTIM.BETAS": info.has_betas and info.num_betas == 2,
+        "OPTIM.BETAS": info.has_betas,
         "OPTIM.EPS": info.has_eps,
         "OPTIM.MOMENTUM": info.has_momentum,
     }
@@ -90,7 +93,9 @@ def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Pl
     )
     if scheduler is None:
         raise ValueError(f"SCHEDULE.NAME={schedule.NAME} is no schedule of timm's; take cosine")
-    return LearningRate(scheduler, updates_per_step, schedule.DELAY)
+    end = steps(cfg.TRAIN.EPOCHS)  # where cosine and its like are at their lowest; the others may fall once more
+    last = end if hasattr(scheduler, "get_cycle_length") else end - 1
+    return LearningRate(scheduler, updates_per_step, schedule.DELAY, last)
 
 
 def build_schedule(
@@ -116,8 +121,11 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     if processes.world == 1:
         return model
     ids = [processes.local_rank] if processes.device.type == "cuda" else None
-    # Buffers are not broadcast: engine/batchnorm.py keeps them equal.
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are not broadcast in the forward pass: engine/batchnorm.py keeps them equal.
+    named = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.15
+    settings: dict[str, Any] = {buffers: False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **settings)
 
 
 def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool = False) -> nn.Module:

@@ -76,7 +76,8 @@ class Loop:
     ) -> None:
         """Run the epoch's remaining updates on this process's micro-batches, in order.
 
-        Raises DivergedError if a reported loss or, without loss scaling, gradient is not finite. Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
+        Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
+        Raises DivergedError if a reported loss or, without loss scaling, gradient is not finite.
         """
         self.model.train(not self.eval_mode)
         state.schedule.begin_epoch(state.epoch)

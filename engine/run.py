@@ -8,6 +8,7 @@ output/<name>/
     best_raw.safetensors  best_ema.safetensors
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -41,43 +42,55 @@ class RunDirectory:
         """Return the file of the best raw or EMA weights."""
         return self.path / f"best_{which}.safetensors"
 
-    def create(self, config: str) -> None:
-        """Make the folder and write the config. Raises ValueError if the folder cannot be written."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config, lambda file: _write(file, config))
-        except OSError as error:
-            raise ValueError(
-                f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
-            ) from error
-
     def lock(self) -> None:
-        """Keep other starts out of the folder, if it exists, until `unlock` or the end of this process.
+        """Make the folder, and keep other starts out of it until `unlock` or the end of this process.
 
-        Raises ValueError if another process is in it; one that was just killed may take some seconds to go. Does nothing
-        where the file system knows no locks.
+        Raises ValueError if it cannot be made, or if another process is in it; one that was just killed may take some
+        seconds to go. Keeps nobody out where the file system knows no locks.
         """
-        if self._locked is not None or not self.path.is_dir():
-            return
-        self._locked = os.open(self.path, os.O_RDONLY)
         for attempt in range(LOCK_ATTEMPTS):
             try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._locked = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise self._cannot_write(error) from error
+            try:
                 fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                if self.path.is_dir() and self.path.stat().st_ino == os.fstat(self._locked).st_ino:
+                    return
             except BlockingIOError:
                 if attempt < LOCK_ATTEMPTS - 1:
                     time.sleep(1)
             except OSError:
                 return
+            self._close()  # and try again: another one has it, or has just removed it
         raise ValueError(
             f"another process trains in {self.path}; wait for it, stop it, or start another run with --tag NAME"
         )
 
     def unlock(self) -> None:
-        """Let other starts in."""
+        """Let other starts in; take the folder away if nothing was written into it."""
+        if self._locked is not None:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            self._close()
+
+    def _close(self) -> None:
         if self._locked is not None:
             os.close(self._locked)
             self._locked = None
+
+    def create(self, config: str) -> None:
+        """Write the config. Raises ValueError if the folder cannot be written."""
+        try:
+            write_atomically(self.config, lambda file: _write(file, config))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
+        )
 
     def record_start(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Write the manifest: facts of the run, and one more entry to the list of its starts."""

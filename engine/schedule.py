@@ -16,15 +16,16 @@ from timeline import Timeline
 
 @dataclass
 class LearningRate:
-    """timm's schedule over steps of one update or of an epoch's; step s gets its value at max(s - delay, 0)."""
+    """timm's schedule over steps of one update or of an epoch's; step s gets its value at s - delay, within 0 .. last."""
 
     scheduler: Scheduler
     updates_per_step: int
     delay: int
+    last: int
 
     def set(self, update: int) -> None:
         """Give the optimiser's groups their rates for an update, counted from 0."""
-        self.scheduler.step(max(update // self.updates_per_step - self.delay, 0))
+        self.scheduler.step(min(max(update // self.updates_per_step - self.delay, 0), self.last))
 
 
 @dataclass

@@ -71,6 +71,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "update": self.update,
             "samples": self.update * self.plan.global_batch,
@@ -100,6 +101,12 @@ class TrainState:
         except RuntimeError as error:
             first = " ".join(line.strip() for line in str(error).splitlines()[:3])
             raise ValueError(f"{source} was written by another model: {first[:400]}") from error
+        own_name = type(self.optimizer).__name__
+        if (name := state.get("optimizer_name", own_name)) != own_name:
+            raise ValueError(
+                f"{source} was written with the optimiser {name}, OPTIM.NAME makes {own_name}; set it back, or start a new run "
+                "from its weights with --init"
+            )
         # The config rules over what the checkpoint's optimiser was set to; within a run they agree.
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
         try:

@@ -219,6 +219,12 @@ def _refused_globals(path: Path) -> list[str]:
 
 def _nearby(path: Path) -> str:
     folder = next((p for p in path.parents if p.is_dir()), Path())
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth"), *folder.glob("**/update-*.pt")])[:SHOWN]
+    patterns = (
+        "*.safetensors",
+        "*.pth",
+        "update-*.pt",
+        "checkpoints/update-*.pt",
+    )  # no deeper: the tree may be endless
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))[:SHOWN]
     names = ", ".join(str(p.relative_to(folder)) for p in found)
     return f"; {folder} holds {names}" if found else f"; {folder} holds no checkpoint"

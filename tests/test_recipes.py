@@ -3,22 +3,24 @@
 The figures are those measured on the authors' code, written down in docs/recipes.md.
 """
 
-import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from timm.layers import DropPath
 from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
+from data.build import _eval_transform
 from data.stream import IndexStream
 from engine.build import build_learning_rate, build_optimizer, build_plan, build_state
 from engine.distributed import Processes
 from engine.precision import Precision
 from engine.run import differences
+from models.build import build_model
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {
@@ -122,34 +124,118 @@ def test_everything_but_biases_and_one_dimensional_parameters_decays(family, var
         assert all(decays[id(named[n])] == 0.05 for n in gammas)
 
 
+# Every key that decides what a recipe computes. COMMON is all of them; the others say what differs.
+COMMON = {
+    "MODEL.DROP_RATE": 0.0, "MODEL.INIT": "", "MODEL.INIT_WEIGHTS": "", "MODEL.NUM_CLASSES": 0, "MODEL.SYNC_BN": False,
+    "DATA.EVAL_INTERPOLATION": "bicubic", "DATA.INTERPOLATION": "bicubic", "DATA.BLOCK_SHUFFLE": 0,
+    "DATA.MEAN": [0.485, 0.456, 0.406], "DATA.STD": [0.229, 0.224, 0.225],
+    "AUG.SCALE": [0.08, 1.0], "AUG.RATIO": [3 / 4, 4 / 3], "AUG.HFLIP": 0.5, "AUG.RAND_AUGMENT": "rand-m9-mstd0.5-inc1",
+    "AUG.ERASE_PROB": 0.25, "AUG.ERASE_MODE": "pixel", "AUG.ERASE_COUNT": 1, "AUG.ERASE_AREA": [0.02, 1 / 3],
+    "AUG.MIXUP": 0.8, "AUG.CUTMIX": 1.0, "AUG.MIX_PROB": 1.0, "AUG.MIX_SWITCH_PROB": 0.5, "AUG.ORDER": "erase_then_mix",
+    "AUG.LABEL_SMOOTHING": 0.1, "AUG.REPEATS": 1,
+    "TRAIN.EPOCHS": 300, "TRAIN.SEED": 0, "TRAIN.EVAL_MODE": False, "TRAIN.CLIP_GRAD": 0.0, "TRAIN.AMP": "bf16",
+    "OPTIM.NAME": "adamw", "OPTIM.BETAS": [0.9, 0.999], "OPTIM.EPS": 1e-8, "OPTIM.WEIGHT_DECAY": 0.05,
+    "OPTIM.LAYER_DECAY": 1.0, "OPTIM.SCALE_BATCH": 512,
+    "SCHEDULE.NAME": "cosine", "SCHEDULE.UNIT": "epoch", "SCHEDULE.DELAY": 0, "SCHEDULE.COOLDOWN_EPOCHS": 0,
+    "SCHEDULE.SCALED": False,
+    "TIMELINE.DROP_PATH_RATE": "", "TIMELINE.EMA_DECAY": "", "TIMELINE.MAGNITUDE": "", "TIMELINE.MIX_PROB": "",
+    "TIMELINE.IMG_SIZE": "", "DISTILL.TYPE": "none", "EVAL.MODE": "center", "EVAL.CROP_PCT": 0.0, "EVAL.FLIP": False,
+}  # fmt: skip
+FAMILY = {
+    "sgformer": {
+        "RECIPE.HEADLINE": "ema", "DATA.EVAL_RESIZE": 248, "DATA.INTERPOLATION": "random", "AUG.ORDER": "mix_then_erase",
+        "TRAIN.GLOBAL_BATCH": 1024, "TRAIN.MICRO_BATCH": 128, "TRAIN.SEED": 42, "OPTIM.LR": 1e-3, "OPTIM.SCALE_BATCH": 0,
+        "SCHEDULE.WARMUP_EPOCHS": 20, "SCHEDULE.WARMUP_LR": 1e-6, "SCHEDULE.MIN_LR": 1e-5, "EMA.DECAY": 0.99992,
+    },
+    "groupmixformer": {
+        "RECIPE.HEADLINE": "raw", "DATA.EVAL_RESIZE": 256, "TRAIN.GLOBAL_BATCH": 512, "TRAIN.MICRO_BATCH": 64,
+        "TRAIN.CLIP_GRAD": 5.0, "OPTIM.LR": 5e-4, "SCHEDULE.UNIT": "update", "SCHEDULE.WARMUP_EPOCHS": 20,
+        "SCHEDULE.WARMUP_LR": 5e-7, "SCHEDULE.MIN_LR": 5e-6, "SCHEDULE.SCALED": True, "EMA.DECAY": 0.0,
+    },
+    "stvit": {
+        "RECIPE.HEADLINE": "raw", "DATA.EVAL_RESIZE": 256, "AUG.REPEATS": 3, "TRAIN.GLOBAL_BATCH": 1024,
+        "TRAIN.MICRO_BATCH": 128, "OPTIM.LR": 5e-4, "SCHEDULE.WARMUP_EPOCHS": 5, "SCHEDULE.WARMUP_LR": 1e-6,
+        "SCHEDULE.MIN_LR": 1e-5, "EMA.DECAY": 0.99996,
+    },
+}  # fmt: skip
+PUBLISHED = {
+    "sgformer": {"TRAIN.AMP": "fp16", "SCHEDULE.COOLDOWN_EPOCHS": 10},
+    "groupmixformer": {"TRAIN.AMP": "fp16", "SCHEDULE.DELAY": 1, "MODEL.SYNC_BN": True},
+    "stvit": {"TRAIN.AMP": "fp16", "SCHEDULE.DELAY": 1},
+}
+OURS_384 = {
+    "TRAIN.EPOCHS": 30, "TRAIN.GLOBAL_BATCH": 512, "TRAIN.MICRO_BATCH": 64, "OPTIM.LR": 2e-5, "OPTIM.SCALE_BATCH": 512,
+    "OPTIM.WEIGHT_DECAY": 1e-8, "SCHEDULE.UNIT": "update", "SCHEDULE.WARMUP_EPOCHS": 5, "SCHEDULE.WARMUP_LR": 2e-8,
+    "SCHEDULE.MIN_LR": 2e-7, "SCHEDULE.SCALED": True,
+}  # fmt: skip
+AT_384 = {
+    "sgformer": {**OURS_384, "DATA.EVAL_RESIZE": 426},
+    "groupmixformer": {**OURS_384, "DATA.EVAL_RESIZE": 438},
+    "stvit": {
+        "DATA.EVAL_RESIZE": 384, "TRAIN.EPOCHS": 30, "TRAIN.GLOBAL_BATCH": 512, "TRAIN.MICRO_BATCH": 64,
+        "TRAIN.EVAL_MODE": True, "OPTIM.LR": 5e-6, "OPTIM.WEIGHT_DECAY": 1e-8, "SCHEDULE.NAME": "constant",
+        "SCHEDULE.WARMUP_EPOCHS": 0,
+    },
+}  # fmt: skip
 DROP_PATH = {
     "sgformer": (0.1, 0.2, 0.4), "groupmixformer": (0.1, 0.1, 0.2, 0.5, 0.1), "stvit": (0.1, 0.4, 0.6),
 }  # fmt: skip
+# What no recipe decides: where things lie, how fast they are read, what is not used in one.
+FREE = {
+    "DATA.PATH", "DATA.LOADER", "DATA.DALI_DEVICE", "DATA.CLASS_INDEX", "DATA.VAL_LABELS", "DATA.WORKERS", "DATA.PREFETCH",
+    "DATA.MAX_BAD_SHARE", "DATA.SYNTHETIC_TRAIN", "DATA.SYNTHETIC_VAL", "DATA.SYNTHETIC_CLASSES", "TRAIN.BENCHMARK",
+    "OPTIM.MOMENTUM", "SCHEDULE.DECAY_EPOCHS", "SCHEDULE.MILESTONES", "SCHEDULE.DECAY_RATE", "SCHEDULE.POWER",
+    "DISTILL.TEACHER", "DISTILL.TEACHER_WEIGHTS", "DISTILL.ALPHA", "DISTILL.TAU", "EVAL.BATCH", "EVAL.EVERY",
+}  # fmt: skip
+SECTIONS = ("RECIPE", "MODEL", "DATA", "AUG", "TRAIN", "OPTIM", "SCHEDULE", "TIMELINE", "DISTILL", "EMA", "EVAL")
 
 
 @pytest.mark.parametrize("mode", ["published", "corrected"])
+@pytest.mark.parametrize("size", [224, 384])
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_drop_path_and_what_surrounds_training_are_the_published_ones(family, variant, mode):
-    cfg = recipe(family, variant, mode=mode)
-    assert f"{family}_{variant}" == cfg.MODEL.NAME
+def test_every_number_of_a_recipe_is_the_one_written_down(family, variant, size, mode):
+    expected = COMMON | FAMILY[family] | (AT_384[family] if size == 384 else {})
+    if mode == "published":
+        if size == 384 and family != "stvit":
+            pytest.skip("nothing was published; test_differences_between_the_modes holds that")
+        expected |= PUBLISHED[family]
     rate = DROP_PATH[family][FAMILIES[family].index(variant)]
-    if (family, variant, mode) == ("stvit", "large", "corrected"):
-        assert (cfg.MODEL.DROP_PATH_RATE, cfg.TIMELINE.DROP_PATH_RATE) == (0, "0:0.4, 260:0.6")
-    else:
-        assert (rate, "") == (cfg.MODEL.DROP_PATH_RATE, cfg.TIMELINE.DROP_PATH_RATE)
-    expected = {
-        "sgformer": (1024, 128, 0.99992, "ema", "mix_then_erase", "random", 1, 248, 0.0, 42),
-        "groupmixformer": (512, 64, 0.0, "raw", "erase_then_mix", "bicubic", 1, 256, 5.0, 0),
-        "stvit": (1024, 128, 0.99996, "raw", "erase_then_mix", "bicubic", 3, 256, 0.0, 0),
+    expected |= {
+        "MODEL.NAME": f"{family}_{variant}",
+        "DATA.IMG_SIZE": size,
+        "MODEL.DROP_PATH_RATE": rate,
+        "RECIPE.MODE": mode,
     }
-    found = (
-        *(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, cfg.EMA.DECAY, cfg.RECIPE.HEADLINE, cfg.AUG.ORDER),
-        *(cfg.DATA.INTERPOLATION, cfg.AUG.REPEATS, cfg.DATA.EVAL_RESIZE, cfg.TRAIN.CLIP_GRAD, cfg.TRAIN.SEED),
-    )
-    assert found == expected[family]
-    assert (cfg.AUG.RAND_AUGMENT, cfg.AUG.MIXUP, cfg.AUG.CUTMIX) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
-    assert (cfg.AUG.ERASE_PROB, cfg.AUG.MIX_SWITCH_PROB, cfg.AUG.LABEL_SMOOTHING) == (0.25, 0.5, 0.1)
-    assert (cfg.OPTIM.NAME, cfg.OPTIM.BETAS, cfg.OPTIM.EPS) == ("adamw", [0.9, 0.999], 1e-8)
+    if (family, variant, size, mode) == ("stvit", "large", 224, "corrected"):
+        expected |= {"MODEL.DROP_PATH_RATE": 0.0, "TIMELINE.DROP_PATH_RATE": "0:0.4, 260:0.6"}
+    cfg = recipe(family, variant, size, mode)
+    found = {key: config.get(cfg, key) for key in config.keys(cfg) if key.split(".")[0] in SECTIONS and key not in FREE}
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_crops_are_the_published_ones(family):
+    sizes = {
+        "sgformer": ((248, 224), (426, 384)), "groupmixformer": ((256, 224), (438, 384)), "stvit": ((256, 224), (384, 384)),
+    }  # fmt: skip
+    for size, (resize, crop) in zip((224, 384), sizes[family], strict=True):
+        transform = _eval_transform(recipe(family, FAMILIES[family][0], size))
+        assert (transform.crop, transform.interpolation, transform.mode) == (crop, "bicubic", "center")
+        (height, width), (top, left, *_) = transform.geometry(500, 375)
+        assert (height, width) == (int(resize * 500 / 375), resize)
+        assert (top, left) == (round((height - crop) / 2), (resize - crop) // 2)
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_drop_path_rises_linearly_over_all_blocks(family, variant):
+    cfg = recipe(family, variant, 224, "published")
+    with torch.device("meta"):
+        model = build_model(cfg, 1000)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    rates = [{m.drop_prob for m in block.modules() if isinstance(m, DropPath)} for block in blocks]
+    expected = [cfg.MODEL.DROP_PATH_RATE * i / (len(blocks) - 1) for i in range(len(blocks))]
+    assert all(len(found) == 1 for found in rates)
+    assert [found.pop() for found in rates] == pytest.approx(expected)
 
 
 def test_repeated_augmentation_counts_as_published():
@@ -185,22 +271,34 @@ def test_stvit_large_raises_drop_path_at_epoch_260():
     assert recipe("stvit", "large", mode="published").TIMELINE.DROP_PATH_RATE == ""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_differences_between_the_modes_are_listed_in_the_docs(family):
+def table_of_differences():
+    """Return {(family or variant, key): (corrected, published)} as docs/recipes.md says."""
     text = (ROOT / "docs/recipes.md").read_text()
-    section = text[text.index("## What differs between the modes") :]
-    for variant in FAMILIES[family]:
+    section = text[text.index("## What differs between the modes") :].split("\n## ")[0]
+    cells = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if line.startswith("| ")
+    ]
+    return {(row[0], row[1].strip("`")): (row[2], row[3]) for row in cells[1:]}
+
+
+def test_differences_between_the_modes_are_those_in_the_docs():
+    names = {"sgformer": "SG-Former", "groupmixformer": "GroupMixFormer", "stvit": "STViT"}
+    said, found = table_of_differences(), {}
+    for family, variant in VARIANTS:
         for size in (224, 384):
             if size == 384 and family != "stvit":
                 with pytest.raises(ValueError, match="nobody published"):
                     recipe(family, variant, size, "published")
                 continue
-            published = recipe(family, variant, size, "published")
-            changed = differences(recipe(family, variant, size), published, ("RECIPE.MODE",))
-            assert changed
-            for change in changed:
-                key = change.partition(":")[0]
-                assert re.search(rf"{re.escape(key)}.*", section), f"{key} of {family} is not in docs/recipes.md"
+            changes = differences(
+                recipe(family, variant, size), recipe(family, variant, size, "published"), ("RECIPE.MODE",)
+            )
+            for change in changes:
+                key, _, values = change.partition(": ")
+                old, new = (yaml.safe_load(value) for value in values.split(" -> "))
+                who = "all" if key == "TRAIN.AMP" else "STViT-L" if "DROP_PATH" in key else names[family]
+                found[who, key] = (str(old).lower(), str(new).lower() or "constant")
+    assert {key: tuple(v.lower() for v in values) for key, values in said.items()} == found
 
 
 def test_mode_is_merged_before_what_the_command_line_says():
@@ -219,3 +317,28 @@ def test_unknown_key_in_a_published_section_is_an_error_in_either_mode(tmp_path)
     (tmp_path / "c.yaml").write_text("PUBLISHED:\n  SCHEDULE:\n    DELAI: 1\n")
     with pytest.raises(ValueError, match=r"SCHEDULE.DELAI in PUBLISHED of .*c.yaml; did you mean SCHEDULE.DELAY"):
         config.load(str(tmp_path / "c.yaml"))
+
+
+def test_mode_given_twice_is_the_last_one():
+    cfg = recipe("stvit", "small", 224, "corrected", "RECIPE.MODE", "published")
+    assert (cfg.RECIPE.MODE, cfg.SCHEDULE.DELAY) == ("published", 1)
+    cfg = recipe("stvit", "small", 224, "published", "RECIPE.MODE", "corrected")
+    assert (cfg.RECIPE.MODE, cfg.SCHEDULE.DELAY) == ("corrected", 0)
+
+
+@pytest.mark.parametrize(("mode", "other"), [("published", "corrected"), ("corrected", "published")])
+def test_resolved_config_keeps_its_mode(tmp_path, mode, other):
+    cfg = recipe("stvit", "small", mode=mode)
+    (tmp_path / "c.yaml").write_text(config.dump(cfg))
+    assert config.load(str(tmp_path / "c.yaml")) == cfg
+    assert config.load(str(tmp_path / "c.yaml"), ["RECIPE.MODE", mode]) == cfg
+    with pytest.raises(ValueError, match=f"resolved config of a run in mode {mode}"):
+        config.load(str(tmp_path / "c.yaml"), ["RECIPE.MODE", other])
+
+
+def test_derived_file_wins_over_what_its_base_published(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        f"BASE: {ROOT}/configs/stvit/large_224.yaml\nRECIPE: {{MODE: published}}\nMODEL: {{DROP_PATH_RATE: 0.3}}\n"
+    )
+    cfg = config.load(str(tmp_path / "mine.yaml"))
+    assert (cfg.MODEL.DROP_PATH_RATE, cfg.SCHEDULE.DELAY, cfg.TIMELINE.DROP_PATH_RATE) == (0.3, 1, "")

@@ -41,7 +41,7 @@ def test_dry_run_reports_every_recipe_and_writes_nothing(path, tmp_path, monkeyp
     assert "also on 1, 2, 4, 8 processes" in text
     assert "1,281,167 training and 50,000 validation images" in text
     assert f"{30 if path.stem.endswith('384') else 300} epochs of {2502 if small else 1251:,} updates" in text
-    if path.parent.name == "stvit" and path.stem in ("small_384", "base_384"):
+    if path.parent.name == "stvit" and path.stem.endswith("384"):
         assert "inert       MODEL.DROP_PATH_RATE" in text
     else:
         assert "inert" not in text
@@ -67,6 +67,30 @@ def test_run_says_the_same_report(small_cfg, tmp_path, capsys):
     assert "drop path 0.2" in said
 
 
+def test_clipping_of_the_optimiser_itself_is_said(tmp_path):
+    text = dry_run(
+        ROOT / "configs/groupmixformer/mobile_64.yaml", tmp_path, "OPTIM.NAME", "lamb", "TRAIN.CLIP_GRAD", "0"
+    )
+    assert "lamb, learning rate 0.001; no gradient clipping, lamb's own max_grad_norm 1" in text
+    assert "betas (0.9, 0.999), eps 1e-06" in text
+
+
+def test_dry_run_with_layer_decay_counts_layers(tmp_path, recwarn):
+    text = dry_run(ROOT / "configs/stvit/small_64.yaml", tmp_path, "OPTIM.LAYER_DECAY", "0.75")
+    assert "layer decay 0.75: 22 layers" in text
+    assert not recwarn
+
+
+def test_dry_run_takes_the_number_of_classes_without_data(tmp_path):
+    assert "10 classes" in dry_run(ROOT / "configs/groupmixformer/mobile_64.yaml", tmp_path, "MODEL.NUM_CLASSES", "10")
+
+
+def test_dry_run_and_eval_exclude_each_other(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_script.main(["--cfg", f"{ROOT}/configs/demo.yaml", "--output", str(tmp_path), "--dry-run", "--eval"])
+    assert "--dry-run and --eval exclude each other" in capsys.readouterr().err
+
+
 def inert(*opts):
     cfg = config.load((), list(opts))
     return list(report.inert(cfg, timm.create_model("test_efficientnet"), 1))
@@ -89,6 +113,17 @@ def test_nothing_is_inert_by_default():
             ("AUG.CUTMIX", "0", "AUG.MIX_SWITCH_PROB", "0.7"),
             "AUG.MIX_SWITCH_PROB 0.7: only one of mixup and cutmix is on",
         ),
+        (
+            ("TIMELINE.DROP_PATH_RATE", "0:0, 300:0.4"),
+            "TIMELINE.DROP_PATH_RATE 0:0, 300:0.4: the run ends before epoch 300",
+        ),
+        (
+            ("AUG.MIXUP", "0", "AUG.CUTMIX", "0", "TIMELINE.MIX_PROB", "0:1, 9:0"),
+            "TIMELINE.MIX_PROB 0:1, 9:0: AUG.MIXUP and",
+        ),
+        (("MODEL.INIT_WEIGHTS", "ema"), "MODEL.INIT_WEIGHTS ema: MODEL.INIT is not set"),
+        (("DISTILL.ALPHA", "0.3"), "DISTILL.ALPHA 0.3: DISTILL.TYPE is none"),
+        (("EVAL.CROP_PCT", "0.9", "DATA.EVAL_RESIZE", "230"), "DATA.EVAL_RESIZE 230: EVAL.CROP_PCT sets the size"),
         (("AUG.ERASE_PROB", "0", "AUG.ERASE_MODE", "rand"), "AUG.ERASE_MODE rand: AUG.ERASE_PROB is 0"),
         (
             ("AUG.MIX_PROB", "0.5", "TIMELINE.MIX_PROB", "0:1, 5:0"),

@@ -150,9 +150,23 @@ def test_tanh_falls_to_the_minimum():
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
-def test_cooldown_stays_at_the_minimum():
-    lr = learning_rates(Plan(8, 4, 0, 1, 10, 110), *LENGTH, "SCHEDULE.COOLDOWN_EPOCHS", "10")
-    assert {lr(update) for update in range(1000, 1100)} == {0.1}
+@pytest.mark.parametrize(
+    ("opts", "rate"),
+    [
+        (("SCHEDULE.NAME", "cosine"), 0.1),
+        (("SCHEDULE.NAME", "poly"), 0.1),
+        (("SCHEDULE.NAME", "step", "SCHEDULE.DECAY_EPOCHS", "50"), 0.1),
+        (("SCHEDULE.NAME", "multistep", "SCHEDULE.MILESTONES", "[50, 105]"), 0.1),
+        (("SCHEDULE.NAME", "constant"), 1.0),
+    ],
+)
+@pytest.mark.parametrize("unit", ["update", "epoch"])
+def test_cooldown_stays_where_the_schedule_ended(opts, rate, unit):
+    lr = learning_rates(
+        Plan(8, 4, 0, 1, 10, 110), *LENGTH, *opts, "SCHEDULE.COOLDOWN_EPOCHS", "10", "SCHEDULE.UNIT", unit
+    )
+    assert [lr(update) for update in range(1000, 1100)] == pytest.approx([rate] * 100)
+    assert lr(999) == pytest.approx(rate, rel=0.1)
 
 
 def test_delay_takes_the_first_value_again():

@@ -40,6 +40,7 @@ def test_empty_text_is_no_timeline():
         ("0:0.4 ->", "is not EPOCH:VALUE"),
         ("0:1, 9:2, 9:3", "epoch 9 does not come after 9"),
         ("0:1.2.3", "is not EPOCH:VALUE"),
+        ("0:1, 2.5:3", "'2.5:3' is not EPOCH:VALUE with a whole epoch"),
     ],
 )
 def test_wrong_text_is_named_with_its_key(text, part):

@@ -139,6 +139,31 @@ def test_second_start_on_a_run_is_refused_while_the_first_lasts(small_cfg, whole
     assert train(small_cfg, whole.parent) == 0
 
 
+def test_second_start_on_a_new_run_is_refused_before_it_writes(small_cfg, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("engine.run.LOCK_ATTEMPTS", 1)
+    first = RunDirectory(tmp_path / "small", 2)
+    first.lock()
+    assert "another process trains in" in fails(lambda: train(small_cfg, tmp_path, "--seed", 7), capsys)
+    assert list((tmp_path / "small").iterdir()) == []
+    first.unlock()
+    assert not (tmp_path / "small").exists()
+
+
+def test_other_optimiser_cannot_continue_a_checkpoint(small_cfg, whole, tmp_path, capsys):
+    argv = ("--resume", whole / "checkpoints/update-00000012.pt", "--opts", "OPTIM.NAME", "lion")
+    text = fails(lambda: train(small_cfg, tmp_path, *argv), capsys)
+    assert "was written with the optimiser AdamW, OPTIM.NAME makes Lion" in text
+    assert not (tmp_path / "small").exists()
+
+
+def test_init_takes_the_headline_weights_of_a_file_that_holds_both(small_cfg, whole, tmp_path, capsys):
+    argv = ("--init", whole / "checkpoints/update-00000012.pt", "--eval")
+    for headline, other in (("raw", "ema"), ("ema", "raw")):
+        assert train(small_cfg, tmp_path, *argv, "--opts", "RECIPE.HEADLINE", headline) == 0
+        said = f"({headline} weights; the file also holds {other} weights, see MODEL.INIT_WEIGHTS)"
+        assert said in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_batch_norm_on_two_processes_gives_the_weights_of_one(small_cfg, tmp_path, run_script):
     # A gradient that is zero but for rounding (a bias before a BatchNorm) would be blown up by Adam: a larger eps lets it be.
