@@ -18,6 +18,7 @@ from torch import Tensor
 from data import photometric, rand_augment
 from data.affine import AXES, affine, matrix
 from data.rand_augment import Op
+from data.recolor import recolor
 from data.shift import shift
 
 LOOK_UP = "look-up"
@@ -96,7 +97,8 @@ def augment(image: Tensor, ops: Sequence[Op], fill: tuple[int, int, int]) -> Ten
             picture = rand_augment.apply(picture, [op], fill)
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         else:
-            image = _recoloured(image.unsqueeze(0), op)[0]
+            planes = image.contiguous().numpy()
+            image = torch.from_numpy(recolor(planes, op.name.removesuffix("Increasing"), op.argument or 0.0))
     return image
 
 
@@ -154,15 +156,3 @@ def _tables(group: Group, images: Tensor, packed: Packed) -> Tensor:
             own = images[rows.start - group.rows.start : rows.stop - group.rows.start]
             tables.append(photometric.TABLES[name](own, packed.numbers[rows, 0]))
     return torch.cat(tables)
-
-
-def _recoloured(images: Tensor, op: Op) -> Tensor:
-    """Run one photometric operation on a batch on the CPU."""
-    base = _base(op)
-    if base == "given":
-        table = torch.from_numpy(photometric.given_table(op.name, op.argument or 0.0))
-        return photometric.look_up(images, table.expand(len(images), 3, -1))
-    numbers = torch.tensor([op.argument or 0.0], dtype=torch.float64)
-    if base in photometric.FILTERS:
-        return photometric.FILTERS[base](images, numbers)
-    return photometric.look_up(images, photometric.TABLES[base](images, numbers))

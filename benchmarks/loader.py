@@ -1,0 +1,316 @@
+"""Measure loaders on your own pictures: images per CPU-second of the whole process tree, all taking turns.
+
+    python benchmarks/loader.py --data DIR
+
+DIR holds class folders of images, or train/ or val/ with them. Every contender runs the same recipe (random resized crop,
+flip, rand-m9-mstd0.5-inc1, erasing 0.25) at the same size, in a process of its own, several rounds in turn, so that a busy
+machine is unfair to none. "uint8" ends where a batch is ready for a GPU, "floats" with normalised and erased images.
+The table goes to benchmarks/results/ as Markdown and JSON.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin would count
+
+import gc
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import PIL
+import timm
+import torch
+import torchvision
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from arguments import Parser
+from data.dali_loader import DaliTrainLoader, check_dali
+from data.device import DeviceStage
+from data.folder import FolderSource, class_folders, scan
+from data.mixing import Mixing
+from data.rand_augment import parse_policy
+from data.stream import IndexStream
+from data.torch_loader import TrainLoader, load
+from data.transforms import TrainTransform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+POLICY = "rand-m9-mstd0.5-inc1"
+RESULTS = Path(__file__).resolve().parent / "results"
+Contender = Callable[[], Iterator[int]]  # yields the images of each batch
+
+
+class Contenders:
+    """What is measured; each gives a fresh iterator of batch sizes over `images` images."""
+
+    def __init__(self, source: FolderSource, images: int, batch: int, size: int, workers: int) -> None:
+        self.source, self.images, self.batch, self.size, self.workers = source, images, batch, size, workers
+
+    def decode(self) -> Iterator[int]:
+        """Read and decode only: the limit of every loader that decodes whole images on the CPU."""
+        for i in range(self.images):
+            load(self.source, i % len(self.source))
+            yield 1
+
+    def timm_uint8(self) -> Iterator[int]:
+        """timm's workers, whose uint8 batches its prefetcher takes to the GPU."""
+        return self._limited(self._timm(use_prefetcher=True).loader, lambda batch: len(batch[1]))
+
+    def timm_floats(self) -> Iterator[int]:
+        """timm without prefetcher: workers normalise and erase."""
+        return self._limited(self._timm(use_prefetcher=False), lambda batch: len(batch[1]))
+
+    def torch_uint8(self) -> Iterator[int]:
+        """The torch loader."""
+        return self._epochs(TrainLoader(self.source, self._transform(), self._stream(), workers=self.workers))
+
+    def torch_floats(self) -> Iterator[int]:
+        """The torch loader and the device stage, on the CPU."""
+        mixing = Mixing(1000, mixup=0, cutmix=0, smoothing=0)
+        stage = DeviceStage(mixing, MEAN, STD, seed=0)
+        loader = TrainLoader(self.source, self._transform(), self._stream(), workers=self.workers)
+        return self._epochs(loader, lambda batch: stage.train(batch, 0, 0, 0))
+
+    def dali_cpu(self) -> Iterator[int]:
+        """The DALI loader on its CPU backend."""
+        stream, transform = self._stream(), self._transform()
+        return self._epochs(DaliTrainLoader(self.source, transform, stream, workers=self.workers, backend="cpu"))
+
+    def dali_gpu(self) -> Iterator[int]:
+        """The DALI loader on a GPU."""
+        stream, transform = self._stream(), self._transform()
+        return self._epochs(DaliTrainLoader(self.source, transform, stream, workers=self.workers, device="cuda"))
+
+    def _transform(self) -> TrainTransform:
+        return TrainTransform(self.size, seed=0, policy=parse_policy(POLICY))
+
+    def _stream(self) -> IndexStream:
+        return IndexStream(len(self.source), 0, self.batch, self.batch)
+
+    def _timm(self, use_prefetcher: bool) -> Any:
+        timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
+        dataset = timm.data.create_dataset("", root=str(self.source.root), is_training=True)
+        return timm.data.create_loader(
+            dataset,
+            (3, self.size, self.size),
+            self.batch,
+            is_training=True,
+            use_prefetcher=use_prefetcher,
+            auto_augment=POLICY,
+            interpolation="bicubic",
+            re_prob=0.25,
+            re_mode="pixel",
+            mean=MEAN,
+            std=STD,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=False,
+            device=torch.device("cpu"),
+        )
+
+    def _limited(self, loader: Any, count: Callable[[Any], int]) -> Iterator[int]:
+        """Yield batch sizes, epoch after epoch, up to the number of images."""
+        done = 0
+        while done < self.images:
+            for batch in loader:
+                done += count(batch)
+                yield count(batch)
+                if done >= self.images:
+                    return
+
+    def _epochs(self, loader: Any, then: Callable[[Any], Any] = lambda batch: batch) -> Iterator[int]:
+        done, epoch = 0, 0
+        while done < self.images:
+            for batch in loader.epoch(epoch):
+                then(batch)
+                done += len(batch)
+                yield len(batch)
+                if done >= self.images:
+                    return
+            epoch += 1
+
+
+def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, which under Pillow 13 ends with an error where no bits are kept (an image in 650)."""
+    return timm.data.auto_augment.posterize(image, max(1, bits), **options)
+
+
+def cpu_seconds() -> float:
+    """Return the user and system time of this process and its ended children."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def measure(contender: Contender, answer: Any) -> None:
+    """Send (images, CPU-seconds, seconds) of a contender, its workers started and ended within."""
+    try:
+        torch.set_num_threads(1)
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        batches = contender()
+        images = sum(batches)
+        del batches
+        gc.collect()  # ends the workers, whose time counts once they have ended
+        answer.send((images, cpu_seconds() - cpu, time.perf_counter() - wall))
+    except Exception as error:  # a process cannot raise into another
+        answer.send(error)
+
+
+def alone(contender: Contender) -> tuple[int, float, float]:
+    """Measure a contender in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(contender, theirs))
+    process.start()
+    found = ours.recv()
+    process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def find_source(folder: Path) -> FolderSource:
+    """Return the images below DIR/train, DIR/val or DIR itself."""
+    folder = next((folder / split for split in ("train", "val") if (folder / split).is_dir()), folder)
+    return scan(folder, class_folders(folder), must_hold_all=True)
+
+
+def rows_of(rates: dict[str, list[float]], walls: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Return a row a contender: median, spread, and the ratio to timm's rate in the same round."""
+    against = {"torch_floats": "timm_floats", "timm_floats": "timm_floats"}
+    rows = []
+    for name, values in rates.items():
+        base = rates[against.get(name, "timm_uint8")]
+        ratios = [value / other for value, other in zip(values, base, strict=True)]
+        rows.append(
+            {
+                "name": name,
+                "images_per_cpu_second": statistics.median(values),
+                "lowest": min(values),
+                "highest": max(values),
+                "ratio": statistics.median(ratios),
+                "ratio_lowest": min(ratios),
+                "ratio_highest": max(ratios),
+                "images_per_second": statistics.median(walls[name]),
+            }
+        )
+    return rows
+
+
+NAMES = {
+    "decode": "read and decode only (limit)",
+    "timm_uint8": "timm create_loader, uint8",
+    "timm_floats": "timm create_loader, floats",
+    "torch_uint8": "DATA.LOADER torch, uint8",
+    "torch_floats": "DATA.LOADER torch, floats",
+    "dali_cpu": "DATA.LOADER dali, CPU, uint8",
+    "dali_gpu": "DATA.LOADER dali, GPU, uint8",
+}
+HEADER = (
+    "",
+    "images per CPU-second",
+    "lowest .. highest",
+    "ratio to timm, same output",
+    "lowest .. highest",
+    "images/s",
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a row as text."""
+    return [
+        NAMES[row["name"]],
+        f"{row['images_per_cpu_second']:.0f}",
+        f"{row['lowest']:.0f} .. {row['highest']:.0f}",
+        f"{row['ratio']:.2f}",
+        f"{row['ratio_lowest']:.2f} .. {row['ratio_highest']:.2f}",
+        f"{row['images_per_second']:.0f}",
+    ]
+
+
+def write(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
+    """Write the result as JSON and Markdown."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
+    lines = [f"# Loaders, {facts['date']}, {facts['hardware']}", "", f"    {facts['command']}", ""]
+    lines += [f"{key}: {value}. " for key, value in facts.items() if key not in ("date", "hardware", "command")]
+    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def gather_facts(args: Any, source: FolderSource) -> dict[str, Any]:
+    """Return what a reader must know to judge the numbers."""
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    options = f"--images {args.images} --rounds {args.rounds} --workers {args.workers} --size {args.size}"
+    return {
+        "date": time.strftime("%Y-%m"),
+        "hardware": f"{len(os.sched_getaffinity(0))} CPU cores{gpu}",
+        "command": f"python benchmarks/loader.py --data DIR {options}",
+        "commit": commit.stdout.strip(),
+        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
+        f"Pillow {PIL.__version__}, Python {platform.python_version()}",
+        "pictures": f"{len(source)} files, mean {sum(len(source.read(i)) for i in range(len(source))) / len(source) / 1e3:.0f} kB",
+        "n": f"{args.rounds} rounds of {args.images} images, contenders in turn",
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = Parser("Measure loaders in images per CPU-second.")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of class folders of images")
+    parser.add_argument("--images", type=int, default=512, help="images a contender and round (default 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--workers", type=int, default=2, help="loader processes, of DALI threads (default 2)")
+    parser.add_argument("--only", nargs="*", choices=list(NAMES), help="contenders, with timm's (default all)")
+    parser.add_argument(
+        "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-loader)"
+    )
+    args = parser.parse_args(argv)
+    source = find_source(args.data)
+    contenders = Contenders(source, args.images, min(args.batch, len(source)), args.size, args.workers)
+    names = [name for name in NAMES if not args.only or name in args.only or name.startswith("timm")]
+    say = Console()
+    try:
+        check_dali("auto", torch.device("cpu"))
+    except ValueError as error:
+        names = [name for name in names if not name.startswith("dali")]
+        say.print(f"without DALI: {error}")
+    if not torch.cuda.is_available():
+        names = [name for name in names if name != "dali_gpu"]
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    walls: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(args.rounds + 1):  # round 0 warms the file cache
+        for name in names:
+            images, cpu, wall = alone(getattr(contenders, name))
+            if number:
+                rates[name].append(images / cpu)
+                walls[name].append(images / wall)
+    rows = rows_of(rates, walls)
+    table = Table(*HEADER)
+    for row in rows:
+        table.add_row(*cells(row))
+    say.print(table)
+    facts = gather_facts(args, source)
+    out = args.out or RESULTS / f"{facts['date']}-loader"
+    write(rows, facts, out)
+    say.print(f"written to {out.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
