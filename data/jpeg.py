@@ -1,4 +1,8 @@
-"""What a JPEG's header says: the size of the image, without decoding it, and whether a decoder will take the file."""
+"""What a JPEG's header says: the size of the image, without decoding it, and whether a decoder will take the file.
+
+Rows are coded from the top. So a decoder that is told of a smaller height stops early, and gives the same pixels down to
+there: a seventh of the work of decoding lies below the average random crop.
+"""
 
 from typing import NamedTuple
 
@@ -16,6 +20,8 @@ class Frame(NamedTuple):
     width: int
     components: int
     process: int  # 0 baseline, 1 extended, 2 progressive, others rare
+    unit: int  # rows that are coded together
+    at: int  # where in the file the height stands
 
 
 def frame(data: np.ndarray) -> Frame | None:
@@ -33,9 +39,10 @@ def frame(data: np.ndarray) -> Frame | None:
         elif marker in FRAMES:  # length (2 bytes), precision, height (2), width (2), components
             body = bytes(head[at + 4 : at + 10])
             height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-            if len(body) < 6 or body[0] != 8 or not (height and width):
+            sampling = bytes(head[at + 11 : at + 10 + 3 * body[5] : 3]) if len(body) == 6 else b""
+            if not sampling or len(sampling) < body[5] or body[0] != 8 or not (height and width):
                 return None
-            return Frame(height, width, body[5], marker - 0xC0)
+            return Frame(height, width, body[5], marker - 0xC0, 8 * max(value & 15 for value in sampling), at + 5)
         elif marker in (0xD9, 0xDA):
             return None
         else:
@@ -49,3 +56,17 @@ def ordinary(data: np.ndarray) -> Frame | None:
     if found is None or found.components not in (1, 3) or found.process > 2:
         return None
     return found if bytes(memoryview(data.data)[-2:]) == END else None
+
+
+def cut(data: np.ndarray, found: Frame, rows: int) -> bool:
+    """Write a height that suffices for the first `rows` into an ordinary file's bytes; False if it saves nothing."""
+    height = (-(-rows // found.unit) + 1) * found.unit  # a unit more, since colours are smoothed across its border
+    if found.process > 1 or height >= found.height:
+        return False
+    set_height(data, found, height)
+    return True
+
+
+def set_height(data: np.ndarray, found: Frame, height: int) -> None:
+    """Write a height into a file's bytes."""
+    data[found.at : found.at + 2] = divmod(height, 256)

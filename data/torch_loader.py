@@ -8,18 +8,21 @@ workers changes the speed and nothing else. The main process sends a worker the 
 import gc
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.bad_images import BadImage, read_or_replace
 from data.batch import Batch
-from data.decode import UnreadableImageError, decode
+from data.decode import MAX_PIXELS, UnreadableImageError, decode
+from data.decode_top import decode_top
+from data.jpeg import ordinary
 from data.stream import IndexStream, evaluation_indices
-from data.transforms import EvalTransform, TrainTransform
+from data.transforms import EvalTransform, TrainDraw, TrainTransform
 
 Address = tuple[int, int, int]  # epoch, position in it, index in the data set
 
@@ -75,15 +78,23 @@ class TrainImages(Dataset):
         indices = np.array([index for _, _, index in addresses], dtype=np.int64)
         bad: list[BadImage] = []
         for row, (epoch, position, index) in enumerate(addresses):
-            image, indices[row], replaced = read_or_replace(index, len(self.source), self._load, self.source.name)
+            load_drawn = partial(self._load, epoch, position)
+            (image, drawn), indices[row], replaced = read_or_replace(index, len(self), load_drawn, self.source.name)
             bad += replaced
-            cropped, erase[row] = self.transform(image, epoch, position)
-            images[row].copy_(cropped)
+            images[row].copy_(self.transform.apply(image, drawn))
+            erase[row] = drawn.erase
         labels = self.source.labels[indices]
         return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase), tuple(bad))
 
-    def _load(self, index: int) -> Tensor:
-        return load(self.source, index)
+    def _load(self, epoch: int, position: int, index: int) -> tuple[Tensor, TrainDraw]:
+        """Return an image and its choices; of a JPEG, where a loader process decodes it, no rows below the crop."""
+        data, name = read(self.source, index), self.source.name(index)
+        found = ordinary(data) if get_worker_info() else None
+        if found is not None and found.height * found.width <= MAX_PIXELS:
+            drawn = self.transform.draw(epoch, position, found.height, found.width)
+            return decode_top(data, found, drawn.crop.top + drawn.crop.height, name), drawn
+        image = decode(data, name)
+        return image, self.transform.draw(epoch, position, image.shape[-2], image.shape[-1])
 
 
 class EvalImages(Dataset):

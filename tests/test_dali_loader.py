@@ -1,6 +1,5 @@
 """The DALI loader: the torch loader's batches by address, its pixels within a level, its treatment of bad files."""
 
-import io
 import sys
 
 import numpy as np
@@ -12,7 +11,6 @@ from data.augment import RandAugment
 from data.dali_loader import DaliEvalLoader, DaliTrainLoader, check_dali
 from data.decode import UnreadableImageError
 from data.folder import class_folders, scan
-from data.jpeg import frame, ordinary
 from data.rand_augment import parse_policy
 from data.stream import IndexStream
 from data.torch_loader import EvalLoader, TrainLoader, load
@@ -248,21 +246,6 @@ def test_dali_on_a_gpu_that_is_missing_is_an_error_with_the_way_out(monkeypatch)
 def test_dali_is_imported_by_its_loader_alone(run_script):
     done = run_script("-c", "import sys, data.build; print('nvidia.dali' in sys.modules)")
     assert done.stdout.strip() == "False"
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"comment": b"\xff\xc0" * 9}])
-def test_jpeg_header_gives_the_loader_the_decoded_size(mode, options):
-    file = io.BytesIO()
-    picture(np.random.RandomState(0), 131, 57).convert(mode).save(file, "JPEG", **options)
-    data = np.frombuffer(file.getvalue(), dtype=np.uint8)
-    found = frame(data)
-    assert (found.width, found.height) == (131, 57)
-    assert found.components == {"RGB": 3, "L": 1, "CMYK": 4}[mode]
-    assert found.process == (2 if options.get("progressive") else 0)
-    assert (ordinary(data) is None) == (mode == "CMYK")
-    assert ordinary(data[:-1]) is None
-    assert all(frame(data[:end]) is None for end in range(0, 20))
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
