@@ -10,6 +10,12 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
+from engine.interruption import PREEMPTED, Interruption, PreemptedError
+
+INTERRUPTION = Interruption()
+if __name__ == "__main__":
+    INTERRUPTION.listen()  # before torch too, whose import takes seconds
+
 import argparse
 import json
 import sys
@@ -28,6 +34,7 @@ import config
 from data.build import Data, build_data
 from data.decode import UnreadableImageError
 from engine import distributed
+from engine.agreement import Agreement, Wish
 from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model, wrap_teacher
 from engine.checkpoint import load_state, save_weights
 from engine.distill import Teacher
@@ -73,6 +80,12 @@ class Session:
     state: TrainState
     loop: Loop
     teacher: Teacher | None
+    agreement: Agreement
+
+    def check(self, wish: Wish) -> None:
+        """Raise what ends the run if the processes agreed on it."""
+        if wish == Wish.STOP:
+            raise PreemptedError
 
     def facts(self) -> dict[str, Any]:
         """Return what a reader of a checkpoint wants to know about it."""
@@ -99,7 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = distributed.start(cfg.DEVICE)
     except ValueError as error:
         parser.fail(error)
-    log, run = Log(processes.main), RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
+    status, log, run = (
+        0,
+        Log(processes.main),
+        RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP),
+    )
     try:
         session = build_or_fail(parser, cfg, args, processes, log, run)
         if args.dry_run:
@@ -107,17 +124,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.eval:
             evaluate_only(session)
         else:
-            train(session)
+            status = train(session)
     except (DivergedError, UnreadableImageError) as error:
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warn("interrupted; the same command continues from the last checkpoint")
         return 130
+    except PreemptedError:
+        log.warn("interrupted")
+        status = PREEMPTED
     finally:
         log.close()
         run.unlock()
     distributed.stop()
-    return 0
+    return status
 
 
 def build_or_fail(
@@ -156,13 +176,14 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     restore(cfg, args, run, state, data, processes, log)
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
-    session = Session(cfg, processes, log, run, data, precision, state, loop, teacher)
+    agreement = Agreement(processes, lambda: Wish.STOP if INTERRUPTION.received else Wish.GO_ON)
+    session = Session(cfg, processes, log, run, data, precision, state, loop, teacher, agreement)
     if writes and not state.complete:
         run.create(config.dump(cfg))
         run.lock()
         start = this_start(processes.world, state.update, processes.device)
         run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
-        log.open(run.path, state.update, cfg.LOG.TENSORBOARD)
+        log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
     return session
 
 
@@ -175,31 +196,70 @@ def as_imagenet(cfg: CfgNode) -> CfgNode:
     return stand_in
 
 
-def train(s: Session) -> None:
-    """Train the updates that are left; evaluate, keep the best and save after each epoch."""
+def train(s: Session) -> int:
+    """Do what is left of the run, or save and stop early if a signal asks for it; return the exit status."""
+    if s.state.complete:
+        s.log.say(f"{s.run.path} is complete: {s.state.plan.epochs} epochs, best {describe_best(s)}")
+    else:
+        INTERRUPTION.defer()
+        announce(s)
+        try:
+            s.check(s.agreement.settle())
+            while not s.state.complete:
+                if not s.state.between_epochs:
+                    train_epoch(s)
+                end_epoch(s)
+        except PreemptedError:
+            return stop_early(s)
+        s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
+    if s.processes.main and not s.run.done.exists():
+        s.run.mark(s.run.done, f"after update {s.state.update}")
+    return 0
+
+
+def train_epoch(s: Session) -> None:
+    """Train the updates that are left of the epoch."""
     state, plan, log, every = s.state, s.state.plan, s.log, s.cfg.CHECKPOINT.EVERY_UPDATES
-    if state.complete:
-        log.say(f"{s.run.path} is complete: {plan.epochs} epochs, best {describe_best(s)}")
-        return
-    announce(s)
 
     def after_update() -> None:
         log.advance()
         if every and state.update % every == 0 and state.update_in_epoch:
             save(s)
+        s.check(s.agreement.poll())
 
-    while not state.complete:
-        epoch = state.epoch
-        log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
-        batches = s.data.train.epoch(epoch, state.update_in_epoch)
-        s.loop.train_epoch(
-            state, batches, lambda step: log.step(step, plan.epochs, plan.updates_per_epoch), after_update
-        )
-        log.end_epoch()
-        if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.complete:
-            keep_best(s, evaluate_all(s), epoch)
+    epoch = state.epoch
+    log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
+    batches = s.data.train.epoch(epoch, state.update_in_epoch)
+    s.loop.train_epoch(state, batches, lambda step: log.step(step, plan.epochs, plan.updates_per_epoch), after_update)
+    log.end_epoch()
+
+
+def end_epoch(s: Session) -> None:
+    """Evaluate after an epoch, keep the best and save."""
+    state = s.state
+    epoch = state.update // state.plan.updates_per_epoch - 1
+    if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
+        keep_best(s, evaluate_all(s), epoch)
+    state.closed = state.update
+    save(s)
+
+
+def stop_early(s: Session) -> int:
+    """Save where the run stands and leave the mark that says so; return the exit status.
+
+    It is PREEMPTED, but 0 under torchrun, which would end the others and turn any other status into 1: there the mark is
+    all there is to see.
+    """
+    s.log.end_epoch()
+    if s.state.update:
         save(s)
-    log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
+    if s.processes.main:
+        why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
+        s.run.mark(s.run.preempted, f"by {why} after update {s.state.update}")
+        s.log.say(f"stopped by {why} after update {s.state.update}; the same command continues")
+    s.agreement.settle()  # nobody leaves before the mark is there
+    INTERRUPTION.release()
+    return 0 if s.processes.launcher == "torchrun" else PREEMPTED
 
 
 def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
@@ -312,7 +372,8 @@ def evaluate_all(s: Session) -> dict[str, Accuracy]:
     """Evaluate the raw and, if kept, the EMA weights on every validation image."""
     results: dict[str, Accuracy] = {}
     for which, model in s.state.weights().items():
-        batches = s.log.track(s.data.val, len(s.data.val), f"evaluate {which}")
+        watched = s.agreement.watch(s.data.val, len(s.data.val), s.check)
+        batches = s.log.track(watched, len(s.data.val), f"evaluate {which}")
         results[which] = evaluate(
             model,
             batches,

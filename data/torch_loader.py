@@ -18,6 +18,7 @@ from data.batch import Batch
 from data.decode import UnreadableImageError, decode
 from data.stream import IndexStream, evaluation_indices
 from data.transforms import EvalTransform, TrainTransform
+from data.worker_processes import Workers, ignore_signals
 
 Address = tuple[int, int, int]  # epoch, position in it, index in the data set
 
@@ -202,7 +203,8 @@ def _loader(images: Dataset, batches: Any, workers: int, prefetch: int, pin_memo
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=Workers() if workers else None,
+        worker_init_fn=ignore_signals if workers else None,
         generator=torch.Generator(),  # its own: DataLoader would draw from the global stream at each epoch
     )
 

@@ -38,10 +38,11 @@ class Log:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
 
-    def open(self, folder: Path, update: int, tensorboard: bool) -> None:
+    def open(self, folder: Path, update: int, tensorboard: bool, closed: int | None = None) -> None:
         """Begin, or continue after `update` updates, the files of a run directory.
 
-        Rows of metrics.jsonl behind that position belong to updates that will be done again, and are dropped.
+        Rows of metrics.jsonl behind that position belong to updates that will be done again, and are dropped; so are
+        evaluations after update `closed` (by default `update`).
         """
         if not self.main:
             return
@@ -49,7 +50,8 @@ class Log:
         self.file.writelines(self.early)
         path = folder / "metrics.jsonl"
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _update_of(line) <= update]
+            limits = {"eval": update if closed is None else closed}
+            rows = [line for line in path.read_text().splitlines() if _is_kept(line, update, limits)]
             temporary = path.with_name(".metrics.jsonl.tmp")
             temporary.write_text("".join(f"{row}\n" for row in rows))
             temporary.replace(path)
@@ -168,9 +170,10 @@ class Log:
             self.early.append(line + "\n")
 
 
-def _update_of(line: str) -> float:
-    """Return the update a metrics row belongs to; a line cut off by a crash belongs to none that is kept."""
+def _is_kept(line: str, last: int, last_of_kind: dict[str, int]) -> bool:
+    """Tell whether a metrics row belongs to no later update than the last, of its kind; a line cut off by a crash does not."""
     try:
-        return float(json.loads(line)["update"])
+        row = json.loads(line)
+        return bool(row["update"] <= last_of_kind.get(row["kind"], last))
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

@@ -6,6 +6,8 @@ output/<name>/
     log.txt  metrics.jsonl  tensorboard/
     checkpoints/update-<number>.pt   everything needed to continue; the newest are kept
     best_raw.safetensors  best_ema.safetensors
+    preempted                        while it waits for its next start after a signal
+    done                             once it is complete
 """
 
 import fcntl
@@ -34,6 +36,7 @@ class RunDirectory:
     def __init__(self, path: Path, keep: int):
         self.path = path
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
+        self.preempted, self.done = path / "preempted", path / "done"
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
         self._locked: int | None = None  # the folder's file descriptor
 
@@ -42,14 +45,20 @@ class RunDirectory:
         return self.path / f"best_{which}.safetensors"
 
     def create(self, config: str) -> None:
-        """Make the folder and write the config. Raises ValueError if the folder cannot be written."""
+        """Make the folder, write the config, take off the marks of the start before. Raises ValueError if the folder cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for mark in (self.preempted, self.done):
+                mark.unlink(missing_ok=True)
             write_atomically(self.config, lambda file: _write(file, config))
         except OSError as error:
             raise ValueError(
                 f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
             ) from error
+
+    def mark(self, mark: Path, text: str) -> None:
+        """Leave the file `preempted` or `done` for whoever started the run."""
+        write_atomically(mark, lambda file: _write(file, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n"))
 
     def lock(self) -> None:
         """Keep other starts out of the folder, if it exists, until `unlock` or the end of this process.

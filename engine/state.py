@@ -29,6 +29,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     plan: Plan
     update: int = 0  # updates done
+    closed: int = 0  # updates done at the last end of an epoch whose evaluation is done too
     best: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # by "raw" and "ema": top1, correct1, images, epoch, update
@@ -46,9 +47,19 @@ class TrainState:
         return self.update % self.plan.updates_per_epoch
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is left to train."""
+    def between_epochs(self) -> bool:
+        """Whether an epoch's updates are done and its evaluation is not."""
+        return self.update > self.closed and not self.update_in_epoch
+
+    @property
+    def trained(self) -> bool:
+        """Whether no update is left."""
         return self.update >= self.plan.updates
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.trained and not self.between_epochs
 
     def weights(self) -> dict[str, nn.Module]:
         """Return the models to evaluate, by name: raw, and ema if it is kept."""
@@ -73,6 +84,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "update": self.update,
+            "closed": self.closed,
             "samples": self.update * self.plan.global_batch,
             "global_batch": self.plan.global_batch,
             "updates_per_epoch": self.plan.updates_per_epoch,
@@ -113,4 +125,5 @@ class TrainState:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.update, self.best = state["update"], state["best"]
+        self.closed = state.get("closed", self.update - self.update_in_epoch)  # format 1 closed an epoch at once
         self.sums = state["sums"].to(self.sums.device)
