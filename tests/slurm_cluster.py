@@ -1,9 +1,9 @@
 """A real SLURM of two nodes on this machine: loopback only, without systemd, cgroups or accounting, up in about a second."""
 
+import contextlib
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -81,10 +81,8 @@ class SlurmCluster:
     def __exit__(self, *_):
         if len(self.daemons) > 1:
             self.run("scancel", "--state=PENDING,RUNNING", "--user", str(os.getuid()), check=False)
-            try:
+            with contextlib.suppress(TimeoutError):
                 wait_for(lambda: not self.run("squeue", "--noheader", check=False), "an empty queue", 30)
-            except TimeoutError:
-                pass
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):
