@@ -217,6 +217,8 @@ _C.CHECKPOINT = CfgNode()
 _C.CHECKPOINT.EVERY_UPDATES = 0
 # Checkpoints kept besides the best weights.
 _C.CHECKPOINT.KEEP = 2
+# Failures to write one, in a row (disk full, no permission), after which the run stops; before, it trains on.
+_C.CHECKPOINT.MAX_FAILURES = 3
 
 _C.LOG = CfgNode()
 # A line and a metrics.jsonl row every so many updates.
@@ -300,6 +302,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "EVAL.CROP_PCT": (0, 1),
     "CHECKPOINT.EVERY_UPDATES": (0, 1e12),
     "CHECKPOINT.KEEP": (1, 1e6),
+    "CHECKPOINT.MAX_FAILURES": (1, 1e6),
     "LOG.EVERY": (1, 1e9),
 }
 

@@ -17,11 +17,9 @@ if __name__ == "__main__":
     INTERRUPTION.listen()  # before torch too, whose import takes seconds
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +33,21 @@ from data.build import Data, build_data
 from data.decode import UnreadableImageError
 from engine import distributed
 from engine.agreement import Agreement, Wish
-from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model, wrap_teacher
-from engine.checkpoint import load_state, save_weights
+from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.loop import DivergedError, Loop, check_finite
+from engine.loop import DivergedError, Loop
 from engine.plan import accumulation
 from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.run import RunDirectory, differences, this_start
+from engine.saver import Saver, SavingError
 from engine.state import TrainState
-from models.build import build_model, build_teacher
-from models.weights import fit, load_initial, load_weights
+from models.build import build_model
 from report import estimate_memory, report
+from resume import find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -75,6 +73,7 @@ class Session:
     processes: Processes
     log: Log
     run: RunDirectory
+    saver: Saver
     data: Data
     precision: Precision
     state: TrainState
@@ -86,6 +85,8 @@ class Session:
         """Raise what ends the run if the processes agreed on it."""
         if wish == Wish.STOP:
             raise PreemptedError
+        if wish == Wish.FAIL:
+            raise self.saver.complaint()
 
     def facts(self) -> dict[str, Any]:
         """Return what a reader of a checkpoint wants to know about it."""
@@ -112,20 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = distributed.start(cfg.DEVICE)
     except ValueError as error:
         parser.fail(error)
-    status, log, run = (
-        0,
-        Log(processes.main),
-        RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP),
-    )
+    status, log = 0, Log(processes.main)
+    run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
+    saver = Saver(run, log, cfg.CHECKPOINT.MAX_FAILURES)
     try:
-        session = build_or_fail(parser, cfg, args, processes, log, run)
+        session = build_or_fail(parser, cfg, args, processes, saver)
         if args.dry_run:
             announce(session, with_memory=True)
         elif args.eval:
             evaluate_only(session)
         else:
             status = train(session)
-    except (DivergedError, UnreadableImageError) as error:
+    except (DivergedError, SavingError, UnreadableImageError) as error:
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warn("interrupted; the same command continues from the last checkpoint")
@@ -134,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warn("interrupted")
         status = PREEMPTED
     finally:
+        saver.wait()
         log.close()
         run.unlock()
     distributed.stop()
@@ -145,18 +145,18 @@ def build_or_fail(
     cfg: CfgNode,
     args: argparse.Namespace,
     processes: Processes,
-    log: Log,
-    run: RunDirectory,
+    saver: Saver,
 ) -> Session:
     """Build the session; end the process with the message of what the user can mend."""
     try:
-        return build(cfg, args, processes, log, run)
+        return build(cfg, args, processes, saver)
     except ValueError as error:
         parser.fail(error, processes.name)
 
 
-def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log, run: RunDirectory) -> Session:
+def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, saver: Saver) -> Session:
     """Build everything and continue where the run stands. Raises ValueError for what the user can mend."""
+    log, run = saver.log, saver.run
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
@@ -173,11 +173,11 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     seed_process(cfg.TRAIN.SEED)
     model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
     state = build_state(cfg, model, plan, precision)
-    restore(cfg, args, run, state, data, processes, log)
+    restore(cfg, args, saver, state, data, processes)
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
-    agreement = Agreement(processes, lambda: Wish.STOP if INTERRUPTION.received else Wish.GO_ON)
-    session = Session(cfg, processes, log, run, data, precision, state, loop, teacher, agreement)
+    agreement = Agreement(processes, lambda: wish(saver))
+    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
     if writes and not state.complete:
         run.create(config.dump(cfg))
         run.lock()
@@ -185,6 +185,11 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
         run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
         log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
     return session
+
+
+def wish(saver: Saver) -> Wish:
+    """Return what this process wants all to do."""
+    return Wish.FAIL if saver.failed else Wish.STOP if INTERRUPTION.received else Wish.GO_ON
 
 
 def as_imagenet(cfg: CfgNode) -> CfgNode:
@@ -209,6 +214,9 @@ def train(s: Session) -> int:
                 if not s.state.between_epochs:
                     train_epoch(s)
                 end_epoch(s)
+            if not s.saver.finish():
+                s.saver.failures = s.saver.max_failures
+            s.check(s.agreement.settle())
         except PreemptedError:
             return stop_early(s)
         s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
@@ -223,6 +231,7 @@ def train_epoch(s: Session) -> None:
 
     def after_update() -> None:
         log.advance()
+        s.saver.poll()
         if every and state.update % every == 0 and state.update_in_epoch:
             save(s)
         s.check(s.agreement.poll())
@@ -238,10 +247,11 @@ def end_epoch(s: Session) -> None:
     """Evaluate after an epoch, keep the best and save."""
     state = s.state
     epoch = state.update // state.plan.updates_per_epoch - 1
+    best: dict[str, Any] = {}
     if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
-        keep_best(s, evaluate_all(s), epoch)
+        best = note_results(s, evaluate_all(s), epoch)
     state.closed = state.update
-    save(s)
+    save(s, best)
 
 
 def stop_early(s: Session) -> int:
@@ -253,9 +263,13 @@ def stop_early(s: Session) -> int:
     s.log.end_epoch()
     if s.state.update:
         save(s)
+    s.saver.finish()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
-        s.run.mark(s.run.preempted, f"by {why} after update {s.state.update}")
+        try:
+            s.run.mark(s.run.preempted, f"by {why} after update {s.state.update}")
+        except OSError as error:
+            s.log.warn(f"{s.run.preempted} cannot be written ({error.strerror}): whoever looks for it finds nothing")
         s.log.say(f"stopped by {why} after update {s.state.update}; the same command continues")
     s.agreement.settle()  # nobody leaves before the mark is there
     INTERRUPTION.release()
@@ -278,94 +292,9 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
         log.warn(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
 
 
-def restore(
-    cfg: CfgNode,
-    args: argparse.Namespace,
-    run: RunDirectory,
-    state: TrainState,
-    data: Data,
-    processes: Processes,
-    log: Log,
-) -> None:
-    """Bring the state to the run's latest checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it.
-
-    With --eval, a file that is named comes before the run's own.
-    """
-    latest = processes.from_main(run.checkpoints.latest())
-    named = args.eval and (args.resume or cfg.MODEL.INIT)
-    source = Path(str(latest)) if latest and not named else Path(args.resume) if args.resume else None
-    if source:
-        stored = load_state(source)
-        check_same_data(stored["facts"], data, source)
-        state.load_state_dict(stored, str(source))
-        log.say(f"continuing {source} at update {state.update} of {state.plan.updates} (epoch {state.epoch + 1})")
-        if source != latest:
-            state.best = {}  # whose files lie in the other run
-            if state.complete and not args.eval:
-                raise ValueError(
-                    f"{source} is at the end of TRAIN.EPOCHS={state.plan.epochs}; raise it, or start with --init"
-                )
-        for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
-            if value:
-                log.say(f"{flag} {value} is not read: the run has gone further")
-    elif cfg.MODEL.INIT:
-        weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
-        arguments.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
-        if args.eval:
-            fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
-        log.say(load_initial(state.model, weights, cfg.MODEL.INIT))
-        if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
-            log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
-        if state.ema:
-            state.ema.set(state.model)
-    elif args.eval:
-        raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
-
-
-def find_teacher(
-    cfg: CfgNode, run: RunDirectory, state: TrainState, data: Data, processes: Processes, log: Log
-) -> Teacher | None:
-    """Return the model to distil from, if one is asked for. Raises ValueError if it is not the one the run began with."""
-    if cfg.DISTILL.TYPE == "none":
-        return None
-    model, said = build_teacher(cfg, data.classes)
-    teacher = wrap_teacher(cfg, model, processes)
-    if state.update and run.manifest.is_file():
-        before = json.loads(run.manifest.read_text()).get("teacher", {}).get("digest", teacher.digest)
-        if before != teacher.digest:
-            raise ValueError(
-                f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "
-                f"{teacher.digest}); put the file back, or start another run with --tag NAME"
-            )
-    log.say(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
-    if not cfg.DISTILL.ALPHA:
-        log.warn("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
-    return teacher
-
-
-def check_same_data(facts: dict[str, Any], data: Data, source: Path) -> None:
-    """Raise ValueError if a checkpoint's position is one in another data set."""
-    if facts["classes"] != data.classes:
-        pairs = [f"{a} -> {b}" for a, b in zip_longest(facts["classes"], data.classes) if a != b]
-        raise ValueError(f"{source} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
-    changed = [
-        f"{key}: {facts['data'].get(key)} -> {value}"
-        for key, value in data.fingerprint.items()
-        if facts["data"].get(key) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"the data set has changed since {source}: {', '.join(changed)}; put it back, or start with --init"
-        )
-
-
-def save(s: Session) -> None:
-    """Write a checkpoint of the whole state; called by all processes."""
-    stored = s.state.state_dict(s.processes)
-    check_finite(s.state, stored["sums"])
-    if s.processes.main:
-        facts = s.facts() | {"epoch": s.state.update / s.state.plan.updates_per_epoch}
-        s.run.checkpoints.save(s.state.update, {**stored, "facts": facts})
+def save(s: Session, best: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Store the whole state, and the new best weights; called by all processes."""
+    s.saver.save(s.state, s.processes, s.facts(), best or {})
 
 
 def evaluate_all(s: Session) -> dict[str, Accuracy]:
@@ -392,16 +321,17 @@ def evaluate_only(s: Session) -> None:
         s.log.say(f"{which:<3}  {result}")
 
 
-def keep_best(s: Session, results: dict[str, Accuracy], epoch: int) -> None:
-    """Log the results of an epoch (from 0) and keep the weights that beat all before them."""
+def note_results(s: Session, results: dict[str, Accuracy], epoch: int) -> dict[str, dict[str, Any]]:
+    """Log the results of an epoch (from 0); return those that beat all before them."""
+    found: dict[str, dict[str, Any]] = {}
     for which, result in results.items():
         counts = {key: value for key, value in asdict(result).items() if key != "seconds"}
         entry = {"top1": result.top1, "top5": result.top5, **counts, "epoch": epoch + 1, "update": s.state.update}
         best = s.state.note_result(which, entry)
         s.log.result(which, result, epoch, s.state.update, best)
-        if best and s.processes.main:
-            facts = s.facts() | {"weights": which, **entry}
-            save_weights(s.run.best(which), s.state.weights()[which].state_dict(), facts)
+        if best:
+            found[which] = entry
+    return found
 
 
 def describe_best(s: Session) -> str:

@@ -4,10 +4,10 @@ Schedulers and terminals send those signals to every process of a run. A worker 
 with it the run, down before the checkpoint is written.
 """
 
-import multiprocessing
 import signal
 from multiprocessing import popen_fork
 from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.process import BaseProcess
 
 
 class _Popen(popen_fork.Popen):
@@ -20,14 +20,14 @@ class Worker(ForkProcess):
     """A forked process whose `terminate` is `kill`."""
 
     @staticmethod
-    def _Popen(process_obj: multiprocessing.Process) -> popen_fork.Popen:  # the name that multiprocessing calls
+    def _Popen(process_obj: BaseProcess) -> popen_fork.Popen:  # the name that multiprocessing calls
         return _Popen(process_obj)
 
 
 class Workers(ForkContext):
     """What DataLoader takes as multiprocessing_context."""
 
-    Process = Worker  # type: ignore[assignment]
+    Process = Worker
 
 
 def ignore_signals(_: int) -> None:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ def start(device: str, timeout_s: float = 1800.0) -> Processes:
     own = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if launched else None
+    hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if launched else None
     return Processes(rank, world, local_rank, own, "torchrun" if launched else "plain python", hosts)
 
 

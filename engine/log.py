@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -37,6 +38,7 @@ class Log:
         self.events: Any = None
         self.progress: Progress | None = None
         self.task: TaskID | None = None
+        self.lost = False  # whether a line could not be written
 
     def open(self, folder: Path, update: int, tensorboard: bool, closed: int | None = None) -> None:
         """Begin, or continue after `update` updates, the files of a run directory.
@@ -65,8 +67,9 @@ class Log:
         """Stop the bar and close the files."""
         self.end_epoch()
         for stream in (self.file, self.metrics, self.events):
-            if stream is not None:
-                stream.close()
+            with suppress(OSError):  # said when it was written
+                if stream is not None:
+                    stream.close()
         self.file = self.metrics = self.events = None
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -157,17 +160,32 @@ class Log:
     ) -> None:
         if self.metrics is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self.metrics.write(json.dumps(finite) + "\n")
+            self._write(self.metrics, json.dumps(finite) + "\n")
         if self.events is not None:
-            for name, value in (curves or row).items():
-                if isinstance(value, float):
-                    self.events.add_scalar(f"{prefix}/{name}", value, update)
+            with self._surviving("tensorboard"):
+                for name, value in (curves or row).items():
+                    if isinstance(value, float):
+                        self.events.add_scalar(f"{prefix}/{name}", value, update)
 
     def _keep(self, line: str) -> None:
         if self.file is not None:
-            self.file.write(line + "\n")
+            self._write(self.file, line + "\n")
         else:
             self.early.append(line + "\n")
+
+    def _write(self, stream: IO[str], text: str) -> None:
+        with self._surviving(stream.name):
+            stream.write(text)
+
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Let a full disk cost lines, not the run; say so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.lost:
+                self.lost = True
+                self.console.print(f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False)
 
 
 def _is_kept(line: str, last: int, last_of_kind: dict[str, int]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import CheckpointFolder, write_atomically
+from engine.checkpoint import CheckpointFolder, remove_temporary, write_atomically
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
 LOCK_ATTEMPTS = 10  # one a second
@@ -50,6 +50,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             for mark in (self.preempted, self.done):
                 mark.unlink(missing_ok=True)
+            remove_temporary(self.path)
             write_atomically(self.config, lambda file: _write(file, config))
         except OSError as error:
             raise ValueError(
