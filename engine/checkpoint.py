@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = 2  # raised when a checkpoint of the new form cannot be read by the old code; 1 had no seal
@@ -95,7 +95,12 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, 
     """Write weights as safetensors, with facts (JSON values) in the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     header = {"retoken": json.dumps({"format": FORMAT, **facts})}
-    write_atomically(path, lambda file: save_file(tensors, file, header))
+    written = save(tensors, header)  # save_file makes a temporary file of its own, which a kill would leave for ever
+    write_atomically(path, lambda file: _write(file, written))
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
