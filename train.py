@@ -36,6 +36,7 @@ from engine.agreement import Agreement, Wish
 from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.distill import Teacher
 from engine.distributed import Processes
+from engine.elastic import Elastic
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
 from engine.loop import DivergedError, Loop
@@ -110,10 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
+        elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
+        if elastic.idle:
+            INTERRUPTION.defer()
+            elastic.stand_by(lambda: INTERRUPTION.received is not None)
+            return 0
         processes = distributed.start(cfg.DEVICE)
     except ValueError as error:
         parser.fail(error)
     status, log = 0, Log(processes.main)
+    for note in elastic.notes(cfg.CHECKPOINT.EVERY_UPDATES):
+        log.warn(note)
     run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
     saver = Saver(run, log, cfg.CHECKPOINT.MAX_FAILURES)
     try:
@@ -136,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         saver.wait()
         log.close()
         run.unlock()
+    elastic.finish()
     distributed.stop()
     return status
 
