@@ -53,15 +53,30 @@ def slurm():
         yield cluster
 
 
-@pytest.fixture
-def fake(tmp_path):
-    """A stand-in for the interpreter, and the run directory it knows."""
-    run = tmp_path / "run"
+def make_fake(folder):
+    """Return a stand-in for the interpreter, and the run directory it knows."""
+    run = folder / "run"
     run.mkdir()
-    python = tmp_path / "python"
+    python = folder / "python"
     python.write_text(FAKE_PYTHON.format(python=sys.executable, run=run))
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     return python, run
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """See make_fake."""
+    return make_fake(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(slurm, tmp_path_factory):
+    """A job that is warned of its time limit while the tests before the last run beside it."""
+    folder = tmp_path_factory.mktemp("limited")
+    python, run = make_fake(folder)
+    early = ("--time=1", "--signal=USR1@58")
+    argv = ("launch_scripts/slurm.sbatch", "configs/demo.yaml")
+    return submit(slurm, folder / "job.out", *argv, python=python, options=early), folder / "job.out", run
 
 
 def submit(slurm, output, *argv, python=sys.executable, options=()):
@@ -110,10 +125,9 @@ def whole(small_cfg, tmp_path_factory, run_script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_srun.sbatch"])
-def test_run_that_is_requeued_twice_ends_as_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path, script):
+def test_run_that_is_requeued_twice_ends_as_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
     run, output = tmp_path / "small", tmp_path / "job.out"
-    argv = (f"launch_scripts/{script}", small_cfg, "--output", tmp_path, "--opts", *OPTS)
+    argv = ("launch_scripts/slurm.sbatch", small_cfg, "--output", tmp_path, "--opts", *OPTS)
     job = submit(slurm, output, *argv)
     try:
         wait_for(reached(run, 12), "update 12", 120)
@@ -121,15 +135,33 @@ def test_run_that_is_requeued_twice_ends_as_the_uninterrupted_one(slurm, small_c
         wait_for(lambda: slurm.fact(job, "Restarts") == "1", "the requeue after USR1", 60)
         wait_for(reached(run, 50), "update 50", 120)
         slurm.run("scontrol", "requeue", job)  # what an administrator, or a preempting partition, does
-        wait_for_end(slurm, job, output, run)
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{explain(slurm, output, run)}") from error
-    assert slurm.fact(job, "Restarts") == "2"
-    starts = json.loads((run / "manifest.json").read_text())["starts"]
-    assert [start["update"] for start in starts] == sorted({start["update"] for start in starts})
-    assert [start["update"] > 0 for start in starts] == [False, True, True]
+    wait_for_end(slurm, job, output, run)
+    assert_ended_as_if_nothing_had_happened(slurm, job, whole, run, requeues=2)
+
+
+@pytest.mark.slow
+def test_run_without_torchrun_is_requeued_and_ends_as_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
+    run, output = tmp_path / "small", tmp_path / "job.out"
+    argv = ("launch_scripts/slurm_srun.sbatch", small_cfg, "--output", tmp_path, "--opts", *OPTS)
+    job = submit(slurm, output, *argv)
+    try:
+        wait_for(reached(run, 12), "update 12", 120)
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{explain(slurm, output, run)}") from error
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_for_end(slurm, job, output, run)
+    assert_ended_as_if_nothing_had_happened(slurm, job, whole, run, requeues=1)
+
+
+def assert_ended_as_if_nothing_had_happened(slurm, job, whole, run, requeues):
+    assert slurm.fact(job, "Restarts") == str(requeues)
+    starts = [start["update"] for start in json.loads((run / "manifest.json").read_text())["starts"]]
+    assert starts == sorted(set(starts))
+    assert len(starts) == 1 + requeues
     assert_same_run(whole, run)
-    assert {path.name for path in (run / "logs").iterdir()} == {f"{job}-{start}" for start in range(3)}
+    assert {path.name for path in (run / "logs").iterdir()} == {f"{job}-{start}" for start in range(1 + requeues)}
     assert (run / "done").is_file()
     assert not (run / "preempted").exists()
 
@@ -152,20 +184,6 @@ def test_job_that_is_cancelled_stays_cancelled(slurm, fake, tmp_path, script):
     wait_for_end(slurm, job, output, run, "CANCELLED", 60)
     assert (run / "preempted").exists()  # saved, all the same
     assert slurm.fact(job, "Restarts") == "0"
-
-
-@pytest.mark.slow
-def test_warning_before_the_time_limit_brings_the_job_back(slurm, fake, tmp_path):
-    python, run = fake
-    output = tmp_path / "job.out"
-    early = ("--time=1", "--signal=USR1@58")
-    job = submit(slurm, output, "launch_scripts/slurm.sbatch", "configs/demo.yaml", python=python, options=early)
-    wait_for_end(slurm, job, output, run, seconds=120)
-    assert slurm.fact(job, "Restarts") == "1"
-    assert "goes back into the queue" in output.read_text()
-    first, second = (run / "starts-0").read_text().splitlines()
-    assert f"--rdzv_id {job}-0 " in first
-    assert f"--rdzv_id {job}-1 " in second
 
 
 def test_failure_is_the_jobs_and_is_not_repeated(slurm, fake, tmp_path):
@@ -199,7 +217,7 @@ def test_staging_runs_once_on_each_node_before_training(slurm, fake, tmp_path):
 def test_two_jobs_on_one_node_meet_at_different_ports(slurm, fake, tmp_path):
     python, run = fake
     output = tmp_path / "job.out"
-    one_core = ("-N", "1", "--nodelist", "node1", "--cpus-per-task", "1")
+    one_core = ("-N", "1", "--nodelist", "node1")
     argv = ("launch_scripts/slurm_srun.sbatch", "configs/demo.yaml")
     jobs = [submit(slurm, output, *argv, python=python, options=one_core) for _ in range(2)]
     starts = run / "starts-0"
@@ -210,3 +228,13 @@ def test_two_jobs_on_one_node_meet_at_different_ports(slurm, fake, tmp_path):
     slurm.run("scancel", *jobs)
     for job in jobs:
         wait_for_end(slurm, job, output, run, "CANCELLED", 60)
+
+
+def test_warning_before_the_time_limit_brings_the_job_back(slurm, limited):
+    job, output, run = limited
+    wait_for_end(slurm, job, output, run, seconds=120)
+    assert slurm.fact(job, "Restarts") == "1"
+    assert "goes back into the queue" in output.read_text()
+    first, second = (run / "starts-0").read_text().splitlines()
+    assert f"--rdzv_id {job}-0 " in first
+    assert f"--rdzv_id {job}-1 " in second
