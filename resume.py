@@ -1,6 +1,7 @@
 """Where a run stands when it starts: its own newest checkpoint, another run's, initial weights, and the teacher."""
 
 import argparse
+import contextlib
 import json
 from itertools import zip_longest
 from pathlib import Path
@@ -10,12 +11,15 @@ from yacs.config import CfgNode
 
 import arguments
 from data.build import Data
+from data.stream import IndexStream
 from engine.build import wrap_teacher
 from engine.checkpoint import load_state
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.log import Log
+from engine.loop import Loop
 from engine.run import RunDirectory
+from engine.safety import is_good, norms, plain
 from engine.saver import Saver
 from engine.state import TrainState
 from models.build import build_teacher
@@ -88,6 +92,34 @@ def find_latest(saver: Saver, processes: Processes, may_write: bool) -> tuple[Pa
     if isinstance(agreed, ValueError):
         raise agreed
     return (Path(str(agreed)) if agreed else None), state
+
+
+def find_good(saver: Saver, processes: Processes) -> Path | None:
+    """Return the newest checkpoint of the run to which going back is of use, the same on all processes."""
+    found: Path | None = None
+    if processes.main:
+        with contextlib.suppress(ValueError):
+            found, _, _ = saver.run.checkpoints.newest_good(is_good)
+    agreed = processes.from_main(found)
+    return Path(str(agreed)) if agreed else None
+
+
+def describe_divergence(state: TrainState, loop: Loop, stream: IndexStream, processes: Processes) -> dict[str, Any]:
+    """Return what tells why the last updates were skipped: images and losses by micro-batch, norms. By all processes."""
+    assert loop.losses is not None
+    losses = processes.sum(loop.losses.clone()).tolist()
+    row = min(int(state.skips[0]), state.update)
+    updates: list[dict[str, Any]] = []
+    for update in range(max(state.update - min(row, loop.max_skipped), 0), state.update):
+        epoch, number = divmod(update, state.plan.updates_per_epoch)
+        micro_batches = [
+            {"loss": plain(loss), "indices": stream.micro_batch(epoch, number, j)[1].tolist()}
+            for j, loss in enumerate(losses[update % loop.max_skipped])
+        ]
+        updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
+    weights = {which: norms(model.state_dict()) for which, model in state.weights().items()}
+    rate = max(group["lr"] for group in state.optimizer.param_groups)
+    return {"update": state.update, "skipped_in_a_row": row, "lr": rate, "updates": updates, "norms": weights}
 
 
 def find_teacher(

@@ -34,21 +34,24 @@ from data.decode import UnreadableImageError
 from engine import distributed
 from engine.agreement import Agreement, Wish
 from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
+from engine.checkpoint import load_state
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.elastic import Elastic
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.loop import DivergedError, Loop
+from engine.loop import Loop
 from engine.plan import accumulation
 from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.run import RunDirectory, differences, this_start
+from engine.safety import DivergedError
 from engine.saver import Saver, SavingError
 from engine.state import TrainState
+from engine.tables import write_json
 from models.build import build_model
 from report import estimate_memory, report
-from resume import find_teacher, restore
+from resume import describe_divergence, find_good, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -58,6 +61,7 @@ FREE = (
     "DATA.WORKERS",
     "DATA.PREFETCH",
     "EVAL.BATCH",
+    "TRAIN.MAX_SKIPPED",
     "CHECKPOINT",
     "LOG",
     "MODEL.INIT",
@@ -220,9 +224,7 @@ def train(s: Session) -> int:
         try:
             s.check(s.agreement.settle())
             while not s.state.complete:
-                if not s.state.between_epochs:
-                    train_epoch(s)
-                end_epoch(s)
+                (end_epoch if s.state.between_epochs else train_epoch)(s)
             if not s.saver.finish():
                 s.saver.failures = s.saver.max_failures
             s.check(s.agreement.settle())
@@ -235,7 +237,7 @@ def train(s: Session) -> int:
 
 
 def train_epoch(s: Session) -> None:
-    """Train the updates that are left of the epoch."""
+    """Train the updates that are left of the epoch, or go back if they diverge."""
     state, plan, log, every = s.state, s.state.plan, s.log, s.cfg.CHECKPOINT.EVERY_UPDATES
 
     def after_update() -> None:
@@ -248,8 +250,39 @@ def train_epoch(s: Session) -> None:
     epoch = state.epoch
     log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
     batches = s.data.train.epoch(epoch, state.update_in_epoch)
-    s.loop.train_epoch(state, batches, lambda step: log.step(step, plan.epochs, plan.updates_per_epoch), after_update)
+    try:
+        s.loop.train_epoch(
+            state, batches, lambda step: log.step(step, plan.epochs, plan.updates_per_epoch), after_update
+        )
+    except DivergedError as error:
+        log.end_epoch()
+        roll_back(s, error)
     log.end_epoch()
+
+
+def roll_back(s: Session, error: DivergedError) -> None:
+    """Note what diverged; go back to the last good checkpoint, or stop if the run has done so before. By all processes."""
+    s.saver.finish()
+    path = find_good(s.saver, s.processes) if not s.state.rollbacks else None
+    record = describe_divergence(s.state, s.loop, s.data.stream, s.processes)
+    if s.processes.main:
+        write_json(s.run.diverged, {"error": str(error), "went_back_to": path and path.name, **record})
+    if path is None:
+        why = "the run went back once before" if s.state.rollbacks else "there is no good checkpoint to go back to"
+        raise DivergedError(
+            f"{error}; {why}. {s.run.diverged} lists the images, losses and norms; start another run from a good checkpoint "
+            "with a milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
+        )
+    stored = load_state(path)
+    s.state.load_state_dict(stored, str(path))
+    s.state.rollbacks += 1
+    s.saver.continue_from(s.state)
+    s.log.warn(f"{error}; going back to {path}, once. {s.run.diverged} lists the images, losses and norms")
+    if s.processes.main:
+        s.run.checkpoints.remove_after(s.state.update)
+        s.saver.mend_best(s.state, stored)
+        s.log.close()
+        s.log.open(s.run.path, s.state.update, s.cfg.LOG.TENSORBOARD, s.state.closed)
 
 
 def end_epoch(s: Session) -> None:

@@ -50,6 +50,7 @@ class Log:
             return
         self.file = (folder / "log.txt").open("a", buffering=1)
         self.file.writelines(self.early)
+        self.early.clear()
         path = folder / "metrics.jsonl"
         if path.exists():
             limits = {"eval": update if closed is None else closed}
@@ -135,6 +136,8 @@ class Log:
             f"loss {step.loss:.4f}  lr {step.lr:.3e}  norm {step.grad_norm:.2f}  {step.images_per_s:.0f} images/s  "
             f"waiting for data {100 * step.data_share:.0f}%"
         )
+        if step.skipped:
+            facts += f"  skipped, not finite: {step.skipped}, {step.skipped_in_run} in the run"
         line = f"epoch {step.epoch + 1}/{epochs}  update {step.update_in_epoch}/{updates_per_epoch}  {facts}"
         if self.progress is not None and self.task is not None and step.update_in_epoch < updates_per_epoch:
             self.progress.update(self.task, facts=facts)

@@ -6,6 +6,7 @@ output/<name>/
     log.txt  metrics.jsonl  tensorboard/
     checkpoints/update-<number>.pt   everything needed to continue; the newest are kept
     best_raw.safetensors  best_ema.safetensors
+    diverged.json                    if updates were not finite too often: images, losses, norms
     preempted                        while it waits for its next start after a signal
     done                             once it is complete
 """
@@ -36,7 +37,7 @@ class RunDirectory:
     def __init__(self, path: Path, keep: int):
         self.path = path
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
-        self.preempted, self.done = path / "preempted", path / "done"
+        self.diverged, self.preempted, self.done = (path / name for name in ("diverged.json", "preempted", "done"))
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
         self._locked: int | None = None  # the folder's file descriptor
 

@@ -71,11 +71,11 @@ class Saver:
         processes: Processes,
         facts: Mapping[str, Any],
         best: Mapping[str, Mapping[str, Any]],
-        prune: bool = True,
     ) -> None:
         """Take a snapshot and write it while training goes on; called by all processes. Does nothing if it is stored already.
 
-        `best` names the weights that beat all before them, with what to say of them. Waits for the write before.
+        `best` names the weights that beat all before them, with what to say of them. Waits for the write before. While
+        updates are skipped older checkpoints stay: the run may have to go back to one.
         """
         if self.stored == (state.update, state.closed):
             return
@@ -89,7 +89,7 @@ class Saver:
         new = {which: {**facts, **more, "weights": which} for which, more in best.items()}
         epoch = state.update / state.plan.updates_per_epoch
         stored["facts"] = {**facts, "epoch": epoch}
-        self._job = Job(state.update, stored, new, prune, time.perf_counter() - started)
+        self._job = Job(state.update, stored, new, not int(stored["skips"][0]), time.perf_counter() - started)
         self._thread = threading.Thread(target=self._write, args=(self._job,), name="saver")
         self._thread.start()
 

@@ -11,7 +11,11 @@ from engine.distributed import Processes
 from engine.plan import Plan
 from engine.schedule import Schedule
 
-SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")  # of an optimiser's group
+# Of an optimiser's group: what the config says, and how the device lets it be computed.
+SETTINGS = (
+    *("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"),
+    *("fused", "foreach", "capturable"),
+)
 
 
 @dataclass
@@ -33,8 +37,11 @@ class TrainState:
     best: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # by "raw" and "ema": top1, correct1, images, epoch, update
-    # Since the epoch began, then since the last report: loss, gradient norm, finite norms, updates, each summed over updates.
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+    # Since the epoch began, then since the last report, summed over updates: finite losses, their number, finite gradient
+    # norms, their number, updates, skipped ones.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 6, dtype=torch.float64))
+    skips: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))  # in a row, in the run, overflows
+    rollbacks: int = 0  # times the run went back to a checkpoint after too many in a row
 
     @property
     def epoch(self) -> int:
@@ -90,6 +97,8 @@ class TrainState:
             "updates_per_epoch": self.plan.updates_per_epoch,
             "best": self.best,
             "sums": self.mean_sums(processes).cpu(),
+            "skips": self.skips.cpu(),
+            "rollbacks": self.rollbacks,
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
@@ -114,16 +123,23 @@ class TrainState:
             raise ValueError(f"{source} was written by another model: {first[:400]}") from error
         # The config rules over what the checkpoint's optimiser was set to; within a run they agree.
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
+        stored = state["optimizer"]
+        groups = [{**group, **own} for group, own in zip(stored["param_groups"], settings, strict=False)]
+        if len(groups) == len(stored["param_groups"]):
+            stored = {**stored, "param_groups": groups}
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(stored)
         except ValueError as error:
             raise ValueError(
                 f"{source} was written with another optimiser or other parameter groups: {error}"
             ) from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.update, self.best = state["update"], state["best"]
         self.closed = state.get("closed", self.update - self.update_in_epoch)  # format 1 closed an epoch at once
-        self.sums = state["sums"].to(self.sums.device)
+        sums = state["sums"]
+        if state["format"] == 1:  # losses were all counted, and skipped updates ended the run
+            sums = torch.stack([*sums.T[[0, 3, 1, 2, 3]], torch.zeros(2, dtype=sums.dtype)], dim=1)
+        self.sums = sums.to(self.sums.device)
+        self.skips = state.get("skips", torch.zeros(3, dtype=torch.int64)).to(self.skips.device)
+        self.rollbacks = state.get("rollbacks", 0)

@@ -225,7 +225,7 @@ def state_of(update, value):
     """Stand in for a TrainState whose only weight is `value`."""
     weight = torch.full((50_000,), float(value))
     entry = {"update": update}
-    tree = {"model": {"w": weight}, "ema": None, "optimizer": {}, "best": {"raw": entry}}
+    tree = {"model": {"w": weight}, "ema": None, "optimizer": {}, "best": {"raw": entry}, "skips": [0, 0, 0]}
     plan = SimpleNamespace(updates_per_epoch=10)
     return SimpleNamespace(
         update=update, closed=update, plan=plan, best=tree["best"], state_dict=lambda _: tree
