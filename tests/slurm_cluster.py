@@ -41,8 +41,9 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=15
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=1000
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=1000
+GresTypes=gpu
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=1000 Gres=gpu:2
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=1000 Gres=gpu:2
 PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
@@ -133,6 +134,8 @@ class SlurmCluster:
         numbers = tuple(map(int, self.run("slurmctld", "-V").split()[1].split(".")[:2]))
         cgroup = "CgroupPlugin=disabled\n" if numbers >= (23, 11) else "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
         (self.folder / "cgroup.conf").write_text(cgroup)
+        gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # any device file will do
+        (self.folder / "gres.conf").write_text(gpus)
         key = self.folder / "m/key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)

@@ -1,6 +1,7 @@
 """The launch scripts check their arguments, say what they start, and start it."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -165,6 +166,19 @@ def test_staging_copies_once_and_starts_anew_after_a_cut(tmp_path, packed):
     assert [path.name for path in target.rglob("*")] == ["train", "a.jpg"]
     assert (target / "train/a.jpg").read_text() == "pixels"
     assert "is complete" in run("stage.sh", source, target).stdout
+
+
+def documented(start):
+    """Return the commands in docs/clusters.md and the README that begin so."""
+    lines = (ROOT / "docs/clusters.md").read_text().splitlines() + (ROOT / "README.md").read_text().splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"    {start}")]
+
+
+@pytest.mark.parametrize("line", documented("launch_scripts/"), ids=lambda line: line[0].rpartition("/")[2])
+def test_documented_command_is_accepted(line):
+    done = run(line[0].removeprefix("launch_scripts/"), *line[1:], PYTHON="/bin/echo")
+    assert done.returncode == 0, done.stderr
+    assert "/train.py --cfg configs/" in done.stdout or "/eval.py --cfg configs/" in done.stdout
 
 
 @pytest.mark.slow

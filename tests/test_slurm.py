@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from engine.checkpoint import load_state
 
 from .conftest import ROOT
 from .slurm_cluster import SlurmCluster, missing, wait_for
+from .test_launch_scripts import documented
 
 pytestmark = pytest.mark.slurm
 
@@ -35,7 +37,9 @@ with (run / f"starts-{{rank}}").open("a") as file:
     print(f"start {{start}} of", *sys.argv, "at", env["MASTER_ADDR"] + ":" + env.get("MASTER_PORT", ""), file=file)
 (run / f"up-{{rank}}").touch()
 if (run / "fail").exists():
-    sys.exit(3)
+    while rank == "0" and len(list(run.glob("up-*"))) < int(env["SLURM_STEP_NUM_TASKS"]):
+        time.sleep(0.01)
+    sys.exit(3 if rank == "0" else 0)
 if start == "0":
     time.sleep(100)
 (run / "done").touch()
@@ -205,13 +209,35 @@ def test_staging_runs_once_on_each_node_before_training(slurm, fake, tmp_path):
     job = submit(slurm, output, *argv, python=python)
     wait_for_end(slurm, job, output, run, "FAILED", 60)
     assert {path.name for path in run.glob("staged-*")} == {"staged-node1", "staged-node2"}
-    assert (run / "up-0").exists()
+    assert len(list(run.glob("up-*"))) == 2
     for path in run.glob("up-*"):
         path.unlink()
     job = submit(slurm, output, *argv[:2], "false", *argv[3:], python=python)
     wait_for_end(slurm, job, output, run, "FAILED", 60)
     assert "staging failed" in output.read_text()
     assert not list(run.glob("up-*"))
+
+
+# A cluster's numbers, brought down to those of the two nodes here.
+SMALLER = {"-N": "2", "--gpus-per-node": "2", "--ntasks-per-node": "2", "--cpus-per-task": "1"}
+
+
+@pytest.mark.parametrize("line", documented("sbatch"), ids=lambda line: next(w for w in line if "launch" in w)[15:])
+def test_documented_command_uses_every_gpu_of_its_nodes(slurm, fake, tmp_path, line):
+    python, run = fake
+    (run / "fail").touch()
+    output, script = tmp_path / "job.out", next(i for i, word in enumerate(line) if "launch_scripts" in word)
+    options = [SMALLER.get(before, word) for before, word in pairwise(line[:script])]
+    arguments = ["true" if word.startswith("launch_scripts/stage.sh") else word for word in line[script:]]
+    job = submit(slurm, output, *arguments, python=python, options=options)
+    wait_for_end(slurm, job, output, run, "FAILED", 60)
+    starts = [path.read_text() for path in run.glob("starts-*")]
+    if "srun" in line[script]:
+        assert len(starts) == 4
+    else:
+        assert len(starts) == 2
+        assert all("--nnodes 2 --nproc_per_node 2 " in start for start in starts)
+    assert all("--data-path" in start for start in starts)
 
 
 def test_two_jobs_on_one_node_meet_at_different_ports(slurm, fake, tmp_path):
