@@ -133,6 +133,9 @@ _C.TRAIN.SEED = 0
 _C.TRAIN.EVAL_MODE = False
 # Largest L2 norm of the gradient; 0 is off.
 _C.TRAIN.CLIP_GRAD = 0.0
+# An update whose loss or gradient is not finite is skipped. After this many in a row the run goes back to its last good
+# checkpoint, once; the next time it stops.
+_C.TRAIN.MAX_SKIPPED = 10
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
 _C.TRAIN.AMP = "bf16"
 # cuDNN may try algorithms and take the fastest; false asks it for deterministic ones.
@@ -226,6 +229,8 @@ _C.CHECKPOINT = CfgNode()
 _C.CHECKPOINT.EVERY_UPDATES = 0
 # Checkpoints kept besides the best weights.
 _C.CHECKPOINT.KEEP = 2
+# Failures to write one, in a row (disk full, no permission), after which the run stops; before, it trains on.
+_C.CHECKPOINT.MAX_FAILURES = 3
 
 _C.LOG = CfgNode()
 # A line and a metrics.jsonl row every so many updates.
@@ -288,6 +293,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "TRAIN.MICRO_BATCH": (1, 1e9),
     "TRAIN.SEED": (0, 2**63 - 1),
     "TRAIN.CLIP_GRAD": (0, 1e9),
+    "TRAIN.MAX_SKIPPED": (1, 1e4),
     "OPTIM.LR": (0, 1e3),
     "OPTIM.SCALE_BATCH": (0, 1e9),
     "OPTIM.BETAS": (0, 0.999999999),
@@ -312,6 +318,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "EVAL.CROP_PCT": (0, 1),
     "CHECKPOINT.EVERY_UPDATES": (0, 1e12),
     "CHECKPOINT.KEEP": (1, 1e6),
+    "CHECKPOINT.MAX_FAILURES": (1, 1e6),
     "LOG.EVERY": (1, 1e9),
 }
 

@@ -10,12 +10,16 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
+from engine.interruption import PREEMPTED, Interruption, PreemptedError
+
+INTERRUPTION = Interruption()
+if __name__ == "__main__":
+    INTERRUPTION.listen()  # before torch too, whose import takes seconds
+
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +32,26 @@ import config
 from data.build import Data, build_data
 from data.decode import UnreadableImageError
 from engine import distributed
-from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model, wrap_teacher
-from engine.checkpoint import load_state, save_weights
+from engine.agreement import Agreement, Wish
+from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
+from engine.checkpoint import load_state
 from engine.distill import Teacher
 from engine.distributed import Processes
+from engine.elastic import Elastic
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.loop import DivergedError, Loop, Step, check_finite
+from engine.loop import Loop, Step
 from engine.plan import accumulation
 from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.run import RunDirectory, differences, this_start
+from engine.safety import DivergedError
+from engine.saver import Saver, SavingError
 from engine.state import TrainState
-from models.build import build_model, build_teacher
-from models.weights import fit, load_initial, load_weights
+from engine.tables import write_json
+from models.build import build_model
 from report import estimate_memory, report
+from resume import describe_divergence, find_good, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -59,6 +68,7 @@ FREE = (
     "DATA.PREFETCH",
     "DATA.MAX_BAD_SHARE",
     "EVAL.BATCH",
+    "TRAIN.MAX_SKIPPED",
     "CHECKPOINT",
     "LOG",
     "MODEL.INIT",
@@ -76,11 +86,20 @@ class Session:
     processes: Processes
     log: Log
     run: RunDirectory
+    saver: Saver
     data: Data
     precision: Precision
     state: TrainState
     loop: Loop
     teacher: Teacher | None
+    agreement: Agreement
+
+    def check(self, wish: Wish) -> None:
+        """Raise what ends the run if the processes agreed on it."""
+        if wish == Wish.STOP:
+            raise PreemptedError
+        if wish == Wish.FAIL:
+            raise self.saver.complaint()
 
     def facts(self) -> dict[str, Any]:
         """Return what a reader of a checkpoint wants to know about it."""
@@ -104,28 +123,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
+        elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
+        if elastic.idle:
+            INTERRUPTION.defer()
+            elastic.stand_by(lambda: INTERRUPTION.received is not None)
+            return 0
         processes = distributed.start(cfg.DEVICE)
     except ValueError as error:
         parser.fail(error)
-    log, run = Log(processes.main), RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
+    status, log = 0, Log(processes.main)
+    for note in elastic.notes(cfg.CHECKPOINT.EVERY_UPDATES):
+        log.warn(note)
+    run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
+    saver = Saver(run, log, cfg.CHECKPOINT.MAX_FAILURES)
     try:
-        session = build_or_fail(parser, cfg, args, processes, log, run)
+        session = build_or_fail(parser, cfg, args, processes, saver)
         if args.dry_run:
             announce(session, with_memory=True)
         elif args.eval:
             evaluate_only(session)
         else:
-            train(session)
-    except (DivergedError, UnreadableImageError) as error:
+            status = train(session)
+    except (DivergedError, SavingError, UnreadableImageError) as error:
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warn("interrupted; the same command continues from the last checkpoint")
         return 130
+    except PreemptedError:
+        log.warn("interrupted")
+        status = PREEMPTED
     finally:
+        saver.wait()
         log.close()
         run.unlock()
+    elastic.finish()
     distributed.stop()
-    return 0
+    return status
 
 
 def build_or_fail(
@@ -133,18 +166,18 @@ def build_or_fail(
     cfg: CfgNode,
     args: argparse.Namespace,
     processes: Processes,
-    log: Log,
-    run: RunDirectory,
+    saver: Saver,
 ) -> Session:
     """Build the session; end the process with the message of what the user can mend."""
     try:
-        return build(cfg, args, processes, log, run)
+        return build(cfg, args, processes, saver)
     except ValueError as error:
         parser.fail(error, processes.name)
 
 
-def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log, run: RunDirectory) -> Session:
+def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, saver: Saver) -> Session:
     """Build everything and continue where the run stands. Raises ValueError for what the user can mend."""
+    log, run = saver.log, saver.run
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
@@ -168,16 +201,22 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, log: Log
     seed_process(cfg.TRAIN.SEED)
     model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
     state = build_state(cfg, model, plan, precision)
-    restore(cfg, args, run, state, data, processes, log)
+    restore(cfg, args, saver, state, data, processes)
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
-    session = Session(cfg, processes, log, run, data, precision, state, loop, teacher)
+    agreement = Agreement(processes, lambda: wish(saver))
+    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
     if writes and not state.complete:
         run.create(config.dump(cfg))
         start = this_start(processes.world, state.update, processes.device)
         run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
-        log.open(run.path, state.update, cfg.LOG.TENSORBOARD)
+        log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
     return session
+
+
+def wish(saver: Saver) -> Wish:
+    """Return what this process wants all to do."""
+    return Wish.FAIL if saver.failed else Wish.STOP if INTERRUPTION.received else Wish.GO_ON
 
 
 def as_imagenet(cfg: CfgNode) -> CfgNode:
@@ -190,13 +229,31 @@ def as_imagenet(cfg: CfgNode) -> CfgNode:
     return stand_in
 
 
-def train(s: Session) -> None:
-    """Train the updates that are left; evaluate, keep the best and save after each epoch."""
+def train(s: Session) -> int:
+    """Do what is left of the run, or save and stop early if a signal asks for it; return the exit status."""
+    if s.state.complete:
+        s.log.say(f"{s.run.path} is complete: {s.state.plan.epochs} epochs, best {describe_best(s)}")
+    else:
+        INTERRUPTION.defer()
+        announce(s)
+        try:
+            s.check(s.agreement.settle())
+            while not s.state.complete:
+                (end_epoch if s.state.between_epochs else train_epoch)(s)
+            if not s.saver.finish():
+                s.saver.failures = s.saver.max_failures
+            s.check(s.agreement.settle())
+        except PreemptedError:
+            return stop_early(s)
+        s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
+    if s.processes.main and not s.run.done.exists():
+        s.run.mark(s.run.done, f"after update {s.state.update}")
+    return 0
+
+
+def train_epoch(s: Session) -> None:
+    """Train the updates that are left of the epoch, or go back if they diverge."""
     state, plan, log, every = s.state, s.state.plan, s.log, s.cfg.CHECKPOINT.EVERY_UPDATES
-    if state.complete:
-        log.say(f"{s.run.path} is complete: {plan.epochs} epochs, best {describe_best(s)}")
-        return
-    announce(s)
 
     def report(step: Step) -> None:
         log.step(step, plan.epochs, plan.updates_per_epoch)
@@ -204,19 +261,78 @@ def train(s: Session) -> None:
 
     def after_update() -> None:
         log.advance()
+        s.saver.poll()
         if every and state.update % every == 0 and state.update_in_epoch:
             save(s)
+        s.check(s.agreement.poll())
 
-    while not state.complete:
-        epoch = state.epoch
-        log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
-        batches = s.data.bad.watch(s.data.train.epoch(epoch, state.update_in_epoch))
+    epoch = state.epoch
+    log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
+    batches = s.data.bad.watch(s.data.train.epoch(epoch, state.update_in_epoch))
+    try:
         s.loop.train_epoch(state, batches, report, after_update)
+    except DivergedError as error:
         log.end_epoch()
-        if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.complete:
-            keep_best(s, evaluate_all(s), epoch)
+        roll_back(s, error)
+    log.end_epoch()
+
+
+def roll_back(s: Session, error: DivergedError) -> None:
+    """Note what diverged; go back to the last good checkpoint, or stop if the run has done so before. By all processes."""
+    s.saver.finish()
+    path = find_good(s.saver, s.processes) if not s.state.rollbacks else None
+    record = describe_divergence(s.state, s.loop, s.data.stream, s.processes)
+    if s.processes.main:
+        write_json(s.run.diverged, {"error": str(error), "went_back_to": path and path.name, **record})
+    if path is None:
+        why = "the run went back once before" if s.state.rollbacks else "there is no good checkpoint to go back to"
+        raise DivergedError(
+            f"{error}; {why}. {s.run.diverged} lists the images, losses and norms; start another run from a good checkpoint "
+            "with a milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
+        )
+    stored = load_state(path)
+    s.state.load_state_dict(stored, str(path))
+    s.state.rollbacks += 1
+    s.saver.continue_from(s.state)
+    s.log.warn(f"{error}; going back to {path}, once. {s.run.diverged} lists the images, losses and norms")
+    if s.processes.main:
+        s.run.checkpoints.remove_after(s.state.update)
+        s.saver.mend_best(s.state, stored)
+        s.log.close()
+        s.log.open(s.run.path, s.state.update, s.cfg.LOG.TENSORBOARD, s.state.closed)
+
+
+def end_epoch(s: Session) -> None:
+    """Evaluate after an epoch, keep the best and save."""
+    state = s.state
+    epoch = state.update // state.plan.updates_per_epoch - 1
+    best: dict[str, Any] = {}
+    if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
+        best = note_results(s, evaluate_all(s), epoch)
+    state.closed = state.update
+    save(s, best)
+
+
+def stop_early(s: Session) -> int:
+    """Save where the run stands and leave the mark that says so; return the exit status.
+
+    It is PREEMPTED, but 0 under torchrun, which would end the others and turn any other status into 1: there the mark is
+    all there is to see.
+    """
+    s.log.end_epoch()
+    if s.state.update:
         save(s)
-    log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
+    s.saver.finish()
+    if s.processes.main:
+        why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
+        try:
+            s.run.mark(s.run.preempted, f"by {why} after update {s.state.update}")
+        except OSError as error:
+            s.log.warn(f"{s.run.preempted} cannot be written ({error.strerror}): whoever looks for it finds nothing")
+        s.log.say(f"stopped by {why} after update {s.state.update}; the same command continues")
+    s.agreement.settle()  # nobody leaves before the mark is there
+    INTERRUPTION.release()
+    return 0 if s.processes.launcher == "torchrun" else PREEMPTED
 
 
 def note_bad_images(s: Session) -> None:
@@ -244,106 +360,17 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
         log.warn(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
 
 
-def restore(
-    cfg: CfgNode,
-    args: argparse.Namespace,
-    run: RunDirectory,
-    state: TrainState,
-    data: Data,
-    processes: Processes,
-    log: Log,
-) -> None:
-    """Bring the state to the run's latest checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it.
-
-    With --eval, a file that is named comes before the run's own.
-    """
-    latest = processes.from_main(run.checkpoints.latest())
-    named = args.eval and (args.resume or cfg.MODEL.INIT)
-    source = Path(str(latest)) if latest and not named else Path(args.resume) if args.resume else None
-    if source:
-        stored = load_state(source)
-        check_same_data(stored["facts"], data, source)
-        state.load_state_dict(stored, str(source))
-        where = "complete" if state.complete else f"in epoch {state.epoch + 1}"
-        log.say(f"continuing {source} at update {state.update} of {state.plan.updates} ({where})")
-        if source != latest:
-            state.best = {}  # whose files lie in the other run
-            if state.complete and not args.eval:
-                raise ValueError(
-                    f"{source} is at the end of TRAIN.EPOCHS={state.plan.epochs}; raise it, or start with --init"
-                )
-        for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
-            if value:
-                log.say(f"{flag} {value} is not read: the run has gone further")
-    elif cfg.MODEL.INIT:
-        weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
-        arguments.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
-        if not cfg.MODEL.INIT_WEIGHTS and cfg.RECIPE.HEADLINE == "ema" and "ema" in facts["holds"]:
-            weights, facts = load_weights(Path(cfg.MODEL.INIT), "ema")
-        if args.eval:
-            fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
-        also = [kind for kind in facts["holds"] if kind != facts["weights"]]
-        other = f"; the file also holds {also[0]} weights, see MODEL.INIT_WEIGHTS" if also else ""
-        log.say(f"{load_initial(state.model, weights, cfg.MODEL.INIT)} ({facts['weights']} weights{other})")
-        if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
-            log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
-        if state.ema:
-            state.ema.set(state.model)
-    elif args.eval:
-        raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
-
-
-def find_teacher(
-    cfg: CfgNode, run: RunDirectory, state: TrainState, data: Data, processes: Processes, log: Log
-) -> Teacher | None:
-    """Return the model to distil from, if one is asked for. Raises ValueError if it is not the one the run began with."""
-    if cfg.DISTILL.TYPE == "none":
-        return None
-    model, said = build_teacher(cfg, data.classes)
-    teacher = wrap_teacher(cfg, model, processes)
-    if state.update and run.manifest.is_file():
-        before = json.loads(run.manifest.read_text()).get("teacher", {}).get("digest", teacher.digest)
-        if before != teacher.digest:
-            raise ValueError(
-                f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "
-                f"{teacher.digest}); put the file back, or start another run with --tag NAME"
-            )
-    log.say(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
-    if not cfg.DISTILL.ALPHA:
-        log.warn("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
-    return teacher
-
-
-def check_same_data(facts: dict[str, Any], data: Data, source: Path) -> None:
-    """Raise ValueError if a checkpoint's position is one in another data set."""
-    if facts["classes"] != data.classes:
-        pairs = [f"{a} -> {b}" for a, b in zip_longest(facts["classes"], data.classes) if a != b]
-        raise ValueError(f"{source} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
-    changed = [
-        f"{key}: {facts['data'].get(key)} -> {value}"
-        for key, value in data.fingerprint.items()
-        if facts["data"].get(key) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"the data set has changed since {source}: {', '.join(changed)}; put it back, or start with --init"
-        )
-
-
-def save(s: Session) -> None:
-    """Write a checkpoint of the whole state; called by all processes."""
-    stored = s.state.state_dict(s.processes)
-    check_finite(s.state, stored["sums"])
-    if s.processes.main:
-        facts = s.facts() | {"epoch": s.state.update / s.state.plan.updates_per_epoch}
-        s.run.checkpoints.save(s.state.update, {**stored, "facts": facts})
+def save(s: Session, best: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Store the whole state, and the new best weights; called by all processes."""
+    s.saver.save(s.state, s.processes, s.facts(), best or {})
 
 
 def evaluate_all(s: Session) -> dict[str, Accuracy]:
     """Evaluate the raw and, if kept, the EMA weights on every validation image."""
     results: dict[str, Accuracy] = {}
     for which, model in s.state.weights().items():
-        batches = s.log.track(s.data.val, len(s.data.val), f"evaluate {which}")
+        watched = s.agreement.watch(s.data.val, len(s.data.val), s.check)
+        batches = s.log.track(watched, len(s.data.val), f"evaluate {which}")
         results[which] = evaluate(
             model,
             batches,
@@ -362,16 +389,17 @@ def evaluate_only(s: Session) -> None:
         s.log.say(f"{which:<3}  {result}")
 
 
-def keep_best(s: Session, results: dict[str, Accuracy], epoch: int) -> None:
-    """Log the results of an epoch (from 0) and keep the weights that beat all before them."""
+def note_results(s: Session, results: dict[str, Accuracy], epoch: int) -> dict[str, dict[str, Any]]:
+    """Log the results of an epoch (from 0); return those that beat all before them."""
+    found: dict[str, dict[str, Any]] = {}
     for which, result in results.items():
         counts = {key: value for key, value in asdict(result).items() if key != "seconds"}
         entry = {"top1": result.top1, "top5": result.top5, **counts, "epoch": epoch + 1, "update": s.state.update}
         best = s.state.note_result(which, entry)
         s.log.result(which, result, epoch, s.state.update, best)
-        if best and s.processes.main:
-            facts = s.facts() | {"weights": which, **entry}
-            save_weights(s.run.best(which), s.state.weights()[which].state_dict(), facts)
+        if best:
+            found[which] = entry
+    return found
 
 
 def describe_best(s: Session) -> str:

@@ -23,6 +23,7 @@ from data.decode_top import decode_top
 from data.jpeg import ordinary
 from data.stream import IndexStream, evaluation_indices
 from data.transforms import EvalTransform, TrainDraw, TrainTransform
+from data.worker_processes import Workers, ignore_signals
 
 Address = tuple[int, int, int]  # epoch, position in it, index in the data set
 
@@ -226,13 +227,18 @@ def start_workers(images: Dataset, batches: Any, workers: int, prefetch: int, pi
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_keep_inherited if workers else None,
+        multiprocessing_context=Workers() if workers else None,
+        worker_init_fn=_begin_worker if workers else None,
         generator=torch.Generator(),  # its own: DataLoader would draw from the global stream at each epoch
     )
 
 
-def _keep_inherited(_: int) -> None:
+def _begin_worker(number: int) -> None:
+    ignore_signals(number)
+    _keep_inherited()
+
+
+def _keep_inherited() -> None:
     """Never collect what a worker inherits: a destructor of the main process's might wait for threads that are not here."""
     gc.freeze()
     gc.enable()

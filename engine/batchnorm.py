@@ -1,7 +1,7 @@
 """BatchNorm running statistics that do not depend on how a global batch was divided among processes."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.distributed import Processes
@@ -20,32 +20,35 @@ class RunningStatistics:
         self.counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         self.accumulation, self.processes = accumulation, processes
         self.micro_batches = accumulation * processes.world
-        self.active = bool(self.buffers) and self.micro_batches > 1 and not frozen
-        if self.active:
-            self.before = [torch.empty_like(b) for b in self.buffers]
-            self.total = [torch.empty_like(b) for b in self.buffers]
+        self.active = bool(self.buffers) and not frozen
+        self.divided = self.active and self.micro_batches > 1
+        self.before = [torch.empty_like(b) for b in self.buffers] if self.active else []
+        self.total = [torch.empty_like(b) for b in self.buffers] if self.divided else []
 
     @torch.no_grad()
     def begin(self) -> None:
         """Remember the statistics at the start of an update."""
         if self.active:
             torch._foreach_copy_(self.before, self.buffers)
+        if self.divided:
             torch._foreach_zero_(self.total)
 
     @torch.no_grad()
     def after_micro_batch(self) -> None:
         """Collect what one micro-batch made of them, and set them back."""
-        if self.active:
+        if self.divided:
             torch._foreach_add_(self.total, self.buffers)
             torch._foreach_copy_(self.buffers, self.before)
 
     @torch.no_grad()
-    def end(self) -> None:
-        """Set them to the mean over the update's micro-batches on all processes."""
+    def end(self, ok: Tensor) -> None:
+        """Set them to the mean over the update's micro-batches on all processes; to what they were unless `ok`."""
         if not self.active:
             return
-        if self.counters and self.accumulation > 1:
-            torch._foreach_sub_(self.counters, self.accumulation - 1)
-        flat = torch.cat(self.total)
-        self.processes.sum(flat).div_(self.micro_batches)
+        if self.counters:
+            torch._foreach_add_(self.counters, ok.long() - self.accumulation)
+        flat = torch.cat(self.total if self.divided else self.buffers)
+        if self.divided:
+            self.processes.sum(flat).div_(self.micro_batches)
+        flat = torch.where(ok, flat, torch.cat(self.before))
         torch._foreach_copy_(self.buffers, list(flat.split([b.numel() for b in self.buffers])))

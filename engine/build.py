@@ -182,4 +182,5 @@ def build_loop(
         train.SEED,
         cfg.LOG.EVERY,
         train.EVAL_MODE,
+        train.MAX_SKIPPED,
     )

@@ -1,22 +1,32 @@
-"""Checkpoints: written whole or not at all, read without unpickling code.
+"""Checkpoints: written whole or not at all, sealed with a checksum, read without unpickling code.
 
 A run directory keeps `checkpoints/update-<number>.pt` (everything needed to continue) and `best_raw.safetensors`,
-`best_ema.safetensors` (weights only, with their accuracy in the header).
+`best_ema.safetensors` (weights only, with their accuracy in the header). A checkpoint is what torch.save writes: a zip
+archive, whose comment, at the end of the file, holds the SHA-256 of all that precedes it.
 """
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-FORMAT = 1  # raised when a checkpoint of the new form cannot be read by the old code
+FORMAT = 2  # raised when a checkpoint of the new form cannot be read by the old code; 1 had no seal
 _NAME = re.compile(r"update-(\d{8,})\.pt")
+_SEAL = b"retoken sha256 "  # followed by 64 hexadecimal digits
+_SEAL_LENGTH = len(_SEAL) + 64
+_NO_COMMENT = bytes(2)  # a zip archive ends with the length of its comment, and the comment
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -37,23 +47,47 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a run's whole state (tensors and plain values)."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    """Write a run's whole state (tensors and plain values). Raises OSError, also for what torch makes of one."""
+
+    def write(file: Path) -> None:
+        try:
+            with file.open("w+b") as stream:
+                torch.save({"format": FORMAT, **state}, stream)
+                _seal(stream)
+        except RuntimeError as error:  # "unexpected pos 704 vs 598": the disk's own words stand behind it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    write_atomically(path, write)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a state that `save_state` wrote, on the CPU. Raises ValueError for a missing, foreign, damaged or newer file."""
+    """Read a state that `save_state` wrote, on the CPU.
+
+    Raises DamagedError for a file that is not as it was written or no checkpoint at all; ValueError for a missing, unreadable,
+    foreign or newer one.
+    """
     try:
+        sealed = _is_sealed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
+    except DamagedError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); is the disk still there, and the file yours?"
+        ) from error
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{path} cannot be read, it is damaged or no checkpoint ({first[:160]})") from error
+        raise DamagedError(f"{path} cannot be read, it is damaged or no checkpoint ({first[:160]})") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of a run; to start from its weights use --init")
     if state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update Retoken")
+    if state["format"] > 1 and not sealed:
+        raise DamagedError(f"{path} is damaged: its checksum is missing")
     return state
 
 
@@ -61,7 +95,28 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, 
     """Write weights as safetensors, with facts (JSON values) in the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     header = {"retoken": json.dumps({"format": FORMAT, **facts})}
-    write_atomically(path, lambda file: save_file(tensors, file, header))
+    written = save(tensors, header)  # save_file makes a temporary file of its own, which a kill would leave for ever
+    write_atomically(path, lambda file: _write(file, written))
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return the facts in the header of weights that `save_weights` wrote; none for a missing or damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("retoken", "{}"))
+    except (OSError, ValueError, SafetensorError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what writes that were killed have left in a folder."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
 
 
 class CheckpointFolder:
@@ -82,13 +137,91 @@ class CheckpointFolder:
         named = [(int(match[1]), path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(named)]
 
-    def save(self, update: int, state: Mapping[str, Any]) -> Path:
-        """Write the state after `update` updates, then remove what is older than the last `keep`."""
+    def of(self, update: int) -> Path:
+        """Return the file of the state after `update` updates."""
+        return self.path / f"update-{update:08d}.pt"
+
+    def newest_good(
+        self, wanted: Callable[[dict[str, Any]], bool] = lambda state: True
+    ) -> tuple[Path | None, dict[str, Any], list[DamagedError]]:
+        """Return the newest checkpoint that is whole and wanted, its state, and what is wrong with newer ones.
+
+        Raises ValueError if there are checkpoints and all are damaged.
+        """
+        damaged: list[DamagedError] = []
+        found = self.numbered()
+        for path in reversed(found):
+            try:
+                state = load_state(path)
+            except DamagedError as error:
+                damaged.append(error)
+                continue
+            if wanted(state):
+                return path, state, damaged
+        if found and len(damaged) == len(found):
+            raise ValueError(
+                f"no checkpoint in {self.path} is whole: {damaged[0]}; move the folder away to start afresh"
+            )
+        return None, {}, damaged
+
+    def set_aside(self, damaged: list[DamagedError], newer_than: Path) -> list[Path]:
+        """Rename the checkpoints newer than a good one, if any was found damaged; return the new names."""
+        if not damaged:
+            return []
+        newer = [path for path in self.numbered() if path.name > newer_than.name]
+        return [path.replace(path.with_name(f"{path.name}.damaged")) for path in newer]
+
+    def save(self, update: int, state: Mapping[str, Any], prune: bool = True) -> Path:
+        """Write the state after `update` updates, then remove what is older than the last `keep`, unless told not to."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in self.path.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
-        path = self.path / f"update-{update:08d}.pt"
+        remove_temporary(self.path)
+        path = self.of(update)
         save_state(path, state)
-        for old in self.numbered()[: -self.keep]:
+        for old in self.numbered()[: -self.keep] if prune else ():
             old.unlink(missing_ok=True)
         return path
+
+    def remove_after(self, update: int) -> None:
+        """Remove the checkpoints of later updates."""
+        for path in self.numbered():
+            if path.name > self.of(update).name:
+                path.unlink(missing_ok=True)
+
+
+def _seal(file: IO[bytes]) -> None:
+    """Append the checksum to the zip archive in an open file."""
+    file.seek(-len(_NO_COMMENT), os.SEEK_END)
+    if file.read(2) != _NO_COMMENT:
+        raise RuntimeError("torch.save has ended a file in an unknown way")
+    file.seek(-len(_NO_COMMENT), os.SEEK_END)
+    file.write(_SEAL_LENGTH.to_bytes(2, "little"))
+    size = file.tell()
+    file.write(_seal_of(file, size))
+
+
+def _is_sealed(path: Path) -> bool:
+    """Return whether a file has a seal. Raises DamagedError if it is not the file's."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - _SEAL_LENGTH
+        if size < 0:
+            return False
+        file.seek(size)
+        seal = file.read()
+        if not seal.startswith(_SEAL):
+            return False
+        if seal != _seal_of(file, size):
+            raise DamagedError(f"{path} is damaged: its checksum is not that of what was written")
+    return True
+
+
+def _seal_of(file: IO[bytes], size: int) -> bytes:
+    """Return the seal of the first `size` bytes; the file is left behind them."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    file.seek(0)
+    while size > 0:
+        count = file.readinto(buffer[: min(size, len(buffer))])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("the file has shrunk while it was read")
+        digest.update(buffer[:count])
+        size -= count
+    return _SEAL + digest.hexdigest().encode()

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ class Processes:
     local_rank: int
     device: torch.device
     launcher: str
+    hosts: dist.ProcessGroup | None = None  # gloo between all processes, which needs no device; None: the default group
 
     @property
     def main(self) -> bool:
@@ -37,6 +38,14 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def largest(self, number: int) -> int:
+        """Return the largest of all processes' numbers; waits for them, not for the device."""
+        if self.world == 1:
+            return number
+        box = torch.tensor([number])
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.hosts)
+        return int(box)
 
     def from_main(self, value: object) -> object:
         """Return the main process's value of a small picklable object on every process."""
@@ -81,7 +90,8 @@ def start(device: str, timeout_s: float = 1800.0) -> Processes:
     own = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    return Processes(rank, world, local_rank, own, "torchrun" if launched else "plain python")
+    hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if launched else None
+    return Processes(rank, world, local_rank, own, "torchrun" if launched else "plain python", hosts)
 
 
 def stop() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -39,19 +40,23 @@ class Log:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.hinted: int | None = None  # the epoch of the last hint that data are late; -1 before any
+        self.lost = False  # whether a line could not be written
 
-    def open(self, folder: Path, update: int, tensorboard: bool) -> None:
+    def open(self, folder: Path, update: int, tensorboard: bool, closed: int | None = None) -> None:
         """Begin, or continue after `update` updates, the files of a run directory.
 
-        Rows of metrics.jsonl behind that position belong to updates that will be done again, and are dropped.
+        Rows of metrics.jsonl behind that position belong to updates that will be done again, and are dropped; so are
+        evaluations after update `closed` (by default `update`).
         """
         if not self.main:
             return
         self.file = (folder / "log.txt").open("a", buffering=1)
         self.file.writelines(self.early)
+        self.early.clear()
         path = folder / "metrics.jsonl"
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _update_of(line) <= update]
+            limits = {"eval": update if closed is None else closed}
+            rows = [line for line in path.read_text().splitlines() if _is_kept(line, update, limits)]
             temporary = path.with_name(".metrics.jsonl.tmp")
             temporary.write_text("".join(f"{row}\n" for row in rows))
             temporary.replace(path)
@@ -65,8 +70,9 @@ class Log:
         """Stop the bar and close the files."""
         self.end_epoch()
         for stream in (self.file, self.metrics, self.events):
-            if stream is not None:
-                stream.close()
+            with suppress(OSError):  # said when it was written
+                if stream is not None:
+                    stream.close()
         self.file = self.metrics = self.events = None
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -132,6 +138,8 @@ class Log:
             f"loss {step.loss:.4f}  lr {step.lr:.3e}  norm {step.grad_norm:.2f}  {step.images_per_s:.0f} images/s  "
             f"waiting for data {100 * step.data_share:.0f}%"
         )
+        if step.skipped:
+            facts += f"  skipped, not finite: {step.skipped}, {step.skipped_in_run} in the run"
         line = f"epoch {step.epoch + 1}/{epochs}  update {step.update_in_epoch}/{updates_per_epoch}  {facts}"
         if self.progress is not None and self.task is not None and step.update_in_epoch < updates_per_epoch:
             self.progress.update(self.task, facts=facts)
@@ -169,22 +177,38 @@ class Log:
     ) -> None:
         if self.metrics is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self.metrics.write(json.dumps(finite) + "\n")
+            self._write(self.metrics, json.dumps(finite) + "\n")
         if self.events is not None:
-            for name, value in (curves or row).items():
-                if isinstance(value, float):
-                    self.events.add_scalar(f"{prefix}/{name}", value, update)
+            with self._surviving("tensorboard"):
+                for name, value in (curves or row).items():
+                    if isinstance(value, float):
+                        self.events.add_scalar(f"{prefix}/{name}", value, update)
 
     def _keep(self, line: str) -> None:
         if self.file is not None:
-            self.file.write(line + "\n")
+            self._write(self.file, line + "\n")
         else:
             self.early.append(line + "\n")
 
+    def _write(self, stream: IO[str], text: str) -> None:
+        with self._surviving(stream.name):
+            stream.write(text)
 
-def _update_of(line: str) -> float:
-    """Return the update a metrics row belongs to; a line cut off by a crash belongs to none that is kept."""
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Let a full disk cost lines, not the run; say so once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.lost:
+                self.lost = True
+                self.console.print(f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False)
+
+
+def _is_kept(line: str, last: int, last_of_kind: dict[str, int]) -> bool:
+    """Tell whether a metrics row belongs to no later update than the last, of its kind; a line cut off by a crash does not."""
     try:
-        return float(json.loads(line)["update"])
+        row = json.loads(line)
+        return bool(row["update"] <= last_of_kind.get(row["kind"], last))
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

@@ -13,24 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.batchnorm import RunningStatistics
 from engine.distributed import Processes
+from engine.plan import Plan
 from engine.precision import Precision
 from engine.randomness import seed_process
+from engine.safety import DivergedError, Row, average_if, count, seed_of, step_if
 from engine.state import TrainState
-
-
-class DivergedError(RuntimeError):
-    """The loss is no number any more; nothing worth saving comes after it."""
-
-
-def check_finite(state: TrainState, sums: Tensor) -> None:
-    """Raise DivergedError if a loss or, without loss scaling, a gradient since the epoch began was not finite."""
-    if bool(sums[:, 0].isfinite().all()) and (state.scaler.is_enabled() or torch.equal(sums[:, 2], sums[:, 3])):
-        return
-    what = "a gradient" if bool(sums[:, 0].isfinite().all()) else "the loss"
-    raise DivergedError(
-        f"{what} is not finite any more, after update {state.update}; start another run from a good checkpoint with a "
-        "milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
-    )
 
 
 @dataclass(frozen=True)
@@ -40,12 +27,15 @@ class Step:
     epoch: int
     update: int  # updates done in the run
     update_in_epoch: int
-    loss: float  # mean since the last report
+    loss: float  # mean since the last report, of the finite ones
     epoch_loss: float  # mean since the epoch began
-    grad_norm: float  # mean since the last report, of the updates that loss scaling did not skip
+    grad_norm: float  # mean since the last report, of the updates that were not skipped
     lr: float
     images_per_s: float
     data_share: float  # share of the time spent waiting for the loader
+    skipped: int = 0  # updates since the last report whose loss or gradient was not finite
+    skipped_in_run: int = 0
+    overflows_in_run: int = 0  # updates skipped because scaled fp16 gradients overflowed
 
 
 @dataclass
@@ -66,6 +56,8 @@ class Loop:
     seed: int
     log_every: int
     eval_mode: bool = False  # train the model in evaluation mode
+    max_skipped: int = 10  # updates skipped in a row that end the training
+    losses: Tensor | None = None  # of the last max_skipped updates by micro-batch, 0 where another process ran it
 
     def train_epoch(
         self,
@@ -76,18 +68,27 @@ class Loop:
     ) -> None:
         """Run the epoch's remaining updates on this process's micro-batches, in order.
 
-        Calls `report` on logging steps (the only ones that wait for the device) and `after_update` after every update.
-        Raises DivergedError if a reported loss or, without loss scaling, gradient is not finite.
+        Raises DivergedError after `max_skipped` skipped updates in a row (safety.py). Calls `report` on logging steps, the
+        only ones that wait for the device, and `after_update` after every update.
         """
         self.model.train(not self.eval_mode)
         state.schedule.begin_epoch(state.epoch)
         plan, stream = state.plan, iter(batches)
         statistics = RunningStatistics(state.model, plan.accumulation, self.processes, frozen=self.eval_mode)
-        epoch, state.sums = state.epoch, state.sums.to(self.processes.device)
+        epoch, row = state.epoch, Row()
+        state.sums, state.skips = state.sums.to(self.processes.device), state.skips.to(self.processes.device)
         since, before, waited = time.perf_counter(), state.update, 0.0
         while state.update < (epoch + 1) * plan.updates_per_epoch:
             waited += self._train_update(state, stream, statistics)
             done = state.update - epoch * plan.updates_per_epoch
+            if (
+                max(row.read(state.skips), int(state.skips[0]) if done == plan.updates_per_epoch else 0)
+                >= self.max_skipped
+            ):
+                raise DivergedError(
+                    f"{self.max_skipped} updates in a row (TRAIN.MAX_SKIPPED) had a loss or a gradient that is not finite, "
+                    f"the last one update {state.update}"
+                )
             if done % self.log_every == 0 or done == plan.updates_per_epoch:
                 seconds = time.perf_counter() - since
                 step = self._step(state, epoch, (state.update - before) / seconds, waited / seconds)
@@ -114,37 +115,57 @@ class Loop:
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():
                     loss = self.criterion(self.model(images), targets, images) / plan.accumulation
-                state.scaler.scale(loss).backward()
+                state.scaler.scale(loss).backward(seed_of(loss))
             statistics.after_micro_batch()
             loss_sum += loss.detach()
+            self._losses(plan)[state.update % self.max_skipped, micro] = loss.detach() * plan.accumulation
         state.scaler.unscale_(state.optimizer)
         norm = self._clip(state.model)
-        state.scaler.step(state.optimizer)
+        ok = norm.isfinite()
+        skipped = count(state.skips, ok, self._overflow(state, loss_sum))
+        step_if(ok, state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        finite = norm.isfinite()
-        state.sums += torch.stack([loss_sum, torch.where(finite, norm, 0.0), finite, torch.ones_like(norm)])
-        statistics.end()
+        finite = loss_sum.isfinite()
+        loss, norm = torch.where(finite, loss_sum, 0.0), torch.where(ok, norm, 0.0)
+        state.sums += torch.stack([loss, finite, norm, ok, torch.ones_like(norm), skipped])
+        statistics.end(ok)
         if state.ema:
-            state.ema.update(state.model)
+            average_if(ok, state.ema, state.model)
         state.update += 1
         return waited
 
+    def _overflow(self, state: TrainState, loss: Tensor) -> Tensor:
+        """Return whether a gradient that is not finite is the work of loss scaling, by the losses of all processes."""
+        if not state.scaler.is_enabled():
+            return torch.zeros_like(loss, dtype=torch.bool)
+        lost = self.processes.sum((~loss.isfinite()).float())
+        return (lost == 0) & (state.scaler.scale(torch.ones_like(loss)) > 1)
+
+    def _losses(self, plan: Plan) -> Tensor:
+        if self.losses is None:
+            self.losses = torch.zeros(self.max_skipped, plan.accumulation * plan.world, device=self.processes.device)
+            self.losses[:, plan.rank :: plan.world] = math.nan  # not known, where the run was continued
+        return self.losses
+
     def _step(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> Step:
         """Read what a report needs from the device."""
-        sums = state.mean_sums(self.processes).cpu()
-        check_finite(state, sums)
-        (epoch_loss, _, _, done), (loss, norm, norms, updates) = sums.tolist()
+        (epoch_loss, epoch_losses, *_), since = state.mean_sums(self.processes).tolist()
+        loss, losses, norm, norms, _, skipped = since
+        skips = state.skips.tolist()
         return Step(
             epoch=epoch,
             update=state.update,
-            update_in_epoch=round(done),
-            loss=loss / updates,
-            epoch_loss=epoch_loss / done,
+            update_in_epoch=state.update - epoch * state.plan.updates_per_epoch,
+            loss=loss / losses if losses else math.nan,
+            epoch_loss=epoch_loss / epoch_losses if epoch_losses else math.nan,
             grad_norm=norm / norms if norms else math.inf,
             lr=max(group["lr"] for group in state.optimizer.param_groups),
             images_per_s=updates_per_s * state.plan.global_batch,
             data_share=data_share,
+            skipped=round(skipped),
+            skipped_in_run=skips[1],
+            overflows_in_run=skips[2],
         )
 
     def _clip(self, model: nn.Module) -> Tensor:

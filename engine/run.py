@@ -6,6 +6,9 @@ output/<name>/
     log.txt  metrics.jsonl  tensorboard/
     checkpoints/update-<number>.pt   everything needed to continue; the newest are kept
     best_raw.safetensors  best_ema.safetensors
+    diverged.json                    if updates were not finite too often: images, losses, norms
+    preempted                        while it waits for its next start after a signal
+    done                             once it is complete
 """
 
 import contextlib
@@ -23,7 +26,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import CheckpointFolder, write_atomically
+from engine.checkpoint import CheckpointFolder, remove_temporary, write_atomically
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
 LOCK_ATTEMPTS = 10  # one a second
@@ -35,12 +38,17 @@ class RunDirectory:
     def __init__(self, path: Path, keep: int):
         self.path = path
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
+        self.diverged, self.preempted, self.done = (path / name for name in ("diverged.json", "preempted", "done"))
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
         self._locked: int | None = None  # the folder's file descriptor
 
     def best(self, which: str) -> Path:
         """Return the file of the best raw or EMA weights."""
         return self.path / f"best_{which}.safetensors"
+
+    def mark(self, mark: Path, text: str) -> None:
+        """Leave the file `preempted` or `done` for whoever started the run."""
+        write_atomically(mark, lambda file: _write(file, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n"))
 
     def lock(self) -> None:
         """Make the folder, and keep other starts out of it until `unlock` or the end of this process.
@@ -81,8 +89,11 @@ class RunDirectory:
             self._locked = None
 
     def create(self, config: str) -> None:
-        """Write the config. Raises ValueError if the folder cannot be written."""
+        """Write the config, take off the marks of the start before. Raises ValueError if the folder cannot be written."""
         try:
+            for mark in (self.preempted, self.done):
+                mark.unlink(missing_ok=True)
+            remove_temporary(self.path)
             write_atomically(self.config, lambda file: _write(file, config))
         except OSError as error:
             raise self._cannot_write(error) from error

@@ -11,7 +11,11 @@ from engine.distributed import Processes
 from engine.plan import Plan
 from engine.schedule import Schedule
 
-SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")  # of an optimiser's group
+# Of an optimiser's group: what the config says, and how the device lets it be computed.
+SETTINGS = (
+    *("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"),
+    *("fused", "foreach", "capturable"),
+)
 
 
 @dataclass
@@ -29,11 +33,15 @@ class TrainState:
     scaler: torch.amp.GradScaler
     plan: Plan
     update: int = 0  # updates done
+    closed: int = 0  # updates done at the last end of an epoch whose evaluation is done too
     best: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # by "raw" and "ema": top1, correct1, images, epoch, update
-    # Since the epoch began, then since the last report: loss, gradient norm, finite norms, updates, each summed over updates.
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+    # Since the epoch began, then since the last report, summed over updates: finite losses, their number, finite gradient
+    # norms, their number, updates, skipped ones.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 6, dtype=torch.float64))
+    skips: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))  # in a row, in the run, overflows
+    rollbacks: int = 0  # times the run went back to a checkpoint after too many in a row
 
     @property
     def epoch(self) -> int:
@@ -46,9 +54,19 @@ class TrainState:
         return self.update % self.plan.updates_per_epoch
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is left to train."""
+    def between_epochs(self) -> bool:
+        """Whether an epoch's updates are done and its evaluation is not."""
+        return self.update > self.closed and not self.update_in_epoch
+
+    @property
+    def trained(self) -> bool:
+        """Whether no update is left."""
         return self.update >= self.plan.updates
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.trained and not self.between_epochs
 
     def weights(self) -> dict[str, nn.Module]:
         """Return the models to evaluate, by name: raw, and ema if it is kept."""
@@ -74,11 +92,14 @@ class TrainState:
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "update": self.update,
+            "closed": self.closed,
             "samples": self.update * self.plan.global_batch,
             "global_batch": self.plan.global_batch,
             "updates_per_epoch": self.plan.updates_per_epoch,
             "best": self.best,
             "sums": self.mean_sums(processes).cpu(),
+            "skips": self.skips.cpu(),
+            "rollbacks": self.rollbacks,
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
@@ -109,15 +130,23 @@ class TrainState:
             )
         # The config rules over what the checkpoint's optimiser was set to; within a run they agree.
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
+        stored = state["optimizer"]
+        groups = [{**group, **own} for group, own in zip(stored["param_groups"], settings, strict=False)]
+        if len(groups) == len(stored["param_groups"]):
+            stored = {**stored, "param_groups": groups}
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(stored)
         except ValueError as error:
             raise ValueError(
                 f"{source} was written with another optimiser or other parameter groups: {error}"
             ) from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.update, self.best = state["update"], state["best"]
-        self.sums = state["sums"].to(self.sums.device)
+        self.closed = state.get("closed", self.update - self.update_in_epoch)  # format 1 closed an epoch at once
+        sums = state["sums"]
+        if state["format"] == 1:  # losses were all counted, and skipped updates ended the run
+            sums = torch.stack([*sums.T[[0, 3, 1, 2, 3]], torch.zeros(2, dtype=sums.dtype)], dim=1)
+        self.sums = sums.to(self.sums.device)
+        self.skips = state.get("skips", torch.zeros(3, dtype=torch.int64)).to(self.skips.device)
+        self.rollbacks = state.get("rollbacks", 0)

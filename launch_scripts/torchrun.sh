@@ -1,52 +1,52 @@
 #!/usr/bin/env bash
 # Start train.py on one or several nodes with torchrun.
 set -euo pipefail
+script=torchrun.sh
 
 usage() {
-  cat <<EOF
+  cat <<END
 Usage: launch_scripts/torchrun.sh [-g PROCESSES] [-n NODES -r RANK -a ADDRESS [-p PORT]] CONFIG [train.py arguments]
 
-  -g  processes on this node (default: its GPUs, or 1 without)
-  -n  nodes (default 1); then on every node also
-  -r  its number, from 0
-  -a  host name of node 0
-  -p  port on node 0 (default 29500)
+  -g  processes on this node (default: \$NPROC_PER_NODE, else its GPUs, or 1 without)
+  -n  nodes (default: \$NNODES, else 1); then on every node also
+  -r  its number, from 0 (\$NODE_RANK)
+  -a  host name of node 0 (\$MASTER_ADDR)
+  -p  port on node 0 (default: \$MASTER_PORT, else 20000 + \$SLURM_JOB_ID % 10000, else 29500)
 
   launch_scripts/torchrun.sh configs/groupmixformer/tiny_224.yaml --data-path DIR
-EOF
+  launch_scripts/torchrun.sh -n 2 -r 0 -a HOST configs/groupmixformer/tiny_224.yaml --data-path DIR   # and -r 1 on the other
+
+\$PYTHON names the interpreter (default: .venv/bin/python, else python3).
+END
 }
 
-die() { echo "torchrun.sh: $*" >&2; usage >&2; exit 2; }
-
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-processes=$((gpus > 0 ? gpus : 1)) nodes=1 rank=0 address="" port=29500
-while getopts ":g:n:r:a:p:h-:" flag; do
-  case $flag in
-    g) processes=$OPTARG ;; n) nodes=$OPTARG ;; r) rank=$OPTARG ;; a) address=$OPTARG ;; p) port=$OPTARG ;;
-    h) usage; exit 0 ;;
-    -) [ "$OPTARG" = help ] && { usage; exit 0; }; die "unknown option --$OPTARG before CONFIG" ;;
-    *) die "unknown option or missing value: -$OPTARG" ;;
-  esac
-done
-shift $((OPTIND - 1))
-[ $# -ge 1 ] || die "no CONFIG given"
-config=$1; shift
-for number in "$processes" "$nodes" "$rank" "$port"; do
-  [[ $number =~ ^[0-9]+$ ]] || die "not a number: $number"
-done
 root=$(cd "$(dirname "$0")/.." && pwd)
-[ -f "$config" ] || config=$root/$config
-[ -f "$config" ] || die "config ${config#"$root"/} does not exist"
+# shellcheck source=launch_scripts/start.sh
+. "$root/launch_scripts/start.sh"
+
+port=29500
+[ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 10000))
+processes=${NPROC_PER_NODE:-$(count_gpus)} nodes=${NNODES:-1} rank=${NODE_RANK:-} address=${MASTER_ADDR:-} port=${MASTER_PORT:-$port}
+option_value() {
+  case $1 in g) processes=$2 ;; n) nodes=$2 ;; r) rank=$2 ;; a) address=$2 ;; p) port=$2 ;; esac
+}
+take_options g:n:r:a:p: "$@"; shift "$taken"
+[ $# -ge 1 ] || die "no CONFIG given"
+need_numbers "$processes" "$nodes" "$port"
+find_config "$1"; shift
+find_python
 
 if [ "$nodes" -eq 1 ]; then
   rendezvous=(--standalone)
 else
   [ -n "$address" ] || die "several nodes need -a ADDRESS of node 0"
+  [ -n "$rank" ] || die "several nodes need -r RANK, this node's number from 0"
+  need_numbers "$rank"
   [ "$rank" -lt "$nodes" ] || die "-r $rank must be below -n $nodes"
+  need_address "$address"
   rendezvous=(--nnodes "$nodes" --node_rank "$rank" --master_addr "$address" --master_port "$port")
 fi
-python=$root/.venv/bin/python
-[ -x "$python" ] || python=python3
 command=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" "$root/train.py" --cfg "$config" "$@")
-echo "${command[*]}"
+say_command "${command[@]}"
+trap "" USR1 # a cluster's early warning is for train.py, which catches it; torchrun would die of it
 exec "${command[@]}"

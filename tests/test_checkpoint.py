@@ -1,10 +1,32 @@
 """Files that are whole or not there, and read without unpickling code."""
 
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from engine.checkpoint import CheckpointFolder, load_state, save_state, write_atomically
+import train as train_script
+from engine import checkpoint
+from engine.checkpoint import CheckpointFolder, DamagedError, load_state, read_facts, save_state, write_atomically
+from engine.distributed import Processes
+from engine.run import RunDirectory
+from engine.saver import Saver
 from tests.damaged_files import damaged_file
+
+from .conftest import ROOT
+
+LAST = "checkpoints/update-00000018.pt"
+ALONE = Processes(0, 1, 0, torch.device("cpu"), "test")
 
 
 def test_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -50,3 +72,256 @@ def test_newer_format_is_refused(tmp_path):
     torch.save({"format": 99, "model": {}}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"format 99.*update Retoken"):
         load_state(tmp_path / "c.pt")
+
+
+def test_any_changed_byte_and_any_cut_is_found(tmp_path):
+    path = tmp_path / "c.pt"
+    save_state(path, {"model": {"a": torch.arange(300.0)}, "facts": {"text": "abc"}})
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    ends = [0, 1, len(whole) // 2, *range(len(whole) - 110, len(whole))]
+    for position in [*draw.sample(range(len(whole)), 150), *range(len(whole) - 110, len(whole))]:
+        changed = bytearray(whole)
+        changed[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"c\.pt"):
+            load_state(path)
+    for end in ends:
+        path.write_bytes(whole[:end])
+        with pytest.raises(DamagedError, match=r"c\.pt"):
+            load_state(path)
+    path.write_bytes(whole)
+    assert load_state(path)["facts"] == {"text": "abc"}
+
+
+def test_file_of_the_first_format_needs_no_seal(tmp_path):
+    torch.save({"format": 1, "model": {}}, tmp_path / "c.pt")
+    assert load_state(tmp_path / "c.pt")["format"] == 1
+    torch.save({"format": 2, "model": {}}, tmp_path / "c.pt")
+    with pytest.raises(DamagedError, match="checksum is missing"):
+        load_state(tmp_path / "c.pt")
+
+
+def run_here(cfg, output, *opts) -> int:
+    return train_script.main(["--cfg", str(cfg), "--output", str(output), "--opts", *map(str, opts)])
+
+
+def rows(run):
+    timed = ("images_per_s", "data_share", "seconds")
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+
+def assert_same_run(a, b):
+    x, y = load_state(a / LAST), load_state(b / LAST)
+    for part in ("model", "ema"):
+        torch.testing.assert_close(x[part], y[part], rtol=0, atol=0)
+    torch.testing.assert_close(x["optimizer"]["state"], y["optimizer"]["state"], rtol=0, atol=0)
+    assert x["best"] == y["best"]
+    assert rows(a) == rows(b)
+    assert_best_files_hold_the_best(a)
+
+
+def assert_best_files_hold_the_best(run):
+    for which, entry in load_state(max((run / "checkpoints").glob("*.pt")))["best"].items():
+        facts = read_facts(run / f"best_{which}.safetensors")
+        assert {k: facts[k] for k in entry} == entry
+    assert not [p for p in run.rglob("*") if p.suffix == ".tmp"]
+
+
+@pytest.fixture(scope="module")
+def whole(small_cfg, tmp_path_factory):
+    """An uninterrupted run of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("whole")
+    assert run_here(small_cfg, output) == 0
+    yield output / "small"
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut"])
+def test_damaged_newest_checkpoint_is_said_and_the_one_before_used(small_cfg, whole, tmp_path, capsys, damage):
+    run = tmp_path / "small"
+    shutil.copytree(whole, run)
+    content = bytearray((run / LAST).read_bytes())
+    content[len(content) // 2] ^= 4
+    (run / LAST).write_bytes(content if damage == "byte" else content[: len(content) // 3])
+    assert run_here(small_cfg, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "warning" in out
+    assert "update-00000018.pt" in out
+    assert "going back to" in out
+    assert "at update 12 of 18" in out
+    assert (run / f"{LAST}.damaged").exists()
+    assert_same_run(run, whole)
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_not_started_afresh(small_cfg, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "small")
+    for path in (tmp_path / "small/checkpoints").iterdir():
+        path.write_bytes(b"PK")
+    with pytest.raises(SystemExit):
+        run_here(small_cfg, tmp_path)
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_newest_checkpoint_of_a_newer_format_is_refused_not_passed_over(small_cfg, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "small")
+    torch.save({"format": 99, "model": {}}, tmp_path / "small" / LAST)
+    with pytest.raises(SystemExit):
+        run_here(small_cfg, tmp_path)
+    assert "format 99, this version reads up to" in capsys.readouterr().err
+
+
+def killed_run(cfg, output, patch):
+    """Run train.py in a process with the code `patch` before it, which is to end it with status 9 without any clean-up."""
+    code = f"import os, train\nfrom engine import checkpoint, saver\n{patch}\ntrain.main(['--cfg', {str(cfg)!r}, '--output', {str(output)!r}])"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+
+
+def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, whole, tmp_path):
+    nth = "calls = []\ndef seal(file):\n  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  whole(file)\n"
+    killed_run(small_cfg, tmp_path, f"whole = checkpoint._seal\n{nth}checkpoint._seal = seal")
+    names = {p.name for p in (tmp_path / "small/checkpoints").iterdir()}
+    assert names == {"update-00000006.pt", ".update-00000012.pt.tmp"}
+    assert run_here(small_cfg, tmp_path) == 0
+    assert_same_run(tmp_path / "small", whole)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_kill_between_checkpoint_and_best_files_is_mended(small_cfg, whole, tmp_path, after):
+    patch = (
+        "calls = []\ndef write(*args):\n"
+        f"  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(*args)\n"
+        "whole = saver.save_weights\nsaver.save_weights = write"
+    )
+    killed_run(small_cfg, tmp_path, patch)
+    run = tmp_path / "small"
+    assert load_state(run / "checkpoints/update-00000006.pt")["best"].keys() == {"raw", "ema"}
+    assert len(list(run.glob("best_*.safetensors"))) == after
+    assert run_here(small_cfg, tmp_path, "EVAL.EVERY", 1) == 0
+    assert_same_run(run, whole)
+    for which in ("raw", "ema"):
+        a, b = (load_file(r / f"best_{which}.safetensors") for r in (run, whole))
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Voice:
+    """Keeps what a log is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    warn = say
+
+
+def state_of(update, value):
+    """Stand in for a TrainState whose only weight is `value`."""
+    weight = torch.full((50_000,), float(value))
+    entry = {"update": update}
+    tree = {"model": {"w": weight}, "ema": None, "optimizer": {}, "best": {"raw": entry}, "skips": [0, 0, 0]}
+    plan = SimpleNamespace(updates_per_epoch=10)
+    return SimpleNamespace(
+        update=update, closed=update, plan=plan, best=tree["best"], state_dict=lambda _: tree
+    ), weight
+
+
+def saver_of(path, max_failures=3):
+    path.mkdir(exist_ok=True)
+    return Saver(RunDirectory(path, 2), Voice(), max_failures)
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
+    gate, begun = threading.Event(), threading.Event()
+
+    def slow(path, state):
+        begun.set()
+        assert gate.wait(30)
+        save_state(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_state", slow)
+    saver, (state, weight) = saver_of(tmp_path), state_of(5, 1.0)
+    saver.save(state, ALONE, {}, {"raw": {"update": 5}})
+    assert begun.wait(30)
+    saver.poll()
+    assert saver.log.lines == []
+    weight.fill_(2.0)  # the next update
+    gate.set()
+    assert saver.finish()
+    assert load_state(tmp_path / "checkpoints/update-00000005.pt")["model"]["w"].eq(1).all()
+    assert load_file(tmp_path / "best_raw.safetensors")["w"].eq(1).all()
+    assert len(saver.log.lines) == 1
+    assert "saved update 5 in" in saver.log.lines[0]
+    assert "training waited" in saver.log.lines[0]
+    saver.save(state, ALONE, {}, {})  # stored already
+    assert saver.finish()
+    assert len(saver.log.lines) == 1
+
+
+@contextlib.contextmanager
+def files_limited_to(size):
+    """Let no file of this process grow beyond `size` bytes: what a full disk feels like."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_the_checkpoint_before_and_owes_the_best(tmp_path):
+    saver = saver_of(tmp_path)
+    saver.save(state_of(1, 1.0)[0], ALONE, {}, {"raw": {"update": 1}})
+    saver.wait()
+    with files_limited_to(100_000):
+        for update in (2, 3):
+            saver.save(state_of(update, update)[0], ALONE, {}, {"raw": {"update": update}} if update == 2 else {})
+            saver.wait()
+    assert (saver.failures, saver.failed) == (2, False)
+    assert "OSError: [Errno 27] File too large" in saver.log.lines[-1]
+    assert "2 of CHECKPOINT.MAX_FAILURES=3 in a row; update 1 is the last one saved" in saver.log.lines[-1]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["update-00000001.pt"]
+    assert read_facts(tmp_path / "best_raw.safetensors")["update"] == 1
+    saver.save(state_of(4, 4.0)[0], ALONE, {}, {})
+    assert saver.finish()
+    assert saver.failures == 0
+    assert load_file(tmp_path / "best_raw.safetensors")["w"].eq(2).all()  # those of update 2, which were kept for it
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_training_goes_on_until_too_many_saves_failed(small_cfg, whole, tmp_path, monkeypatch, capsys, failures):
+    def save(self, update, *more):
+        if update in (6, 12)[:failures]:
+            raise OSError(28, "No space left on device")
+        return whole_save(self, update, *more)
+
+    whole_save = CheckpointFolder.save
+    monkeypatch.setattr(CheckpointFolder, "save", save)
+    if failures == 1:
+        assert run_here(small_cfg, tmp_path, "CHECKPOINT.MAX_FAILURES", 2) == 0
+        assert_same_run(tmp_path / "small", whole)
+    else:
+        with pytest.raises(SystemExit) as caught:
+            run_here(small_cfg, tmp_path, "CHECKPOINT.MAX_FAILURES", 2)
+        assert caught.value.code == 1
+        text = capsys.readouterr().err
+        assert "checkpoints cannot be written" in text
+        assert "No space left on device" in text
+        monkeypatch.setattr(CheckpointFolder, "save", whole_save)
+        assert run_here(small_cfg, tmp_path) == 0
+        assert_same_run(tmp_path / "small", whole)
+
+
+def test_best_weights_missing_everywhere_are_said(tmp_path):
+    saver, (state, _) = saver_of(tmp_path), state_of(9, 1.0)
+    state.best["raw"] = {"update": 4}
+    saver.mend_best(state, {"model": {}, "facts": {}})
+    assert (
+        "best_raw.safetensors is missing, but the best raw weights so far were those of update 4" in saver.log.lines[0]
+    )

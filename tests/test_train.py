@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.loss import SoftTargetCrossEntropy
 
 import eval as eval_script
 import train as train_script
@@ -66,6 +65,7 @@ def test_run_directory_holds_what_is_promised(whole):
         "checkpoints",
         "best_raw.safetensors",
         "best_ema.safetensors",
+        "done",
     }
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["update-00000012.pt", "update-00000018.pt"]
     manifest = json.loads((whole / "manifest.json").read_text())
@@ -301,22 +301,6 @@ def test_failure_of_one_process_is_said_by_it(small_cfg, tmp_path, run_script):
     assert done.returncode != 0
     assert "process 1: " in done.stderr
     assert "blue/001.jpg" in done.stderr
-
-
-@pytest.mark.parametrize("every", [0, 1])
-def test_diverged_loss_is_not_saved(small_cfg, tmp_path, monkeypatch, capsys, every):
-    class Poison(SoftTargetCrossEntropy):
-        calls = 0
-
-        def forward(self, x, target):
-            Poison.calls += 1
-            return super().forward(x, target) * (float("nan") if Poison.calls > 5 else 1.0)
-
-    monkeypatch.setattr("engine.build.SoftTargetCrossEntropy", Poison)
-    text = fails(lambda: train(small_cfg, tmp_path, "--opts", "CHECKPOINT.EVERY_UPDATES", every), capsys, status=1)
-    assert "the loss is not finite any more, after update" in text
-    saved = sorted(p.name for p in (tmp_path / "small").glob("checkpoints/*"))
-    assert saved == (["update-00000001.pt", "update-00000002.pt"] if every else [])
 
 
 def test_other_data_of_the_same_size_are_refused(small_cfg, whole, tmp_path, capsys):

@@ -1,0 +1,217 @@
+"""Reckon what an update costs on 1 to 512 GPUs, and what loaders and disks must then deliver. On paper: nothing is measured.
+
+    python -m benchmarks.cluster_cost
+    python -m benchmarks.cluster_cost --global-batch 1024 --node-gbyte-s 25
+
+The defaults are STViT-Large at 224 on nodes of 8 GPUs. Every assumption is an argument; docs/clusters.md discusses the result.
+An update is `accumulation` micro-batches, a third of each forward, two thirds backward. The gradients are all-reduced in buckets
+as the last backward fills them, one after the other; what lasts longer than that backward is exposed.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from rich.console import Console
+from rich.table import Table
+
+from arguments import Parser
+from engine.plan import divisors
+
+FORWARD = 1 / 3  # of a micro-batch's time
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the machines, the model and the recipe are taken to be; each field is a flag."""
+
+    parameters_m: float = 94.97
+    gmacs: float = 15.54  # an image's forward pass
+    global_batch: int = 0  # 0: grows with the GPUs
+    micro_batch: int = 128  # of a GPU; at most, where the global batch is fixed
+    tflops: float = 150.0  # what a GPU sustains at a large micro-batch
+    half_batch: float = 8.0  # micro-batch at which it reaches half of that
+    gpus_per_node: int = 8
+    gpu_gbyte_s: float = 200.0  # between the GPUs of a node, each way, in a ring
+    node_gbyte_s: float = 50.0  # between nodes, each way, all adapters of a node together
+    gpu_latency_us: float = 3.0  # of a message between GPUs of a node
+    node_latency_us: float = 10.0  # and between nodes
+    gradient_bytes: int = 4  # for each parameter
+    first_bucket_mb: float = 1.0  # DDP's first bucket, small so that it starts early
+    bucket_mb: float = 25.0
+    image_kb: float = 110.0  # of a file, as stored
+    images_per_core_s: float = 110.0  # that a core decodes and augments
+    state_bytes: int = 16  # a checkpoint's for each parameter: weights, EMA, two moments of AdamW
+    disk_gbyte_s: float = 1.0  # that one writer gets
+    host_gbyte_s: float = 20.0  # from the GPU to the host's memory
+    save_every: int = 500  # updates
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An update on `gpus` GPUs; times in seconds."""
+
+    gpus: int
+    nodes: int
+    micro_batch: int
+    accumulation: int
+    compute: float
+    reduce: float  # all buckets one after the other, without anything to wait for
+    exposed: float
+
+    @property
+    def images(self) -> int:
+        """Images an update learns from."""
+        return self.gpus * self.micro_batch * self.accumulation
+
+    @property
+    def seconds(self) -> float:
+        """Time of the update."""
+        return self.compute + self.exposed
+
+    @property
+    def images_per_s(self) -> float:
+        """Images of all GPUs together."""
+        return self.images / self.seconds
+
+
+def buckets(a: Assumptions) -> list[float]:
+    """Return the sizes in bytes of the pieces that the gradients are exchanged in, in their order."""
+    total, sizes = a.parameters_m * 1e6 * a.gradient_bytes, [a.first_bucket_mb * MB]
+    if total <= sizes[0]:
+        return [total]
+    full, rest = divmod(total - sizes[0], a.bucket_mb * MB)
+    return sizes + [a.bucket_mb * MB] * int(full) + ([rest] if rest else [])
+
+
+def all_reduce_seconds(a: Assumptions, size: float, gpus: int) -> float:
+    """Return the time to sum `size` bytes over all GPUs: the faster of a ring and of a tree between nodes, as NCCL chooses.
+
+    Ring: 2 (n - 1) steps that send size / n each. Tree: rings in the nodes, up and down a binary tree between them. Both send 2 x
+    size through the narrowest place; the tree waits for fewer messages.
+    """
+    if gpus == 1:
+        return 0.0
+    inside = min(gpus, a.gpus_per_node)
+    nodes = math.ceil(gpus / a.gpus_per_node)
+    narrowest = 1e9 * (a.gpu_gbyte_s if nodes == 1 else min(a.gpu_gbyte_s, a.node_gbyte_s))
+    latency = 1e-6 * (a.gpu_latency_us if nodes == 1 else max(a.gpu_latency_us, a.node_latency_us))
+    ring = 2 * (gpus - 1) * (size / gpus / narrowest + latency)
+    hops = 2 * (inside - 1) * a.gpu_latency_us + 2 * math.ceil(math.log2(nodes)) * a.node_latency_us
+    tree = 2 * size / narrowest + 1e-6 * hops
+    return min(ring, tree)
+
+
+def exposed_seconds(backward: float, sizes: Sequence[float], times: Sequence[float]) -> float:
+    """Return how long the exchange goes on after a backward pass that fills the buckets at an even rate."""
+    filled, free, total = 0.0, 0.0, sum(sizes)
+    for size, seconds in zip(sizes, times, strict=True):
+        filled += size
+        free = max(free, backward * filled / total) + seconds
+    return max(0.0, free - backward)
+
+
+def cost(a: Assumptions, gpus: int) -> Cost:
+    """Return what an update costs. Raises ValueError if the fixed global batch does not divide."""
+    if a.global_batch and a.global_batch % gpus:
+        raise ValueError(
+            f"--global-batch {a.global_batch} does not divide among {gpus} GPUs; give a multiple, or fewer --gpus"
+        )
+    share = a.global_batch // gpus if a.global_batch else a.micro_batch
+    micro = max(size for size in divisors(share) if size <= a.micro_batch)
+    rate = a.tflops * 1e12 * micro / (micro + a.half_batch)
+    pass_seconds = 3 * 2 * a.gmacs * 1e9 * micro / rate
+    sizes = buckets(a)
+    times = [all_reduce_seconds(a, size, gpus) for size in sizes]
+    exposed = exposed_seconds((1 - FORWARD) * pass_seconds, sizes, times) if gpus > 1 else 0.0
+    nodes = math.ceil(gpus / a.gpus_per_node)
+    return Cost(gpus, nodes, micro, share // micro, share // micro * pass_seconds, sum(times), exposed)
+
+
+def table(a: Assumptions, counts: Sequence[int]) -> Table:
+    """Return a row for each number of GPUs: the update, then what a node's loaders must deliver."""
+    shown = Table(title="an update, and what a node's loaders must deliver", box=None)
+    for head in (
+        "GPUs",
+        "batch",
+        "micro x acc",
+        "compute ms",
+        "all-reduce ms",
+        "exposed ms",
+        "update ms",
+        "efficiency %",
+    ):
+        shown.add_column(head, justify="right")
+    for head in ("images/s", "node images/s", "MB/s", "cores"):
+        shown.add_column(head, justify="right")
+    alone = cost(a, 1)
+    for gpus in counts:
+        c = cost(a, gpus)
+        node = c.images_per_s / c.nodes
+        shown.add_row(
+            *(f"{gpus}", f"{c.images}", f"{c.micro_batch} x {c.accumulation}"),
+            *(f"{1e3 * t:.1f}" for t in (c.compute, c.reduce, c.exposed, c.seconds)),
+            f"{100 * c.images_per_s / gpus / alone.images_per_s:.0f}",
+            *(f"{c.images_per_s:.0f}", f"{node:.0f}", f"{node * a.image_kb / 1e3:.0f}"),
+            f"{math.ceil(node / a.images_per_core_s)}",
+        )
+    return shown
+
+
+def checkpoint_lines(a: Assumptions, counts: Sequence[int]) -> list[str]:
+    """Say how large a checkpoint is, how long it is written, and what that is of the time between two."""
+    size = a.parameters_m * 1e6 * a.state_bytes
+    written, copied = size / a.disk_gbyte_s / 1e9, size / a.host_gbyte_s / 1e9
+    lines = [
+        f"gradients: {a.parameters_m * a.gradient_bytes:.0f} MB an update and GPU, in {len(buckets(a))} buckets",
+        f"checkpoint: {size / 1e9:.2f} GB, {copied:.2f} s to copy to the host, {written:.1f} s to write; one every "
+        f"{a.save_every} updates:",
+    ]
+    for gpus in counts:
+        between = a.save_every * cost(a, gpus).seconds
+        lines.append(
+            f"  {gpus:>4} GPUs: every {between:.0f} s; training waits {100 * copied / between:.2f} % if written in the background, "
+            f"{100 * (copied + written) / between:.2f} % if not; {size / 1e6 / between:.0f} MB/s on average"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = Parser("Reckon the cost of an update on 1 to 512 GPUs from assumptions, each of them a flag.")
+    for field in fields(Assumptions):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(
+            flag, type=type(field.default), default=field.default, metavar="X", help=f"default {field.default}"
+        )
+    parser.add_argument("--gpus", type=int, nargs="+", default=[2**i for i in range(10)], metavar="N")
+    args = parser.parse_args(argv)
+    try:
+        a = assume(args)
+        shown, lines = table(a, args.gpus), checkpoint_lines(a, args.gpus[:1] + args.gpus[-1:])
+    except ValueError as error:
+        parser.fail(error)
+    console = Console(highlight=False, soft_wrap=True, width=160)
+    console.print(shown)
+    for line in lines:
+        console.print(line)
+    return 0
+
+
+def assume(args: argparse.Namespace) -> Assumptions:
+    """Return the assumptions of the command line. Raises ValueError for a number that nothing real can have."""
+    values = {field.name: getattr(args, field.name) for field in fields(Assumptions)}
+    may_be_zero = ("global_batch", "half_batch", "gpu_latency_us", "node_latency_us")
+    for name, value in values.items():
+        if not (value >= 0 and math.isfinite(value)) or (value == 0 and name not in may_be_zero):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a positive number")
+    if min(args.gpus) < 1:
+        raise ValueError(f"--gpus {min(args.gpus)}: give 1 or more")
+    return Assumptions(**values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

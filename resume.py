@@ -1,0 +1,164 @@
+"""Where a run stands when it starts: its own newest checkpoint, another run's, initial weights, and the teacher."""
+
+import argparse
+import contextlib
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+import arguments
+from data.build import Data
+from data.stream import IndexStream
+from engine.build import wrap_teacher
+from engine.checkpoint import load_state
+from engine.distill import Teacher
+from engine.distributed import Processes
+from engine.log import Log
+from engine.loop import Loop
+from engine.run import RunDirectory
+from engine.safety import is_good, norms, plain
+from engine.saver import Saver
+from engine.state import TrainState
+from models.build import build_teacher
+from models.weights import fit, load_initial, load_weights
+
+
+def restore(
+    cfg: CfgNode, args: argparse.Namespace, saver: Saver, state: TrainState, data: Data, processes: Processes
+) -> None:
+    """Bring the state to the run's newest whole checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it.
+
+    With --eval, a file that is named comes before the run's own.
+    """
+    log, run = saver.log, saver.run
+    named = args.eval and (args.resume or cfg.MODEL.INIT)
+    latest, stored = None, None
+    if not named:
+        latest, stored = find_latest(saver, processes, may_write=not (args.eval or args.dry_run))
+    source = latest or (Path(args.resume) if args.resume else None)
+    if source:
+        stored = stored or load_state(source)
+        check_same_data(stored["facts"], data, source)
+        state.load_state_dict(stored, str(source))
+        where = "complete" if state.complete else f"in epoch {state.epoch + 1}"
+        log.say(f"continuing {source} at update {state.update} of {state.plan.updates} ({where})")
+        if source != latest:
+            state.best = {}  # whose files lie in the other run
+            if state.complete and not args.eval:
+                raise ValueError(
+                    f"{source} is at the end of TRAIN.EPOCHS={state.plan.epochs}; raise it, or start with --init"
+                )
+        else:
+            saver.continue_from(state)
+            if processes.main and not (args.eval or args.dry_run):
+                saver.mend_best(state, stored)
+        for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
+            if value:
+                log.say(f"{flag} {value} is not read: the run has gone further")
+    elif cfg.MODEL.INIT:
+        weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
+        arguments.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
+        if not cfg.MODEL.INIT_WEIGHTS and cfg.RECIPE.HEADLINE == "ema" and "ema" in facts["holds"]:
+            weights, facts = load_weights(Path(cfg.MODEL.INIT), "ema")
+        if args.eval:
+            fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
+        also = [kind for kind in facts["holds"] if kind != facts["weights"]]
+        other = f"; the file also holds {also[0]} weights, see MODEL.INIT_WEIGHTS" if also else ""
+        log.say(f"{load_initial(state.model, weights, cfg.MODEL.INIT)} ({facts['weights']} weights{other})")
+        if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
+            log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
+        if state.ema:
+            state.ema.set(state.model)
+    elif args.eval:
+        raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
+
+
+def find_latest(saver: Saver, processes: Processes, may_write: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """Return the run's newest whole checkpoint, the same on all processes, and on the main one what it holds.
+
+    Damaged ones that are newer are said and, if it `may_write`, renamed. ValueError if none is whole or one is too new.
+    """
+    found: Path | ValueError | None = None
+    state = None
+    if processes.main:
+        try:
+            found, state, damaged = saver.run.checkpoints.newest_good()
+        except ValueError as error:
+            found = error
+        else:
+            for complaint in damaged:
+                saver.log.warn(f"{complaint}; going back to {found}")
+            for path in saver.run.checkpoints.set_aside(damaged, found) if may_write and found else ():
+                saver.log.warn(f"set aside {path}")
+    agreed = processes.from_main(found)
+    if isinstance(agreed, ValueError):
+        raise agreed
+    return (Path(str(agreed)) if agreed else None), state
+
+
+def find_good(saver: Saver, processes: Processes) -> Path | None:
+    """Return the newest checkpoint of the run to which going back is of use, the same on all processes."""
+    found: Path | None = None
+    if processes.main:
+        with contextlib.suppress(ValueError):
+            found, _, _ = saver.run.checkpoints.newest_good(is_good)
+    agreed = processes.from_main(found)
+    return Path(str(agreed)) if agreed else None
+
+
+def describe_divergence(state: TrainState, loop: Loop, stream: IndexStream, processes: Processes) -> dict[str, Any]:
+    """Return what tells why the last updates were skipped: images and losses by micro-batch, norms. By all processes."""
+    assert loop.losses is not None
+    losses = processes.sum(loop.losses.clone()).tolist()
+    row = min(int(state.skips[0]), state.update)
+    updates: list[dict[str, Any]] = []
+    for update in range(max(state.update - min(row, loop.max_skipped), 0), state.update):
+        epoch, number = divmod(update, state.plan.updates_per_epoch)
+        micro_batches = [
+            {"loss": plain(loss), "indices": stream.micro_batch(epoch, number, j)[1].tolist()}
+            for j, loss in enumerate(losses[update % loop.max_skipped])
+        ]
+        updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
+    weights = {which: norms(model.state_dict()) for which, model in state.weights().items()}
+    rate = max(group["lr"] for group in state.optimizer.param_groups)
+    return {"update": state.update, "skipped_in_a_row": row, "lr": rate, "updates": updates, "norms": weights}
+
+
+def find_teacher(
+    cfg: CfgNode, run: RunDirectory, state: TrainState, data: Data, processes: Processes, log: Log
+) -> Teacher | None:
+    """Return the model to distil from, if one is asked for. Raises ValueError if it is not the one the run began with."""
+    if cfg.DISTILL.TYPE == "none":
+        return None
+    model, said = build_teacher(cfg, data.classes)
+    teacher = wrap_teacher(cfg, model, processes)
+    if state.update and run.manifest.is_file():
+        before = json.loads(run.manifest.read_text()).get("teacher", {}).get("digest", teacher.digest)
+        if before != teacher.digest:
+            raise ValueError(
+                f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "
+                f"{teacher.digest}); put the file back, or start another run with --tag NAME"
+            )
+    log.say(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
+    if not cfg.DISTILL.ALPHA:
+        log.warn("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
+    return teacher
+
+
+def check_same_data(facts: dict[str, Any], data: Data, source: Path) -> None:
+    """Raise ValueError if a checkpoint's position is one in another data set."""
+    if facts["classes"] != data.classes:
+        pairs = [f"{a} -> {b}" for a, b in zip_longest(facts["classes"], data.classes) if a != b]
+        raise ValueError(f"{source} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
+    changed = [
+        f"{key}: {facts['data'].get(key)} -> {value}"
+        for key, value in data.fingerprint.items()
+        if facts["data"].get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the data set has changed since {source}: {', '.join(changed)}; put it back, or start with --init"
+        )

@@ -1,0 +1,177 @@
+"""Signals to running processes: the run saves at the next update, says so, and continues to the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train as train_script
+from engine.agreement import Agreement, Wish
+from engine.checkpoint import load_state
+from engine.distributed import Processes
+from engine.interruption import Interruption
+
+from .conftest import ROOT
+
+LAST = "checkpoints/update-00000018.pt"
+
+
+def start(cfg, output, *opts, processes=0, **how):
+    """Start train.py as a user does, with one thread."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    argv = [sys.executable, *launcher, "train.py", "--cfg", cfg, "--output", output, "--opts", *opts]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
+    env |= {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([str(a) for a in argv], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, **how)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def rows(run):
+    timed = ("images_per_s", "data_share", "seconds")
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+
+def assert_same_run(a, b):
+    x, y = load_state(a / LAST), load_state(b / LAST)
+    torch.testing.assert_close([x[k] for k in ("model", "ema")], [y[k] for k in ("model", "ema")], rtol=0, atol=0)
+    assert x["best"] == y["best"]
+    assert rows(a) == rows(b)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_here(cfg, output, *opts) -> int:
+    return train_script.main(["--cfg", str(cfg), "--output", str(output), "--opts", *map(str, opts)])
+
+
+@pytest.fixture(scope="module")
+def whole(small_cfg, tmp_path_factory, one_thread):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole")
+    assert run_here(small_cfg, output) == 0
+    assert (output / "small/done").exists()
+    return output / "small"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_marks_and_continues_to_the_same_end(small_cfg, whole, tmp_path, one_thread, number):
+    run = tmp_path / "small"
+    process = start(small_cfg, tmp_path, "LOG.EVERY", "1", "DATA.WORKERS", "1", start_new_session=True)
+    wait_for(
+        lambda: (run / "metrics.jsonl").exists() and '"update": 2,' in (run / "metrics.jsonl").read_text(), process
+    )
+    os.killpg(process.pid, number)  # the loader's workers get it too, as from a terminal or from SLURM
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == os.EX_TEMPFAIL, out + err
+    assert number.name in (run / "preempted").read_text()
+    assert f"stopped by {number.name} after update" in out
+    assert err == ""
+    state = load_state(max((run / "checkpoints").iterdir()))
+    assert 2 <= state["update"] < 18
+    assert run_here(small_cfg, tmp_path) == 0
+    assert not (run / "preempted").exists()
+    assert (run / "done").exists()
+    x, y = load_state(run / LAST), load_state(whole / LAST)
+    torch.testing.assert_close([x["model"], x["ema"]], [y["model"], y["ema"]], rtol=0, atol=0)
+
+
+def test_two_processes_stop_at_the_same_update_though_one_got_the_signal(small_cfg, tmp_path):
+    run = tmp_path / "small"
+    opts = ("LOG.EVERY", "1", "TRAIN.EPOCHS", "50")
+    process = start(small_cfg, tmp_path, *opts, processes=2)
+    wait_for(
+        lambda: (run / "metrics.jsonl").exists() and '"update": 2,' in (run / "metrics.jsonl").read_text(), process
+    )
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err  # torchrun's: the mark tells
+    assert "stopped by" in out
+    assert (run / "preempted").exists()
+    assert not (run / "done").exists()
+
+
+def test_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch):
+    now = [100.0]
+    killed = []
+    monkeypatch.setattr("engine.interruption.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.interruption.os.kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr("engine.interruption.signal.signal", lambda *_: None)
+    interruption = Interruption()
+    with pytest.raises(KeyboardInterrupt):
+        interruption._receive(signal.SIGINT, None)
+    assert interruption.received is None
+    interruption.defer()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGINT):
+        interruption._receive(number, None)
+    assert interruption.received is signal.SIGTERM
+    assert killed == []  # torchrun repeats a terminal's Ctrl-C at once
+    now[0] += 2
+    interruption._receive(signal.SIGTERM, None)
+    assert killed == []
+    interruption._receive(signal.SIGINT, None)
+    assert killed == [signal.SIGINT]
+
+
+@pytest.mark.parametrize("call", [0, 5])  # of the raw weights; of the EMA weights
+def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
+    small_cfg, whole, tmp_path, one_thread, monkeypatch, call
+):
+    polls = []
+
+    def poll(self):  # the signal comes before a batch of the second evaluation
+        if len(list(tmp_path.glob("small/checkpoints/*"))) == 1:
+            polls.append(1)
+            if len(polls) == 6 + call + 1:  # the epoch's updates come first
+                train_script.INTERRUPTION.received = signal.SIGTERM
+        return self.own()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "INTERRUPTION", Interruption())
+        patch.setattr(Agreement, "poll", poll)
+        assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
+    state = load_state(tmp_path / "small/checkpoints/update-00000012.pt")
+    assert (state["update"], state["closed"]) == (12, 6)
+    assert state["best"]["raw"]["update"] == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "INTERRUPTION", Interruption())
+        assert run_here(small_cfg, tmp_path) == 0
+    assert_same_run(tmp_path / "small", whole)
+
+
+def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_path, monkeypatch):
+    interruption = Interruption()
+    interruption.received = signal.SIGUSR1
+    monkeypatch.setattr(train_script, "INTERRUPTION", interruption)
+    assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
+    assert (tmp_path / "small/preempted").exists()
+    assert not list(tmp_path.glob("small/checkpoints/*"))
+
+
+def test_one_process_agrees_with_itself_and_watches_every_batch():
+    agreement = Agreement(Processes(0, 1, 0, torch.device("cpu"), "test"), lambda: Wish.STOP)
+    assert agreement.poll() is Wish.STOP
+    assert agreement.settle() is Wish.STOP
+    seen = []
+    assert list(agreement.watch("abc", 3, seen.append)) == ["a", "b", "c"]
+    assert seen == [Wish.STOP] * 3
