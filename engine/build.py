@@ -115,7 +115,7 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     """Return the model that exchanges gradients between processes, or the model itself for one process."""
     if processes.world == 1:
         return model
-    ids = [processes.local_rank] if processes.device.type == "cuda" else None
+    ids = [processes.device.index] if processes.device.type == "cuda" else None
     # Buffers are not broadcast: engine/batchnorm.py keeps them equal.
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 

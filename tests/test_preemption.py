@@ -21,12 +21,12 @@ from .conftest import ROOT
 LAST = "checkpoints/update-00000018.pt"
 
 
-def start(cfg, output, *opts, processes=0, **how):
+def start(cfg, output, *opts, processes=0, env=None, **how):
     """Start train.py as a user does, with one thread."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     argv = [sys.executable, *launcher, "train.py", "--cfg", cfg, "--output", output, "--opts", *opts]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
-    env |= {"OMP_NUM_THREADS": "1"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
+    env = clean | {"OMP_NUM_THREADS": "1"} | (env or {})
     pipe = subprocess.PIPE
     return subprocess.Popen([str(a) for a in argv], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, **how)
 
