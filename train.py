@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warn("interrupted")
         status = PREEMPTED
     except RuntimeError as error:
-        if not distributed.is_lost_contact(error):
+        if processes.world == 1 or not distributed.is_lost_contact(error):
             raise
         lost = f"{processes.name}lost the others {where(session)}: {str(error).splitlines()[0][:200]}"
     finally:
@@ -246,7 +246,8 @@ def train(s: Session) -> int:
                 (end_epoch if s.state.between_epochs else train_epoch)(s)
             if not s.saver.finish():
                 s.saver.failures = s.saver.max_failures
-            s.check(s.agreement.settle())
+            if s.agreement.settle() is Wish.FAIL:
+                raise s.saver.complaint()
         except PreemptedError:
             return stop_early(s)
         s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")

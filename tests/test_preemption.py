@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,26 @@ def test_two_processes_stop_at_the_same_update_though_one_got_the_signal(small_c
     assert "stopped by" in out
     assert (run / "preempted").exists()
     assert not (run / "done").exists()
+
+
+@pytest.mark.parametrize("end", ["kill", "error"])
+def test_loader_workers_end_with_their_parent(small_cfg, pictures, tmp_path, end):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    if end == "error":
+        (data / "val/red/004.jpg").write_bytes(b"<html>")
+    opts = ("LOG.EVERY", "1", "DATA.WORKERS", "2", "DATA.PATH", data, "TRAIN.EPOCHS", "30")
+    process = start(small_cfg, tmp_path, *opts, start_new_session=True)
+    if end == "kill":
+        metrics = tmp_path / "small/metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"update": 2,' in metrics.read_text(), process)
+        process.kill()
+    assert process.wait(60) == (-signal.SIGKILL if end == "kill" else 1)
+    deadline = time.monotonic() + 30
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.1)
+    process.communicate()
 
 
 def test_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch):
