@@ -232,6 +232,12 @@ _C.CHECKPOINT.KEEP = 2
 # Failures to write one, in a row (disk full, no permission), after which the run stops; before, it trains on.
 _C.CHECKPOINT.MAX_FAILURES = 3
 
+_C.DIST = CfgNode()
+# Seconds within which all processes of a run must have started.
+_C.DIST.START_TIMEOUT = 300.0
+# Seconds after which an exchange between processes fails: a process is gone, or does something else than the others.
+_C.DIST.TIMEOUT = 1800.0
+
 _C.LOG = CfgNode()
 # A line and a metrics.jsonl row every so many updates.
 _C.LOG.EVERY = 50
@@ -319,6 +325,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "CHECKPOINT.EVERY_UPDATES": (0, 1e12),
     "CHECKPOINT.KEEP": (1, 1e6),
     "CHECKPOINT.MAX_FAILURES": (1, 1e6),
+    "DIST.START_TIMEOUT": (1, 1e6),
+    "DIST.TIMEOUT": (1, 1e6),
     "LOG.EVERY": (1, 1e9),
 }
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = arguments.resolve(args, arguments.EVAL_FLAGS)
         arguments.check_eval(args)
-        processes = distributed.start(cfg.DEVICE)
+        processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
     try:

@@ -1,29 +1,44 @@
 """Where a run stands when it starts: its own newest checkpoint, another run's, initial weights, and the teacher."""
 
 import argparse
-import contextlib
 import json
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import yaml
 from yacs.config import CfgNode
 
 import arguments
+import config
 from data.build import Data
-from data.stream import IndexStream
 from engine.build import wrap_teacher
 from engine.checkpoint import load_state
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.log import Log
-from engine.loop import Loop
-from engine.run import RunDirectory
-from engine.safety import is_good, norms, plain
+from engine.run import RunDirectory, differences
 from engine.saver import Saver
 from engine.state import TrainState
 from models.build import build_teacher
 from models.weights import fit, load_initial, load_weights
+
+
+def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str]) -> None:
+    """Raise ValueError if the run directory holds checkpoints of a run with another recipe; keys in `free` may differ."""
+    if not (run.config.is_file() and run.checkpoints.latest()):
+        return
+    old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
+    changed = differences(old, new, (*free, "TRAIN.MICRO_BATCH"))
+    if changed:
+        raise ValueError(
+            f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
+            "another run with --tag NAME"
+        )
+    if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
+        micro = f"{old['TRAIN']['MICRO_BATCH']} -> {cfg.TRAIN.MICRO_BATCH}"
+        log.warn(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
 
 
 def restore(
@@ -97,34 +112,6 @@ def find_latest(saver: Saver, processes: Processes, may_write: bool) -> tuple[Pa
     if isinstance(agreed, ValueError):
         raise agreed
     return (Path(str(agreed)) if agreed else None), state
-
-
-def find_good(saver: Saver, processes: Processes) -> Path | None:
-    """Return the newest checkpoint of the run to which going back is of use, the same on all processes."""
-    found: Path | None = None
-    if processes.main:
-        with contextlib.suppress(ValueError):
-            found, _, _ = saver.run.checkpoints.newest_good(is_good)
-    agreed = processes.from_main(found)
-    return Path(str(agreed)) if agreed else None
-
-
-def describe_divergence(state: TrainState, loop: Loop, stream: IndexStream, processes: Processes) -> dict[str, Any]:
-    """Return what tells why the last updates were skipped: images and losses by micro-batch, norms. By all processes."""
-    assert loop.losses is not None
-    losses = processes.sum(loop.losses.clone()).tolist()
-    row = min(int(state.skips[0]), state.update)
-    updates: list[dict[str, Any]] = []
-    for update in range(max(state.update - min(row, loop.max_skipped), 0), state.update):
-        epoch, number = divmod(update, state.plan.updates_per_epoch)
-        micro_batches = [
-            {"loss": plain(loss), "indices": stream.micro_batch(epoch, number, j)[1].tolist()}
-            for j, loss in enumerate(losses[update % loop.max_skipped])
-        ]
-        updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
-    weights = {which: norms(model.state_dict()) for which, model in state.weights().items()}
-    rate = max(group["lr"] for group in state.optimizer.param_groups)
-    return {"update": state.update, "skipped_in_a_row": row, "lr": rate, "updates": updates, "norms": weights}
 
 
 def find_teacher(

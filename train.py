@@ -31,10 +31,10 @@ import arguments
 import config
 from data.build import Data, build_data
 from data.decode import UnreadableImageError
+from divergence import go_back
 from engine import distributed
 from engine.agreement import Agreement, Wish
 from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
-from engine.checkpoint import load_state
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.elastic import Elastic
@@ -44,14 +44,13 @@ from engine.loop import Loop, Step
 from engine.plan import accumulation
 from engine.precision import Precision
 from engine.randomness import seed_process
-from engine.run import RunDirectory, differences, this_start
+from engine.run import RunDirectory, this_start
 from engine.safety import DivergedError
 from engine.saver import Saver, SavingError
 from engine.state import TrainState
-from engine.tables import write_json
 from models.build import build_model
 from report import estimate_memory, report
-from resume import describe_divergence, find_good, find_teacher, restore
+from resume import check_same_run, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -70,6 +69,7 @@ FREE = (
     "EVAL.BATCH",
     "TRAIN.MAX_SKIPPED",
     "CHECKPOINT",
+    "DIST",
     "LOG",
     "MODEL.INIT",
     "MODEL.INIT_WEIGHTS",
@@ -128,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             INTERRUPTION.defer()
             elastic.stand_by(lambda: INTERRUPTION.received is not None)
             return 0
-        processes = distributed.start(cfg.DEVICE)
+        processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    status, log = 0, Log(processes.main)
+    status, lost, session, log = 0, "", None, Log(processes.main)
     for note in elastic.notes(cfg.CHECKPOINT.EVERY_UPDATES):
         log.warn(note)
     run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
@@ -152,13 +152,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PreemptedError:
         log.warn("interrupted")
         status = PREEMPTED
+    except RuntimeError as error:
+        if processes.world == 1 or not distributed.is_lost_contact(error):
+            raise
+        lost = f"{processes.name}lost the others {where(session)}: {str(error).splitlines()[0][:200]}"
     finally:
         saver.wait()
         log.close()
         run.unlock()
+    if lost:
+        remedy = "One has ended or waits for something else, see what it says; the same command continues from the last checkpoint"
+        sys.stderr.write(f"{parser.prog}: stopped: {lost}. {remedy}\n")
+        distributed.abandon(1)
     elastic.finish()
     distributed.stop()
     return status
+
+
+def where(s: Session | None) -> str:
+    """Return where the run stands, for an error."""
+    if s is None:
+        return "while it was built"
+    return (
+        f"in the evaluation after update {s.state.update}"
+        if s.state.between_epochs
+        else f"in update {s.state.update + 1}"
+    )
 
 
 def build_or_fail(
@@ -187,7 +206,7 @@ def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, saver: S
     writes = processes.main and not (args.eval or args.dry_run)
     if writes:
         run.lock()
-    check_same_run(cfg, run, log)
+    check_same_run(cfg, run, log, FREE)
     if stands_in and run.checkpoints.latest():
         raise ValueError(
             f"DATA.PATH is not set and {run.path} holds a run on other images; give its data with --data-path"
@@ -242,7 +261,8 @@ def train(s: Session) -> int:
                 (end_epoch if s.state.between_epochs else train_epoch)(s)
             if not s.saver.finish():
                 s.saver.failures = s.saver.max_failures
-            s.check(s.agreement.settle())
+            if s.agreement.settle() is Wish.FAIL:
+                raise s.saver.complaint()
         except PreemptedError:
             return stop_early(s)
         s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
@@ -273,33 +293,9 @@ def train_epoch(s: Session) -> None:
         s.loop.train_epoch(state, batches, report, after_update)
     except DivergedError as error:
         log.end_epoch()
-        roll_back(s, error)
+        go_back(error, state, s.loop, s.data.stream, s.saver, s.processes)
+        log.open_again(s.run.path, state.update, s.cfg.LOG.TENSORBOARD, state.closed)
     log.end_epoch()
-
-
-def roll_back(s: Session, error: DivergedError) -> None:
-    """Note what diverged; go back to the last good checkpoint, or stop if the run has done so before. By all processes."""
-    s.saver.finish()
-    path = find_good(s.saver, s.processes) if not s.state.rollbacks else None
-    record = describe_divergence(s.state, s.loop, s.data.stream, s.processes)
-    if s.processes.main:
-        write_json(s.run.diverged, {"error": str(error), "went_back_to": path and path.name, **record})
-    if path is None:
-        why = "the run went back once before" if s.state.rollbacks else "there is no good checkpoint to go back to"
-        raise DivergedError(
-            f"{error}; {why}. {s.run.diverged} lists the images, losses and norms; start another run from a good checkpoint "
-            "with a milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
-        )
-    stored = load_state(path)
-    s.state.load_state_dict(stored, str(path))
-    s.state.rollbacks += 1
-    s.saver.continue_from(s.state)
-    s.log.warn(f"{error}; going back to {path}, once. {s.run.diverged} lists the images, losses and norms")
-    if s.processes.main:
-        s.run.checkpoints.remove_after(s.state.update)
-        s.saver.mend_best(s.state, stored)
-        s.log.close()
-        s.log.open(s.run.path, s.state.update, s.cfg.LOG.TENSORBOARD, s.state.closed)
 
 
 def end_epoch(s: Session) -> None:
@@ -342,22 +338,6 @@ def note_bad_images(s: Session) -> None:
         return
     for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None):
         s.log.warn(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")
-
-
-def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
-    """Raise ValueError if the run directory holds checkpoints of a run with another recipe."""
-    if not (run.config.is_file() and run.checkpoints.latest()):
-        return
-    old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
-    changed = differences(old, new, (*FREE, "TRAIN.MICRO_BATCH"))
-    if changed:
-        raise ValueError(
-            f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
-            "another run with --tag NAME"
-        )
-    if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
-        micro = f"{old['TRAIN']['MICRO_BATCH']} -> {cfg.TRAIN.MICRO_BATCH}"
-        log.warn(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
 
 
 def save(s: Session, best: Mapping[str, Mapping[str, Any]] | None = None) -> None:

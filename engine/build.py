@@ -120,7 +120,7 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     """Return the model that exchanges gradients between processes, or the model itself for one process."""
     if processes.world == 1:
         return model
-    ids = [processes.local_rank] if processes.device.type == "cuda" else None
+    ids = [processes.device.index] if processes.device.type == "cuda" else None
     # Buffers are not broadcast in the forward pass: engine/batchnorm.py keeps them equal.
     named = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.15

@@ -1,6 +1,8 @@
 """Processes of a run: how many, which one this is, and the few collectives that the engine needs."""
 
+import faulthandler
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.launcher import Place, find_place, meet
+
+# A process that waits in vain ends with the collective's name and number instead of hanging; who waits where is compared.
+NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_DESYNC_DEBUG": "1"}
 T = TypeVar("T")
 
 
@@ -64,37 +70,63 @@ class Processes:
         return box
 
 
-def start(device: str, timeout_s: float = 1800.0) -> Processes:
-    """Join the processes that torchrun started, or stand alone; `device` is auto, cpu or cuda.
+def start(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0) -> Processes:
+    """Join the processes that were started together (launcher.py), or stand alone; `device` is auto, cpu or cuda.
 
-    NCCL carries CUDA tensors, gloo CPU tensors. Raises ValueError if CUDA is asked for and missing, or if a node runs more
-    processes than it has GPUs.
+    NCCL carries CUDA tensors, gloo CPU tensors. Processes that do not arrive within `start_timeout_s` fail the start, an exchange
+    that takes longer than `timeout_s` fails on all that wait for it. Raises ValueError if CUDA is asked for and missing, if a
+    node runs more processes than it has GPUs, or naming the processes that did not arrive.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError(
             "DEVICE=cuda but torch sees no CUDA device; set DEVICE to cpu or auto, or check the driver with nvidia-smi"
         )
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, world = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
-    if launched and "LOCAL_RANK" not in os.environ:
-        raise ValueError("RANK is set but LOCAL_RANK is not: launch with torchrun, which sets both, or unset RANK")
-    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
+    place = find_place(os.environ)
+    own = torch.device("cuda", _gpu_of(place)) if cuda else torch.device("cpu")
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} visible; "
-                f"launch with --nproc_per_node {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local_rank)
-    own = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if launched and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
-    hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if launched else None
-    return Processes(rank, world, local_rank, own, "torchrun" if launched else "plain python", hosts)
+        torch.cuda.set_device(own)
+    if not place.address:
+        return Processes(place.rank, place.world, place.local_rank, own, place.launcher)
+    faulthandler.enable()  # what NCCL aborts says where it stood
+    for key, value in NCCL.items():
+        os.environ.setdefault(key, value)
+    limit = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        store = dist.PrefixStore("run", meet(place, start_timeout_s))
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=limit)
+    hosts: Any = dist.new_group(backend="gloo", timeout=limit)
+    return Processes(place.rank, place.world, place.local_rank, own, place.launcher, hosts)
+
+
+def _gpu_of(place: Place) -> int:
+    """Return the number of the GPU that is a process's own."""
+    count = torch.cuda.device_count()
+    if place.launcher.startswith("srun") and count == 1:
+        return 0  # SLURM shows each task its own
+    if place.local_rank >= count:
+        raise ValueError(
+            f"process {place.local_rank} of this node has no GPU: {count} visible; launch with --nproc_per_node {count}, or "
+            f"with srun --ntasks-per-node {count}"
+        )
+    return place.local_rank
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Return whether an error says that an exchange between processes failed or took too long."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ProcessGroup"))
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon(status: int) -> None:
+    """End this process at once if it is one of several: leaving in order would wait for processes that are gone."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

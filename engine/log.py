@@ -66,6 +66,11 @@ class Log:
 
             self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
 
+    def open_again(self, folder: Path, update: int, tensorboard: bool, closed: int) -> None:
+        """Go on after an earlier update: a run has gone back to a checkpoint."""
+        self.close()
+        self.open(folder, update, tensorboard, closed)
+
     def close(self) -> None:
         """Stop the bar and close the files."""
         self.end_epoch()

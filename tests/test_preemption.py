@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,12 @@ from .conftest import ROOT
 LAST = "checkpoints/update-00000018.pt"
 
 
-def start(cfg, output, *opts, processes=0, **how):
+def start(cfg, output, *opts, processes=0, env=None, **how):
     """Start train.py as a user does, with one thread."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     argv = [sys.executable, *launcher, "train.py", "--cfg", cfg, "--output", output, "--opts", *opts]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
-    env |= {"OMP_NUM_THREADS": "1"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
+    env = clean | {"OMP_NUM_THREADS": "1"} | (env or {})
     pipe = subprocess.PIPE
     return subprocess.Popen([str(a) for a in argv], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, **how)
 
@@ -109,6 +110,26 @@ def test_two_processes_stop_at_the_same_update_though_one_got_the_signal(small_c
     assert "stopped by" in out
     assert (run / "preempted").exists()
     assert not (run / "done").exists()
+
+
+@pytest.mark.parametrize("end", ["kill", "error"])
+def test_loader_workers_end_with_their_parent(small_cfg, pictures, tmp_path, end):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    if end == "error":
+        (data / "val/red/004.jpg").write_bytes(b"<html>")
+    opts = ("LOG.EVERY", "1", "DATA.WORKERS", "2", "DATA.PATH", data, "TRAIN.EPOCHS", "30")
+    process = start(small_cfg, tmp_path, *opts, start_new_session=True)
+    if end == "kill":
+        metrics = tmp_path / "small/metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"update": 2,' in metrics.read_text(), process)
+        process.kill()
+    assert process.wait(60) == (-signal.SIGKILL if end == "kill" else 1)
+    deadline = time.monotonic() + 30
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.1)
+    process.communicate()
 
 
 def test_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch):
