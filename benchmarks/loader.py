@@ -55,7 +55,9 @@ class Contenders:
     """What is measured; each gives a fresh iterator of batch sizes over `images` images."""
 
     def __init__(self, source: FolderSource, images: int, batch: int, size: int, workers: int) -> None:
-        self.source, self.images, self.batch, self.size, self.workers = source, images, batch, size, workers
+        epoch = len(source) // batch * batch
+        self.images = epoch * max(1, round(images / epoch))  # whole epochs, so that workers prefetch nothing in vain
+        self.source, self.batch, self.size, self.workers = source, batch, size, workers
 
     def decode(self) -> Iterator[int]:
         """Read and decode only: the limit of every loader that decodes whole images on the CPU."""
@@ -249,7 +251,7 @@ def write(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def gather_facts(args: Any, source: FolderSource) -> dict[str, Any]:
+def gather_facts(args: Any, source: FolderSource, images: int) -> dict[str, Any]:
     """Return what a reader must know to judge the numbers."""
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
@@ -263,7 +265,7 @@ def gather_facts(args: Any, source: FolderSource) -> dict[str, Any]:
         "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
         f"Pillow {PIL.__version__}, Python {platform.python_version()}",
         "pictures": f"{len(source)} files, mean {sum(len(source.read(i)) for i in range(len(source))) / len(source) / 1e3:.0f} kB",
-        "n": f"{args.rounds} rounds of {args.images} images, contenders in turn",
+        "n": f"{args.rounds} rounds of {images} images, contenders in turn",
     }
 
 
@@ -271,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = Parser("Measure loaders in images per CPU-second.")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of class folders of images")
-    parser.add_argument("--images", type=int, default=512, help="images a contender and round (default 512)")
+    parser.add_argument(
+        "--images", type=int, default=768, help="images a contender and round, rounded to whole epochs (default 768)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=224)
@@ -305,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         table.add_row(*cells(row))
     say.print(table)
-    facts = gather_facts(args, source)
+    facts = gather_facts(args, source, contenders.images)
     out = args.out or RESULTS / f"{facts['date']}-loader"
     write(rows, facts, out)
     say.print(f"written to {out.with_suffix('.md')}")

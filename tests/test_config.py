@@ -111,6 +111,7 @@ def test_int_and_exponent_are_accepted_for_floats(tmp_path):
         (["TRAIN.EPOCHS", "3"], ["SCHEDULE.WARMUP_EPOCHS=20", "TRAIN.EPOCHS=3"]),
         (["DATA.EVAL_RESIZE", "200"], ["DATA.EVAL_RESIZE=200", "224", "256"]),
         (["DATA.LOADER", "synthetic", "MODEL.NUM_CLASSES", "7"], ["7", "DATA.SYNTHETIC_CLASSES=1000"]),
+        (["DATA.DALI_DEVICE", "cpu"], ["DATA.DALI_DEVICE=cpu has no effect", "set DATA.LOADER to dali"]),
         (["TAG", "a/b"], ["TAG", "a/b"]),
     ],
 )
