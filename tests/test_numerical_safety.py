@@ -27,6 +27,7 @@ from engine.plan import Plan
 from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.safety import DivergedError, is_good
+from engine.saver import Saver
 
 from .conftest import ROOT
 
@@ -238,7 +239,14 @@ def test_counts_survive_an_interruption_bitwise(small_cfg, tmp_path, monkeypatch
 
 def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path, monkeypatch, capsys):
     assert run_here(small_cfg, tmp_path / "clean") == 0
-    seen = []
+    seen, kept = [], []
+
+    def mend_best(self, *args):
+        kept.append([path.name for path in self.run.checkpoints.numbered()])
+        return whole_mend_best(self, *args)
+
+    whole_mend_best = Saver.mend_best
+    monkeypatch.setattr(Saver, "mend_best", mend_best)
 
     def spoils(update, micro):  # for a while, as a broken device would
         seen.append(update)
@@ -249,6 +257,7 @@ def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path,
     out = capsys.readouterr().out
     assert "4 updates in a row (TRAIN.MAX_SKIPPED)" in out
     assert "update-00000007.pt, once" in out
+    assert kept == [["update-00000006.pt", "update-00000007.pt"]]  # a start from here would not take a later one
     same_state(tmp_path / "clean/small", tmp_path / "spoiled/small", "rollbacks")
     assert load_state(tmp_path / "spoiled/small" / LAST)["rollbacks"] == 1
     assert rows(tmp_path / "clean/small") == rows(tmp_path / "spoiled/small")

@@ -13,7 +13,7 @@ import torch
 
 import train as train_script
 from engine.agreement import Agreement, Wish
-from engine.checkpoint import load_state
+from engine.checkpoint import load_state, read_facts
 from engine.distributed import Processes
 from engine.interruption import Interruption
 
@@ -51,6 +51,9 @@ def assert_same_run(a, b):
     torch.testing.assert_close([x[k] for k in ("model", "ema")], [y[k] for k in ("model", "ema")], rtol=0, atol=0)
     assert x["best"] == y["best"]
     assert rows(a) == rows(b)
+    for which, entry in x["best"].items():
+        facts = read_facts(a / f"best_{which}.safetensors")
+        assert {key: facts[key] for key in entry} == entry
 
 
 @pytest.fixture(scope="module")
