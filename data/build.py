@@ -15,7 +15,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.bad_images import BadImages
-from data.dali_loader import DaliEvalLoader, DaliTrainLoader
+from data.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
 from data.device import DeviceStage
 from data.erasing import EraseBoxes
 from data.folder import FolderSource, class_folders, read_class_index, scan_labelled, val_folder
@@ -24,7 +24,7 @@ from data.layout import has_split
 from data.mixing import Mixing
 from data.rand_augment import parse_policy
 from data.shared_memory import check_shared_memory, default_workers
-from data.store import ArchiveSource, ArchiveStore, FolderStore, open_store
+from data.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
 from data.store_index import NoImagesError, Say
 from data.stream import IndexStream
 from data.synthetic import SyntheticEval, SyntheticTrain
@@ -33,6 +33,7 @@ from data.transforms import EvalTransform, TrainTransform
 from timeline import Timeline, parse_optional
 
 Source = FolderSource | ArchiveSource
+SIZES, LARGE = 256, 95  # files whose sizes tell what a batch of them takes, and the percentile that does
 
 
 @dataclass
@@ -82,7 +83,8 @@ def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str, 
     train_source = train_store.source(classes, must_hold_all=True)
     val_source = val_store.source(classes, must_hold_all=False)
     stream = _stream(cfg, len(train_source), _storage_order(cfg, train_source))
-    _check_shared_memory(cfg, max(cfg.TRAIN.MICRO_BATCH, cfg.EVAL.BATCH))
+    _check_shared_memory(cfg, train_source, cfg.TRAIN.MICRO_BATCH, _largest_size(cfg), world)
+    _check_shared_memory(cfg, val_source, cfg.EVAL.BATCH, cfg.DATA.IMG_SIZE, world)
     transform = TrainTransform(
         size=cfg.DATA.IMG_SIZE,
         seed=cfg.TRAIN.SEED,
@@ -140,7 +142,7 @@ def build_eval_data(
         classes = _classes(cfg, _train_or(store, cfg, say))
         source = store.source(classes, must_hold_all=False)
         origin, notes = store.where, [*store.notes, *_notes(store, source, classes)]
-    _check_shared_memory(cfg, cfg.EVAL.BATCH)
+    _check_shared_memory(cfg, source, cfg.EVAL.BATCH, cfg.DATA.IMG_SIZE, world)
     return EvalData(
         val=_eval_loader(cfg, source, rank, world, device),
         stage=_stage(cfg, len(classes), device),
@@ -289,8 +291,22 @@ def _workers(cfg: CfgNode) -> int:
     return cfg.DATA.WORKERS if cfg.DATA.WORKERS >= 0 else default_workers()
 
 
-def _check_shared_memory(cfg: CfgNode, images: int) -> None:
-    check_shared_memory(_workers(cfg), cfg.DATA.PREFETCH, images * 3 * cfg.DATA.IMG_SIZE**2)
+def _check_shared_memory(cfg: CfgNode, source: Source, batch: int, size: int, world: int) -> None:
+    """Check room for the batches under way: of crops of a size, or for DALI of the source's files."""
+    share = -(-len(source) // world)  # in training a little less: AUG.REPEATS and updates leave some out
+    batch, batches = min(batch, share), -(-share // batch)
+    workers, image = _workers(cfg), 3 * size * size
+    readers = workers
+    if cfg.DATA.LOADER == "dali":
+        readers = readers_of(workers)
+        sample = np.linspace(0, len(source) - 1, min(len(source), SIZES)).astype(np.int64)
+        image = math.ceil(np.percentile(file_sizes(source, sample), LARGE))
+    check_shared_memory(workers, cfg.DATA.PREFETCH, batch * image, batches, readers)
+
+
+def _largest_size(cfg: CfgNode) -> int:
+    sizes = _sizes(cfg)
+    return max(cfg.DATA.IMG_SIZE, *(int(size) for size in sizes.values)) if sizes else cfg.DATA.IMG_SIZE
 
 
 def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:

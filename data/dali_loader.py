@@ -226,6 +226,11 @@ class DaliEvalLoader:
             yield _batch(encoded, images.to(self._device, non_blocking=True))
 
 
+def readers_of(workers: int) -> int:
+    """Return the processes that read for so many decoding threads."""
+    return -(-workers // DECODERS_PER_READER)
+
+
 def check_dali(backend: str, device: torch.device) -> None:
     """Raise ValueError where DALI is not installed, or cannot run where it is asked to."""
     if backend not in DEVICES:
@@ -260,7 +265,7 @@ class _Decoder:
         on_gpu = backend == "gpu" or (backend == "auto" and device.type == "cuda")
         self._gpu = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
         self._images, self._size, self._threads = images, size, workers
-        self._loader = start_workers(images, batches, -(-workers // DECODERS_PER_READER), prefetch, False)
+        self._loader = start_workers(images, batches, readers_of(workers), prefetch, False)
         self._pipeline: Pipeline | None = None
 
     def __iter__(self) -> Iterator[tuple[Encoded, Tensor]]:

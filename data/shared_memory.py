@@ -1,11 +1,13 @@
 """Loader processes and the shared memory through which they hand over batches: what a machine allows."""
 
+import math
 import os
 from pathlib import Path
 
 MAX_WORKERS = 16  # of each training process, when DATA.WORKERS=-1
 SPARE_FROM = 4  # cores a process has from which on one is left to the training process itself
 SHM = Path("/dev/shm")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 HELD = 2  # batches beside those being prefetched: the one in use and the one on its way
 
 
@@ -16,26 +18,61 @@ def neighbours() -> int:
 
 def default_workers() -> int:
     """Return the loader processes of a training process: the cores it may use, shared with its neighbours."""
-    own = len(os.sched_getaffinity(0)) // neighbours()
+    own = int(min(len(os.sched_getaffinity(0)), cpu_quota())) // neighbours()
     return max(1, min(MAX_WORKERS, own - 1 if own >= SPARE_FROM else own))
 
 
-def check_shared_memory(workers: int, prefetch: int, batch_bytes: int) -> None:
-    """Raise ValueError if the batches under way do not fit into /dev/shm, where workers would die of a bus error."""
-    if not workers or not SHM.is_dir():
+def cpu_quota() -> float:
+    """Return the cores' worth of time that a container or a job may use, infinity without a limit."""
+    return min((_quota_of(folder) for folder in _cgroups()), default=math.inf)
+
+
+def _cgroups() -> list[Path]:
+    """Return the folders that may state a quota of this process: the roots, and from its own group upwards."""
+    roots = [CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"]
+    try:
+        groups = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
+    except OSError:
+        return roots
+    own = [CGROUPS / names / path.lstrip("/") for _, names, path in groups if not names or "cpu" in names.split(",")]
+    return roots + [folder for group in own for folder in (group, *group.parents) if folder.is_relative_to(CGROUPS)]
+
+
+def _quota_of(folder: Path) -> float:
+    """Return the cores that a group's files allow: cpu.max of version 2, cpu.cfs_* of version 1."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if quota > 0 and period > 0:  # -1: no limit
+            return quota / period
+    return math.inf
+
+
+def check_shared_memory(workers: int, prefetch: int, batch_bytes: int, batches: int, readers: int = -1) -> None:
+    """Raise ValueError if the batches under way do not fit into /dev/shm, where workers would die of a bus error.
+
+    There are `batches` in an epoch. `readers` of the workers are processes that hand batches over, by default all.
+    """
+    readers = workers if readers < 0 else readers
+    if not readers or not SHM.is_dir():
         return
-    needed = (workers * prefetch + HELD) * batch_bytes * neighbours()
+    under_way = min(readers * prefetch + HELD, batches)
+    needed = under_way * batch_bytes * neighbours()
     status = os.statvfs(SHM)
     free = status.f_bavail * status.f_frsize
     if needed <= free:
         return
-    fits = (free // (batch_bytes * neighbours()) - HELD) // workers
+    fits = (free // (batch_bytes * neighbours()) - HELD) // readers
     lower = f"DATA.PREFETCH {fits}" if 1 <= fits < prefetch else "fewer DATA.WORKERS or DATA.PREFETCH"
+    reading = "" if readers == workers else f" ({readers} of them processes that read)"
     processes = f" x {neighbours()} processes" if neighbours() > 1 else ""
     raise ValueError(
-        f"{SHM} has {_size(free)} free, but DATA.WORKERS={workers} x DATA.PREFETCH={prefetch} batches of {_size(batch_bytes)}"
-        f"{processes} need {_size(needed)}: loader processes would die of a bus error. Enlarge it (docker run "
-        f"--shm-size={-(-needed // 2**30)}g, or --ipc=host; SLURM: mount -o remount,size=...), or set {lower}, or DATA.WORKERS 0"
+        f"{SHM} has {_size(free)} free, but DATA.WORKERS={workers}{reading} x DATA.PREFETCH={prefetch} batches of "
+        f"{_size(batch_bytes)}{processes} need {_size(needed)}: loader processes would die of a bus error. Enlarge it "
+        f"(docker run --shm-size={-(-needed // 2**30)}g, or --ipc=host; Kubernetes: an emptyDir with medium Memory at "
+        f"/dev/shm), or set {lower}, or DATA.WORKERS 0"
     )
 
 

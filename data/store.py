@@ -208,6 +208,21 @@ class _Descriptors:
                 os.close(fd)
 
 
+def file_sizes(source: FolderSource | ArchiveSource, indices: np.ndarray | None = None) -> np.ndarray:
+    """Return the length of each image's file, or of those of some, int64 (n,); 0 for a file that is not there."""
+    chosen = np.arange(len(source)) if indices is None else indices
+    if isinstance(source, ArchiveSource):
+        return source.sizes[chosen]
+    return np.array([_length(source.name(int(i))) for i in chosen], dtype=np.int64)
+
+
+def _length(name: str) -> int:
+    try:
+        return Path(name).stat().st_size
+    except OSError:
+        return 0
+
+
 def open_store(
     root: str | Path, split: str, val_labels: str = "", say: Say | None = None
 ) -> FolderStore | ArchiveStore:

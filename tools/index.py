@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +26,7 @@ from data.build import Source
 from data.decode import UnreadableImageError
 from data.folder import read_class_index
 from data.layout import has_split
-from data.store import ArchiveSource, ArchiveStore, FolderStore, open_store
+from data.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
 from data.store_index import NoImagesError
 from data.torch_loader import load
 
@@ -127,7 +126,7 @@ def describe(split: str, store: FolderStore | ArchiveStore, source: Source, clas
     missing = [name for name, count in zip(classes, counts, strict=True) if not count]
     if missing:
         problems.append(f"{len(missing)} of {len(classes)} classes have no image: {', '.join(missing[:5])}")
-    sizes = sizes_of(source)
+    sizes = file_sizes(source)
     say(
         (
             "bytes",
@@ -138,13 +137,6 @@ def describe(split: str, store: FolderStore | ArchiveStore, source: Source, clas
     problems += [f"{source.name(int(i))} is empty" for i in empty[:NAMED]]
     problems += [f"{len(empty) - NAMED} more are empty"] if len(empty) > NAMED else []
     return report
-
-
-def sizes_of(source: Source) -> np.ndarray:
-    """Return the length of each image's file, int64 (n,)."""
-    if isinstance(source, ArchiveSource):
-        return source.sizes
-    return np.array([Path(source.name(i)).stat().st_size for i in range(len(source))], dtype=np.int64)
 
 
 def spread(total: int, count: int) -> np.ndarray:
