@@ -16,6 +16,7 @@ from data.folder import SUFFIXES
 
 TAR, ZIP = ".tar", ".zip"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+CHUNK = 1 << 20  # read at a time to see whether a tar goes on after its end mark
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
 
 
@@ -101,12 +102,25 @@ def _tar_contents(window: Window, name: str) -> Contents:
     block = window.read(tarfile.BLOCKSIZE)
     if block and block.strip(b"\0"):
         raise ValueError(f"{name} is damaged at byte {end}: no file begins there; copy it again and compare checksums")
+    if (more := _after_zeros(window)) is not None:
+        raise ValueError(
+            f"{name} goes on after its end mark, at byte {more}: two tars joined? Join them with tar -A, not with cat"
+        )
     if members and members[-1].offset + members[-1].size > window.start + window.size:
         raise ValueError(f"{name} ends within {members[-1].path}; it was cut off: copy it again and compare checksums")
     cut = (
         [] if len(block) == tarfile.BLOCKSIZE else [f"{name} has no end mark after {len(members)} files; is it whole?"]
     )
     return Contents(members, cut)
+
+
+def _after_zeros(window: Window) -> int | None:
+    """Return the position of the first block that is not zeros, from the current one on; None if there is none."""
+    while chunk := window.read(CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            at = window.tell() - len(rest)
+            return at - at % tarfile.BLOCKSIZE
+    return None
 
 
 def _zip_members(window: Window, name: str) -> Iterator[Member]:

@@ -103,7 +103,7 @@ class BadImages:
                 bad.path,
                 f"{bad.reason}; with it {len(self.known)} of {self.images} training images cannot be read, "
                 f"DATA.MAX_BAD_SHARE={self.max_share:g} allows {self.allowed}{where}",
-                "restore the files (python -m tools.index checks them all), or raise DATA.MAX_BAD_SHARE",
+                "restore the files (python -m tools.index PATH --full checks them all), or raise DATA.MAX_BAD_SHARE",
             )
         return list(added.values())
 

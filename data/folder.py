@@ -83,9 +83,9 @@ def _names_of_json(tree: object) -> list[str]:
 
 def split_folder(root: str | Path, split: str) -> Path:
     """Return ROOT/split; ValueError says what was looked for and what is there."""
-    root = Path(root).expanduser()
-    if not str(root) or str(root) == ".":
+    if not str(root):
         raise ValueError("DATA.PATH is not set; give the folder that holds train/ and val/ (--data-path FOLDER)")
+    root = Path(root).expanduser()
     if not root.is_dir():
         parent = next((p for p in root.parents if p.is_dir()), Path("/"))
         raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {parent} holds {listing(parent)}")

@@ -37,6 +37,10 @@ EXPECTED = (
 )
 
 
+class NoSplitError(ValueError):
+    """Nothing below DATA.PATH is named like the split."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a split lies: a folder of class folders, or archives."""
@@ -69,13 +73,15 @@ class Sample(NamedTuple):
 
 
 def find_split(root: str | Path, split: str) -> Place:
-    """Find a split below DATA.PATH. ValueError if there is none, or more than one that could be meant."""
+    """Find a split below DATA.PATH. NoSplitError if there is none, ValueError if more than one could be meant."""
+    if not str(root):
+        split_folder(root, split)  # says that it is not set
     root = Path(root).expanduser()
     if root.is_file():
         if not _is_archive(root.name):
             raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
         return Place(split, root, None, (root,))
-    if not str(root) or str(root) == "." or not root.is_dir():
+    if not root.is_dir():
         split_folder(root, split)  # says what is wrong
     names = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     beside = [group for group in _groups(names, split) if group]
@@ -96,15 +102,19 @@ def find_split(root: str | Path, split: str) -> Place:
         raise ValueError(f"DATA.PATH={str(root)!r} holds {split} more than once: {kinds}; move all but one away")
     if beside:
         return Place(split, root, None, tuple(root / name for name in beside[0]))
-    raise ValueError(_nothing_found(root, split, names))
+    raise NoSplitError(_nothing_found(root, split, names))
 
 
 def has_split(root: str | Path, split: str) -> bool:
-    """Return whether DATA.PATH is a folder with something for the split, or an archive, which may have it."""
+    """Return whether DATA.PATH is a folder with something for the split, or an archive, which may have it.
+
+    ValueError if it cannot be told what the split is.
+    """
     try:
-        return bool(find_split(root, split))
-    except ValueError:
+        find_split(root, split)
+    except NoSplitError:
         return False
+    return True
 
 
 def _groups(names: Sequence[str], split: str) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Picture folders: the order torchvision gives them, class-index files, and errors that help."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,14 @@ def test_missing_root_says_what_lies_beside_it(tmp_path):
 def test_unset_root_names_the_key():
     with pytest.raises(ValueError, match=r"DATA.PATH is not set; .*--data-path"):
         split_folder("", "train")
+
+
+def test_root_may_be_the_current_folder(tmp_path, monkeypatch):
+    touch(tmp_path, "val/cat/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert split_folder(".", "val") == Path("val")
+    with pytest.raises(ValueError, match=r"DATA.PATH='\.' has no folder train/, it holds val/"):
+        split_folder(".", "train")
 
 
 def test_missing_split_says_what_is_there(tmp_path):

@@ -123,3 +123,35 @@ def test_spread_takes_each_index_once():
     taken = tool.spread(1_281_167, 1000)
     assert (len(taken), taken[0], taken[-1]) == (1000, 0, 1_281_166)
     assert np.diff(taken).min() > 1000
+
+
+@pytest.mark.parametrize("what", ["tar and zip", "archive beside folders"])
+def test_split_that_cannot_be_told_is_an_error(folder, tmp_path, capsys, what):
+    root = as_tar(folder, tmp_path)
+    if what == "tar and zip":
+        (root / "train.zip").touch()
+        wanted = "holds train more than once"
+    else:
+        (root / "train/cat").mkdir(parents=True)
+        (root / "train.tar").rename(root / "train/all.tar")
+        wanted = "which are the images?"
+    with pytest.raises(SystemExit) as stopped:
+        tool.main([str(root), "--workers", "1"])
+    assert stopped.value.code == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_current_folder_is_a_data_path(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    status, lines, _ = run(capsys, ".", "--sample", 2, "--workers", 1)
+    assert status == 0
+    assert "store train (folder)" in lines
+
+
+def test_split_that_is_not_there_is_said(folder, tmp_path, capsys):
+    root = as_tar(folder, tmp_path)
+    (root / "train.tar").rename(root / "train.tar.gz")
+    status, lines, _ = run(capsys, root, "--workers", 1)
+    assert status == 0
+    assert "train: DATA.PATH" in " ".join(lines)
+    assert "train.tar.gz" in " ".join(lines)

@@ -231,3 +231,25 @@ def test_single_archive_without_train_is_evaluated_on(tmp_path):
     assert data.classes == ["cat", "dog"]
     with pytest.raises(ValueError, match=r"holds no images of train.*begin with train/"):
         build_data(cfg_of(archive), 0, 1, "cpu", quiet)
+
+
+def test_joined_tars_are_refused_with_the_remedy(folder, tmp_path):
+    one, other = (as_tar(folder, tmp_path / name) / "train.tar" for name in ("a", "b"))
+    size = one.stat().st_size
+    with one.open("ab") as file:
+        file.write(bytes(20480) + other.read_bytes())
+    assert_says(message(one.parent), f"train.tar goes on after its end mark, at byte {size + 20480}", "tar -A")
+
+
+def test_zeros_after_the_end_mark_are_no_matter(folder, tmp_path):
+    root = as_tar(folder, tmp_path)
+    with (root / "train.tar").open("ab") as file:
+        file.write(bytes(3 << 20))
+    assert heard(root)[0].notes == []
+
+
+def test_ambiguous_training_images_are_not_passed_over(folder, tmp_path):
+    as_zip(folder, as_tar(folder, tmp_path))
+    (tmp_path / "val.zip").unlink()
+    with pytest.raises(ValueError, match=r"holds train more than once: train\.tar, train\.zip; move all but one away"):
+        build_eval_data(cfg_of(tmp_path), 0, 1, "cpu", quiet)

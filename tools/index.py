@@ -25,7 +25,7 @@ from arguments import Parser
 from data.build import Source
 from data.decode import UnreadableImageError
 from data.folder import read_class_index
-from data.layout import has_split
+from data.layout import NoSplitError
 from data.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
 from data.store_index import NoImagesError
 from data.torch_loader import load
@@ -90,13 +90,12 @@ def open_stores(args: object, screen: Console) -> dict[str, FolderStore | Archiv
     path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
     found: dict[str, FolderStore | ArchiveStore] = {}
     for name in [split] if split else ["train", "val"]:
-        if not split and not has_split(path, name) and (name == "train" or found):
-            continue
         try:
             found[name] = open_store(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
-        except NoImagesError:  # an archive that holds one split only
+        except (NoSplitError, NoImagesError) as error:  # the latter: an archive that holds one split only
             if split or (name == "val" and not found):
                 raise
+            screen.print(f"{name}: {error}", style="dim", markup=False)
     return found
 
 
