@@ -45,7 +45,7 @@ def build_once(
         lock = file.with_name(f"{file.name}.lock")
         if not _lockable(lock):
             continue
-        waited = _Wait(lock, say)
+        waited, seen = _Wait(lock, say), _time(file)
         while True:
             try:
                 with _Lock(lock):
@@ -54,6 +54,12 @@ def build_once(
                         found = read(file)
             except FileExistsError:
                 waited.once()
+                if (
+                    now := _time(file)
+                ) != seen or not lock.exists():  # all that waited read it at once, without the lock
+                    seen = now
+                    if (found := read(file)) is not None:
+                        return found, file
                 continue
             if found is None:
                 raise ValueError(f"{file} changed while it was built; start again once the data lie still")
@@ -62,6 +68,13 @@ def build_once(
     raise ValueError(
         f"neither {folders} can be written, and an index of the archives must lie in one; set XDG_CACHE_HOME"
     )
+
+
+def _time(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _lockable(lock: Path) -> bool:

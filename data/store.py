@@ -8,9 +8,11 @@ Images have the same order on every store that holds the same files: by class, t
 """
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +23,7 @@ from data.layout import Place, find_split
 from data.store_index import Say, StoreIndex, open_index
 from data.stream import WINDOW_BLOCKS
 
-OPEN_FILES = 64  # of each thread; shards may be more than a process may open
+MOST_OPEN = 1 << 16  # files a process asks leave to open
 
 
 class Store(Protocol):
@@ -172,11 +174,26 @@ class _ReadAhead:
         os.posix_fadvise(fd, int(self._start[block]), int(self._length[block]), os.POSIX_FADV_WILLNEED)
 
 
+@cache
+def open_limit() -> int:
+    """Return how many files this process may open, after raising that towards what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST_OPEN if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):  # some systems allow less than they say
+        return soft
+    return wanted
+
+
 class _OpenFiles:
     """Files open for reading, opened when they are first asked for, by each process and thread for itself."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
+        self.most = min(len(paths), open_limit() // 2)  # of each thread
         self._own = threading.local()
 
     def file(self, number: int) -> int:
@@ -187,7 +204,7 @@ class _OpenFiles:
         if number in own.open:
             own.open.move_to_end(number)
         else:
-            if len(own.open) >= OPEN_FILES:
+            if len(own.open) >= self.most:
                 os.close(own.open.popitem(last=False)[1])
             own.open[number] = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
         return own.open[number]

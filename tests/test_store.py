@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import tarfile
 import threading
 import zipfile
@@ -13,7 +14,7 @@ import torch
 
 import config
 from data.build import build_data
-from data.store import OPEN_FILES, open_store
+from data.store import open_limit, open_store
 from tests.archives import (
     WNIDS,
     as_class_tars,
@@ -150,17 +151,39 @@ def open_files():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_many_shards_keep_few_files_open(tmp_path):
+@pytest.mark.parametrize(("limit", "kept"), [(1000, 84), (128, 64)])
+def test_shards_stay_open_up_to_half_of_what_a_process_may_open(tmp_path, monkeypatch, limit, kept):
+    monkeypatch.setattr("data.store.open_limit", lambda: limit)
     before = open_files()
-    for i in range(OPEN_FILES + 20):
+    for i in range(84):
         write_tar(tmp_path / f"train/s-{i:05d}.tar", [(f"{i}.jpg", b"x%d" % i), (f"{i}.cls", b"0")])
     source = open_store(tmp_path, "train", say=quiet).source(["a"], True)
-    assert sorted(source.read(i).tobytes() for i in range(len(source))) == sorted(
-        b"x%d" % i for i in range(OPEN_FILES + 20)
-    )
-    assert open_files() == before + OPEN_FILES
+    assert sorted(source.read(i).tobytes() for i in range(len(source))) == sorted(b"x%d" % i for i in range(84))
+    assert open_files() == before + kept
     del source
     assert open_files() == before
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted", "asked"),
+    [
+        ((1024, 4096), 4096, [(4096, 4096)]),
+        ((1024, 1 << 20), 1 << 16, [(1 << 16, 1 << 20)]),
+        ((1024, resource.RLIM_INFINITY), 1 << 16, [(1 << 16, resource.RLIM_INFINITY)]),
+        ((1 << 20, 1 << 20), 1 << 20, []),
+        ((512, 512), 512, []),
+    ],
+)
+def test_limit_of_open_files_is_raised_once(monkeypatch, limits, wanted, asked):
+    seen = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits)
+    monkeypatch.setattr("resource.setrlimit", lambda _, value: seen.append(value))
+    open_limit.cache_clear()
+    try:
+        assert [open_limit(), open_limit()] == [wanted, wanted]
+    finally:
+        open_limit.cache_clear()
+    assert seen == asked
 
 
 def test_archive_cut_off_while_training_is_an_unreadable_image(folder, tmp_path):

@@ -72,7 +72,7 @@ def test_index_that_does_not_fit_is_built_again_and_said(folder, tmp_path, chang
     store, said = heard(root)
     again = " again: its files have changed" if change not in ("garbage", "cut off") else ""
     assert said[0] == f"indexing train of {root} ({4 if change == 'another shard' else 3} archives){again}"
-    assert len(store.index) == 49 if change == "another shard" else 48
+    assert len(store.index) == (49 if change == "another shard" else 48)
     assert heard(root)[1] == []
 
 
@@ -162,3 +162,24 @@ def test_duplicates_and_a_missing_end_mark_are_noted(tmp_path):
         f"{path} has no end mark after 3 files; is it whole?",
         f"{path} holds 1 images twice, a/1.jpg the first",
     ]
+
+
+def test_processes_that_waited_read_the_index_without_the_lock(folder, tmp_path, monkeypatch):
+    root = as_tar(folder, tmp_path)
+    index = heard(root)[0].file
+    ready = index.rename(tmp_path / "ready.npz")
+    lock = index.with_name(f"{index.name}.lock")
+    lock.write_text("elsewhere 1")
+    slept = []
+
+    def written_meanwhile(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            ready.rename(index)  # the lock is still there: its owner has not let go
+
+    monkeypatch.setattr("data.build_once.time.sleep", written_meanwhile)
+    store, said = heard(root)
+    assert len(store.index) == 48
+    assert said == [f"waiting for process elsewhere 1 to write {index}"]
+    assert lock.exists()
+    assert len(slept) == 2
