@@ -299,11 +299,12 @@ def train_epoch(s: Session) -> None:
 
 
 def end_epoch(s: Session) -> None:
-    """Evaluate after an epoch, keep the best and save."""
+    """Evaluate after an epoch, keep the best and save; before the evaluation too, which may meet a file it cannot read."""
     state = s.state
     epoch = state.update // state.plan.updates_per_epoch - 1
     best: dict[str, Any] = {}
     if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
+        save(s)
         best = note_results(s, evaluate_all(s), epoch)
     state.closed = state.update
     save(s, best)

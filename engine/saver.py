@@ -53,6 +53,7 @@ class Saver:
     max_failures: int
     failures: int = 0  # in a row
     stored: tuple[int, int] | None = None  # updates done and closed of the state last stored, or being so
+    _failed: int | None = None  # update whose write failed last
     _good: int | None = None  # update of the last checkpoint that was written
     _job: Job | None = None
     _thread: threading.Thread | None = None
@@ -105,10 +106,11 @@ class Saver:
         self._thread.join()
         job, self._thread = self._job, None
         if job.error is None:
-            self._job, self.failures = None, 0
+            self._job, self.failures, self._failed = None, 0, None
             self.log.say(f"saved update {job.update} in {job.seconds:.1f} s, training waited {job.waited:.2f} s")
             return
-        self.failures += 1
+        if job.update != self._failed:  # an epoch is saved before and after its evaluation: that counts once
+            self.failures, self._failed = self.failures + 1, job.update
         before = "nothing is saved so far" if self._good is None else f"update {self._good} is the last one saved"
         self.log.warn(
             f"update {job.update} was not saved ({_reason(job.error)}; {self._free()}), {self.failures} of "

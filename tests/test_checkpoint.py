@@ -182,11 +182,12 @@ def killed_run(cfg, output, patch):
     assert done.returncode == 9, done.stderr
 
 
-def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, whole, tmp_path):
-    nth = "calls = []\ndef seal(file):\n  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  whole(file)\n"
+@pytest.mark.parametrize(("after", "cut"), [(1, 6), (2, 12)])  # an epoch is saved before its evaluation and after it
+def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, whole, tmp_path, after, cut):
+    nth = f"calls = []\ndef seal(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(file)\n"
     killed_run(small_cfg, tmp_path, f"whole = checkpoint._seal\n{nth}checkpoint._seal = seal")
     names = {p.name for p in (tmp_path / "small/checkpoints").iterdir()}
-    assert names == {"update-00000006.pt", ".update-00000012.pt.tmp"}
+    assert names == {"update-00000006.pt", f".update-{cut:08d}.pt.tmp"}
     assert run_here(small_cfg, tmp_path) == 0
     assert_same_run(tmp_path / "small", whole)
 

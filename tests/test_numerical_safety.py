@@ -212,7 +212,8 @@ LAST = "checkpoints/update-00000018.pt"
 def same_state(a, b, *but):
     a, b = load_state(a / LAST), load_state(b / LAST)
     assert a["facts"] == b["facts"]
-    for key in a.keys() - {"facts", *but}:
+    assert a["optimizer_name"] == b["optimizer_name"]
+    for key in a.keys() - {"facts", "optimizer_name", *but}:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 
 

@@ -16,6 +16,7 @@ from engine.agreement import Agreement, Wish
 from engine.checkpoint import load_state, read_facts
 from engine.distributed import Processes
 from engine.interruption import Interruption
+from engine.log import Log
 
 from .conftest import ROOT
 
@@ -161,10 +162,16 @@ def test_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch):
 def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
     small_cfg, whole, tmp_path, one_thread, monkeypatch, call
 ):
-    polls = []
+    polls, epochs = [], []
+
+    def begin_epoch(self, epoch, *args):
+        epochs.append(epoch)
+        return whole_begin_epoch(self, epoch, *args)
+
+    whole_begin_epoch = Log.begin_epoch
 
     def poll(self):  # the signal comes before a batch of the second evaluation
-        if len(list(tmp_path.glob("small/checkpoints/*"))) == 1:
+        if epochs and epochs[-1] == 1:
             polls.append(1)
             if len(polls) == 6 + call + 1:  # the epoch's updates come first
                 train_script.INTERRUPTION.received = signal.SIGTERM
@@ -173,6 +180,7 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "INTERRUPTION", Interruption())
         patch.setattr(Agreement, "poll", poll)
+        patch.setattr(Log, "begin_epoch", begin_epoch)
         assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
     state = load_state(tmp_path / "small/checkpoints/update-00000012.pt")
     assert (state["update"], state["closed"]) == (12, 6)

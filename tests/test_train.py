@@ -283,6 +283,23 @@ def test_unreadable_image_stops_with_its_name(small_cfg, tmp_path, capsys):
     assert "red/000.jpg" in text
 
 
+def test_epoch_before_an_evaluation_that_fails_is_kept(small_cfg, tmp_path, capsys):
+    draw_folder(tmp_path / "data", 16, 5)
+    argv = ("--data-path", tmp_path / "data")
+    assert train(small_cfg, tmp_path / "whole", *argv) == 0
+    picture = tmp_path / "data/val/red/000.jpg"
+    good = picture.read_bytes()
+    picture.write_bytes(b"<html>")
+    assert "red/000.jpg" in fails(lambda: train(small_cfg, tmp_path / "parts", *argv), capsys, status=1)
+    (stored,) = (tmp_path / "parts/small/checkpoints").iterdir()
+    assert [load_state(stored)[key] for key in ("update", "closed")] == [6, 0]
+    picture.write_bytes(good)
+    assert train(small_cfg, tmp_path / "parts", *argv) == 0
+    assert "update 6 of 18" in capsys.readouterr().out
+    assert_same_state(tmp_path / "whole/small" / LAST, tmp_path / "parts/small" / LAST)
+    assert rows(tmp_path / "whole/small") == rows(tmp_path / "parts/small")
+
+
 @pytest.mark.slow
 def test_failure_of_one_process_is_said_by_it(small_cfg, tmp_path, run_script):
     draw_folder(tmp_path / "data", 8, 2)
