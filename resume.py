@@ -24,13 +24,16 @@ from engine.state import TrainState
 from models.build import build_teacher
 from models.weights import fit, load_initial, load_weights
 
+DECODING = ("DATA.LOADER", "DATA.DALI_DEVICE")  # the ways to decode give the same images, rounded differently
+
 
 def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str]) -> None:
     """Raise ValueError if the run directory holds checkpoints of a run with another recipe; keys in `free` may differ."""
     if not (run.config.is_file() and run.checkpoints.latest()):
         return
     old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
-    changed = differences(old, new, (*free, "TRAIN.MICRO_BATCH"))
+    decoded = () if "synthetic" in (old["DATA"]["LOADER"], cfg.DATA.LOADER) else DECODING
+    changed = differences(old, new, (*free, "TRAIN.MICRO_BATCH", *decoded))
     if changed:
         raise ValueError(
             f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
@@ -39,6 +42,10 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
         micro = f"{old['TRAIN']['MICRO_BATCH']} -> {cfg.TRAIN.MICRO_BATCH}"
         log.warn(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
+    if decoding := [change for change in differences(old, new, ()) if change.startswith(DECODING)]:
+        log.warn(
+            f"{'; '.join(decoding)}: the same images in the same order, with pixels that differ by part of a level"
+        )
 
 
 def restore(

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    status, lost, session, log = 0, "", None, Log(processes.main)
+    status, lost, session, log = 0, "", None, Log(processes.main, dali=cfg.DATA.LOADER == "dali")
     for note in elastic.notes(cfg.CHECKPOINT.EVERY_UPDATES):
         log.warn(note)
     run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)

@@ -30,8 +30,9 @@ STALL = 0.1  # share of the time spent waiting for data from which on a hint is 
 class Log:
     """The voice of the main process; on the others every method does nothing. Until `open` it speaks to the console only."""
 
-    def __init__(self, main: bool):
-        self.main = main
+    def __init__(self, main: bool, dali: bool = False):
+        """`dali`: whether DALI decodes already, so that no hint need name it."""
+        self.main, self.dali = main, dali
         self.console = Console(highlight=False, soft_wrap=True)
         self.file: IO[str] | None = None
         self.early: list[str] = []  # lines said before there was a file
@@ -160,9 +161,10 @@ class Log:
             self.hinted = -1
         elif step.data_share > STALL and step.epoch != self.hinted:
             self.hinted = step.epoch
+            decode = "" if self.dali else ", decode on the GPU with DATA.LOADER dali"
             self.warn(
-                f"the model waits for data {100 * step.data_share:.0f}% of the time: raise DATA.WORKERS or DATA.PREFETCH, decode on "
-                "the GPU with DATA.LOADER dali, or on slow storage read from tars (docs/data.md, Sizing workers)"
+                f"the model waits for data {100 * step.data_share:.0f}% of the time: raise DATA.WORKERS or DATA.PREFETCH{decode}, "
+                "or on slow storage read from tars (docs/data.md, Sizing workers)"
             )
 
     def result(self, which: str, accuracy: Accuracy, epoch: int, update: int, best: bool) -> None:

@@ -50,6 +50,7 @@ def test_parity_of_a_checkpoint_is_reported(capsys, small_cfg, folder, tmp_path)
     found = [line.split(maxsplit=1) for line in lines if line.startswith(("torch", "dali"))]
     assert [name for name, _ in found] == ["torch", "dali"]
     assert all("7 images" in line for _, line in found)
+    assert any(line.startswith("difference: top-1 ") for line in lines)
 
 
 def test_parity_fails_for_loaders_that_differ(capsys, small_cfg, folder, monkeypatch):
@@ -82,6 +83,22 @@ def test_parity_counts_other_labels_and_lost_images():
     differences = tool.Differences("x")
     differences.add(Batch(images, numbers, numbers), Batch(images[:1], numbers[:1], numbers[:1]))
     assert not differences.same
+
+
+def test_keys_of_dali_in_the_config_are_for_dali(capsys, small_cfg, folder, tmp_path):
+    cfg = tmp_path / "dali.yaml"
+    text = small_cfg.read_text()
+    assert "DATA: {" in text
+    cfg.write_text(text.replace("DATA: {", "DATA: {LOADER: dali, DALI_DEVICE: cpu, "))
+    status, _ = run(capsys, cfg, folder, "--batches", 1)
+    assert status == 0
+
+
+def test_odd_number_of_opts_is_the_usual_error(small_cfg, folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--cfg", str(small_cfg), "--data-path", str(folder), "--opts", "EVAL.BATCH"])
+    assert stopped.value.code == 2
+    assert "--opts" in capsys.readouterr().err
 
 
 def test_parity_without_data_is_an_error(small_cfg, tmp_path, capsys):

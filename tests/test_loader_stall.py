@@ -28,3 +28,9 @@ def test_starting_workers_and_short_waits_give_no_hint(reports, capsys):
 
 def test_other_processes_say_nothing(capsys):
     assert hints(Log(main=False), capsys, (0, 0.5), (0, 0.5)) == []
+
+
+def test_dali_is_not_advised_where_it_decodes_already(capsys):
+    (found,) = hints(Log(main=True, dali=True), capsys, (0, 0.9), (0, 0.35))
+    assert "raise DATA.WORKERS or DATA.PREFETCH, or on slow storage" in found
+    assert "dali" not in found

@@ -253,6 +253,19 @@ def test_other_recipe_in_the_same_directory_is_refused(small_cfg, whole, capsys)
     assert "--tag" in text
 
 
+def test_loader_may_change_within_a_run_with_a_warning(small_cfg, whole, tmp_path, capsys):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install nvidia-dali-cuda130")
+    shutil.copytree(whole, tmp_path / "small")
+    (tmp_path / "small" / LAST).unlink()
+    (tmp_path / "small/done").unlink()
+    assert train(small_cfg, tmp_path, "--opts", "DATA.LOADER", "dali", "DATA.DALI_DEVICE", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "DATA.LOADER: 'torch' -> 'dali'; DATA.DALI_DEVICE: 'auto' -> 'cpu': the same images" in out
+    assert "at update 12 of 18" in out
+    other = ("DATA.LOADER", "synthetic", "DATA.SYNTHETIC_CLASSES", 3)
+    assert "holds a run with other settings" in fails(lambda: train(small_cfg, tmp_path, "--opts", *other), capsys)
+
+
 @pytest.mark.parametrize(
     ("more", "parts"),
     [

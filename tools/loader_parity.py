@@ -113,9 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(args: Any, loader: str) -> CfgNode:
     """Return the config with a loader; only DALI's may name its device."""
     flags = {"--data-path": ("DATA.PATH", args.data_path)} if args.data_path else {}
-    pairs = list(zip(args.opts[::2], args.opts[1::2], strict=True))
-    kept = [text for key, value in pairs if loader == "dali" or key != "DATA.DALI_DEVICE" for text in (key, value)]
-    return config.load(args.cfg, [*kept, "DATA.LOADER", loader], flags)
+    if len(args.opts) % 2:
+        config.load(args.cfg, args.opts, flags)  # says that a value is missing
+    away = ("DATA.LOADER", "DATA.DALI_DEVICE") if loader == "torch" else ("DATA.LOADER",)
+    pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
+    kept = [text for key, value in pairs if key not in away for text in (key, value)]
+    auto = ["DATA.DALI_DEVICE", "auto"] if loader == "torch" else []  # what the YAML says is for DALI
+    return config.load(args.cfg, [*kept, "DATA.LOADER", loader, *auto], flags)
 
 
 def compare(args: Any, processes: Processes) -> Iterator[Differences]:
@@ -154,6 +158,7 @@ def _boxes(batch: Batch) -> torch.Tensor:
 def accuracies(args: Any, processes: Processes) -> Iterator[str]:
     """Yield the accuracy of the checkpoint with each loader, on all validation images."""
     weights, _ = load_weights(Path(args.checkpoint), args.weights)
+    top1 = []
     for loader in LOADERS:
         cfg = load(args, loader)
         data: EvalData = build_eval_data(cfg, processes.rank, processes.world, processes.device)
@@ -163,6 +168,8 @@ def accuracies(args: Any, processes: Processes) -> Iterator[str]:
         model = prepare_model(model, processes)
         result = evaluate(model, data.val, data.stage.evaluate, precision, processes, data.val.num_images)
         yield f"{loader:6} {result}  {result.images} images"
+        top1.append(result.top1)
+    yield f"difference: top-1 {top1[1] - top1[0]:+.3f} with dali"
 
 
 if __name__ == "__main__":
