@@ -192,17 +192,16 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, who
     assert_same_run(tmp_path / "small", whole)
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_kill_between_checkpoint_and_best_files_is_mended(small_cfg, whole, tmp_path, after):
+def test_kill_between_checkpoint_and_best_files_is_mended(small_cfg, whole, tmp_path):
     patch = (
         "calls = []\ndef write(*args):\n"
-        f"  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(*args)\n"
+        "  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  whole(*args)\n"
         "whole = saver.save_weights\nsaver.save_weights = write"
     )
     killed_run(small_cfg, tmp_path, patch)
     run = tmp_path / "small"
     assert load_state(run / "checkpoints/update-00000006.pt")["best"].keys() == {"raw", "ema"}
-    assert len(list(run.glob("best_*.safetensors"))) == after
+    assert len(list(run.glob("best_*.safetensors"))) == 1
     assert run_here(small_cfg, tmp_path, "EVAL.EVERY", 1) == 0
     assert_same_run(run, whole)
     for which in ("raw", "ema"):

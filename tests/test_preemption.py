@@ -78,7 +78,7 @@ def whole(small_cfg, tmp_path_factory, one_thread):
     return output / "small"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_marks_and_continues_to_the_same_end(small_cfg, whole, tmp_path, one_thread, number):
     run = tmp_path / "small"
     process = start(small_cfg, tmp_path, "LOG.EVERY", "1", "DATA.WORKERS", "1", start_new_session=True)
