@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.14
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.retoken-installed
 
@@ -25,8 +26,9 @@ demo: install
 	$(BIN)/python -m data.demo output/demo-data
 	$(BIN)/python train.py --cfg configs/demo.yaml --data-path output/demo-data
 
+# In WORKERS processes at once, each file in one of them: most tests wait for processes that they start.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -319,7 +319,10 @@ def stop_early(s: Session) -> int:
     s.log.end_epoch()
     if s.state.update:
         save(s)
-    s.saver.finish()
+    if not s.saver.finish():  # a mark would have it started again, for ever without progress
+        s.saver.failures = s.saver.max_failures
+    if s.agreement.settle() is Wish.FAIL:
+        raise s.saver.complaint()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
         try:

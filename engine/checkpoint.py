@@ -68,6 +68,7 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises DamagedError for a file that is not as it was written or no checkpoint at all; ValueError for a missing, unreadable,
     foreign or newer one.
     """
+    sealed = False
     try:
         sealed = _is_sealed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -81,6 +82,10 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if sealed or isinstance(error, MemoryError):
+            raise ValueError(
+                f"{path} is whole but cannot be read here ({first[:160]}): it is of a newer Retoken, or there is too little memory"
+            ) from error
         raise DamagedError(f"{path} cannot be read, it is damaged or no checkpoint ({first[:160]})") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of a run; to start from its weights use --init")

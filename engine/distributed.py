@@ -58,7 +58,7 @@ class Processes:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
     def from_all(self, value: T) -> list[T]:
@@ -66,7 +66,7 @@ class Processes:
         if self.world == 1:
             return [value]
         box = [value] * self.world
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=self.hosts)
         return box
 
 

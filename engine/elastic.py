@@ -71,6 +71,8 @@ class Elastic:
         deadline = time.monotonic() + PATIENCE_S
         while not stopped() and time.monotonic() < deadline:
             time.sleep(0.2)
+        with suppress(dist.DistStoreError, dist.DistNetworkError):  # nobody waits for one that a signal stopped
+            store.add(LEFT, 1)
 
     def finish(self) -> None:
         """Let those who stand by go; called by the main process, before it leaves, if the run ends in order."""

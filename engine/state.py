@@ -81,7 +81,9 @@ class TrainState:
 
     def mean_sums(self, processes: Processes) -> Tensor:
         """Return `sums`, averaged over the processes."""
-        return processes.sum(self.sums.clone()).div_(processes.world)
+        return processes.sum(self.sums.to(processes.device, copy=True)).div_(
+            processes.world
+        )  # NCCL takes no CPU tensor
 
     def state_dict(self, processes: Processes) -> dict[str, Any]:
         """Return tensors and plain values only, so that the file needs no unpickling of code. Called by all processes."""

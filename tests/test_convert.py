@@ -299,7 +299,8 @@ def test_eval_reads_published_files(published, small_cfg, capsys):
         argv = ["--cfg", str(small_cfg), "--checkpoint", str(source), "--weights", which, "--opts", "MODEL.NAME", name]
         assert evaluation.main(argv) == 0
         said = capsys.readouterr().out
-        assert f"{name} from {source} ({which} weights)" in said
+        assert f"{name} from {source}, " in said
+        assert f"[{which} weights, " in said
         assert "15 images" in said
 
 
