@@ -2,6 +2,9 @@
 # shellcheck disable=SC2154,SC2034
 # What the launch scripts share. They set $script (their name) and $root (the repository), and define usage, before they read it.
 
+# How long torchrun (where it reads this; 30 s in older releases) lets processes save after a SIGTERM; a scheduler's own limit comes before.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+
 die() { echo "$script: $*" >&2; usage >&2; exit 2; }
 
 stop() { echo "$script: $*" >&2; exit 1; }
