@@ -19,102 +19,29 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from yacs.config import CfgNode
 
 import arguments
 import config
-from data.build import Data, build_data
 from data.decode import UnreadableImageError
 from divergence import go_back
 from engine import distributed
-from engine.agreement import Agreement, Wish
-from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
-from engine.distill import Teacher
+from engine.agreement import Wish
 from engine.distributed import Processes
 from engine.elastic import Elastic
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.loop import Loop, Step
-from engine.plan import accumulation
-from engine.precision import Precision
-from engine.randomness import seed_process
-from engine.run import RunDirectory, this_start
+from engine.loop import Step
+from engine.run import RunDirectory
 from engine.safety import DivergedError
 from engine.saver import Saver, SavingError
-from engine.state import TrainState
-from models.build import build_model
 from report import estimate_memory, report
-from resume import check_same_run, find_teacher, restore
-
-# What may differ between two starts of one run: it changes no number, or only how they round.
-FREE = (
-    "OUTPUT",
-    "NAME",
-    "TAG",
-    "DEVICE",
-    "RECIPE.HEADLINE",
-    "TRAIN.BENCHMARK",
-    "DATA.CLASS_INDEX",  # what it orders must be the same
-    "DATA.PATH",
-    "DATA.VAL_LABELS",
-    "DATA.WORKERS",
-    "DATA.PREFETCH",
-    "DATA.MAX_BAD_SHARE",
-    "EVAL.BATCH",
-    "TRAIN.MAX_SKIPPED",
-    "CHECKPOINT",
-    "DIST",
-    "LOG",
-    "MODEL.INIT",
-    "MODEL.INIT_WEIGHTS",
-    "DISTILL.TEACHER_WEIGHTS",  # what is in the file must be the same
-)
-IMAGENET = 1_281_167, 50_000, 1000  # training images, validation images, classes
-
-
-@dataclass
-class Session:
-    """One start of a run: what train.py builds before it trains."""
-
-    cfg: CfgNode
-    processes: Processes
-    log: Log
-    run: RunDirectory
-    saver: Saver
-    data: Data
-    precision: Precision
-    state: TrainState
-    loop: Loop
-    teacher: Teacher | None
-    agreement: Agreement
-
-    def check(self, wish: Wish) -> None:
-        """Raise what ends the run if the processes agreed on it."""
-        if wish == Wish.STOP:
-            raise PreemptedError
-        if wish == Wish.FAIL:
-            raise self.saver.complaint()
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a reader of a checkpoint wants to know about it."""
-        return {
-            "model": self.cfg.MODEL.NAME,
-            "num_classes": len(self.data.classes),
-            "classes": self.data.classes,
-            "img_size": self.cfg.DATA.IMG_SIZE,
-            "mean": list(self.cfg.DATA.MEAN),
-            "std": list(self.cfg.DATA.STD),
-            "parameters": sum(p.numel() for p in self.state.model.parameters()),
-            "seed": self.cfg.TRAIN.SEED,
-            "data": self.data.fingerprint,
-            **({"teacher": {"model": self.cfg.DISTILL.TEACHER, "digest": self.teacher.digest}} if self.teacher else {}),
-        }
+from session import Session, build
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,63 +116,9 @@ def build_or_fail(
 ) -> Session:
     """Build the session; end the process with the message of what the user can mend."""
     try:
-        return build(cfg, args, processes, saver)
+        return build(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
     except ValueError as error:
         parser.fail(error, processes.name)
-
-
-def build(cfg: CfgNode, args: argparse.Namespace, processes: Processes, saver: Saver) -> Session:
-    """Build everything and continue where the run stands. Raises ValueError for what the user can mend."""
-    log, run = saver.log, saver.run
-    torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
-    torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
-    accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
-    if args.dry_run and args.eval:
-        raise ValueError("--dry-run and --eval exclude each other; give one of them")
-    stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
-    writes = processes.main and not (args.eval or args.dry_run)
-    if writes:
-        run.lock()
-    check_same_run(cfg, run, log, FREE)
-    if stands_in and run.checkpoints.latest():
-        raise ValueError(
-            f"DATA.PATH is not set and {run.path} holds a run on other images; give its data with --data-path"
-        )
-    say = log.say if processes.main else None
-    data = build_data(as_imagenet(cfg) if stands_in else cfg, processes.rank, processes.world, processes.device, say)
-    if stands_in:
-        data.notes.append("DATA.PATH is not set: images are counted as ImageNet-1k's")
-    plan = build_plan(cfg, processes, data.train.updates_per_epoch)
-    precision = Precision(cfg.TRAIN.AMP, processes.device)
-    seed_process(cfg.TRAIN.SEED)
-    model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
-    state = build_state(cfg, model, plan, precision)
-    restore(cfg, args, saver, state, data, processes)
-    teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
-    loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
-    agreement = Agreement(processes, lambda: wish(saver))
-    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
-    if writes and not state.complete:
-        run.create(config.dump(cfg))
-        start = this_start(processes.world, state.update, processes.device)
-        run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
-        log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
-    return session
-
-
-def wish(saver: Saver) -> Wish:
-    """Return what this process wants all to do."""
-    return Wish.FAIL if saver.failed else Wish.STOP if INTERRUPTION.received else Wish.GO_ON
-
-
-def as_imagenet(cfg: CfgNode) -> CfgNode:
-    """Return the config with a stand-in of ImageNet-1k's size for the images that a dry run was not given."""
-    stand_in = cfg.clone()
-    stand_in.defrost()
-    stand_in.DATA.LOADER = "synthetic"
-    stand_in.DATA.SYNTHETIC_TRAIN, stand_in.DATA.SYNTHETIC_VAL, classes = IMAGENET
-    stand_in.DATA.SYNTHETIC_CLASSES = cfg.MODEL.NUM_CLASSES or classes
-    return stand_in
 
 
 def train(s: Session) -> int:
