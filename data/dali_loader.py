@@ -14,16 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from data.augment import RandAugment
 from data.bad_images import BadImage, read_or_replace
 from data.batch import Batch
-from data.decode import MAX_PIXELS, UnreadableImageError, decode
+from data.decode import MAX_PIXELS, decode
 from data.jpeg import ordinary
 from data.rand_augment import Op
-from data.stream import IndexStream, evaluation_indices
-from data.torch_loader import Address, MicroBatches, Source, batches_of, read, start_workers
+from data.stream import IndexStream
+from data.torch_loader import (
+    Address,
+    Batches,
+    MicroBatches,
+    Source,
+    batches_of,
+    evaluation_batches,
+    read,
+    start_workers,
+)
 from data.transforms import EvalTransform, TrainTransform
 
 if TYPE_CHECKING:
@@ -81,22 +89,10 @@ def read_for_dali(source: Source, index: int, careful: bool = False) -> File:
     return np.frombuffer(b"P6\n%d %d\n255\n" % (width, height) + pixels, dtype=np.uint8), height, width
 
 
-class EncodedTrain(Dataset):
+class EncodedTrain(Batches[Address, TrainTransform, Encoded]):
     """Addresses to encoded micro-batches."""
 
-    def __init__(self, source: Source, transform: TrainTransform) -> None:
-        self.source, self.transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, addresses: list[Address]) -> Encoded | str:
-        try:
-            return self.encode(addresses)
-        except UnreadableImageError as error:
-            return str(error)
-
-    def encode(self, addresses: list[Address], careful: bool = False) -> Encoded:
+    def batch(self, addresses: list[Address], careful: bool = False) -> Encoded:
         """Return the micro-batch of the addresses."""
         files, draws, indices, bad = [], [], [], []
         for epoch, position, index in addresses:
@@ -125,22 +121,10 @@ class EncodedTrain(Dataset):
         )
 
 
-class EncodedEval(Dataset):
+class EncodedEval(Batches[int, EvalTransform, Encoded]):
     """Indices to encoded evaluation batches."""
 
-    def __init__(self, source: Source, transform: EvalTransform) -> None:
-        self.source, self.transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, indices: list[int]) -> Encoded | str:
-        try:
-            return self.encode(indices)
-        except UnreadableImageError as error:
-            return str(error)
-
-    def encode(self, indices: list[int], careful: bool = False) -> Encoded:
+    def batch(self, indices: list[int], careful: bool = False) -> Encoded:
         """Return the batch of the indices."""
         files = [read_for_dali(self.source, index, careful) for index in indices]
         geometry = [self.transform.geometry(height, width) for _, height, width in files]
@@ -186,11 +170,7 @@ class DaliTrainLoader:
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of updates first_update .. end; what is skipped is not read."""
-        if not 0 <= first_update <= self.updates_per_epoch:
-            raise ValueError(
-                f"first_update={first_update} must lie in 0 .. {self.updates_per_epoch}, the epoch's updates"
-            )
-        self._addresses.epoch, self._addresses.first_update = epoch, first_update
+        self._addresses.begin(epoch, first_update)
         for encoded, images in self._decoder:
             images = self._augment(images.to(self._device, non_blocking=True), encoded.ops)
             yield _batch(encoded, images)
@@ -213,8 +193,7 @@ class DaliEvalLoader:
     ) -> None:
         """`device` is where the batches go, `backend` (auto, cpu or gpu) where DALI runs."""
         self.num_images, self._device = len(source), torch.device(device)
-        own = evaluation_indices(len(source), rank, world).tolist()
-        self._batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        self._batches = evaluation_batches(self.num_images, batch_size, rank, world)
         images = EncodedEval(source, transform)
         self._decoder = _Decoder(images, self._batches, batch_size, workers, prefetch, self._device, backend)
 
@@ -289,7 +268,7 @@ class _Decoder:
                 self._pipeline = None
                 if any(batch.careful for batch in under_way):
                     raise
-            todo = iter([self._images.encode(batch.asked, careful=True) for batch in under_way])
+            todo = iter([self._images.batch(batch.asked, careful=True) for batch in under_way])
 
     def _running(self) -> "Pipeline":
         if self._pipeline is None:

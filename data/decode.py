@@ -14,8 +14,8 @@ import torchvision.io  # registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-JPEG_START = b"\xff\xd8"
-NO_FRAMES = (0xC4, 0xC8, 0xCC)  # tables among the markers of frames
+from data.jpeg import START, stated_size
+
 MAX_PIXELS = 178_956_970  # of an image, 16 times an ordinary photograph; Pillow refuses more, too
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB, which is deprecated with the wrapper
 HAS_JPEG_OPERATOR = hasattr(torch.ops.image, "decode_jpeg")
@@ -38,8 +38,8 @@ class UnreadableImageError(ValueError):
 def decode(data: np.ndarray, name: str) -> Tensor:
     """Decode a file's bytes, uint8 (n,), to uint8 (3, H, W); UnreadableImageError names a file that is no image."""
     try:
-        if data[:2].tobytes() == JPEG_START:
-            _check_pixels(*(jpeg_size(data) or (0, 0)))
+        if data[:2].tobytes() == START:
+            _check_pixels(*(stated_size(data) or (0, 0)))
             if HAS_JPEG_OPERATOR:
                 try:
                     return torch.ops.image.decode_jpeg(torch.from_numpy(data), RGB_MODE, False)
@@ -52,26 +52,6 @@ def decode(data: np.ndarray, name: str) -> Tensor:
             f"cannot be decoded ({len(data)} bytes; {_why(data, error)})",
             "restore the file or take it out of the folder",
         ) from error
-
-
-def jpeg_size(data: np.ndarray) -> tuple[int, int] | None:
-    """Return (height, width) as a JPEG's header states them, uint8 (n,) being its bytes; None if it has no frame."""
-    at, size = 2, len(data)
-    while at + 9 <= size:
-        if data[at] != 0xFF:
-            return None
-        marker = int(data[at + 1])
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in NO_FRAMES:
-            return int(data[at + 5]) << 8 | int(data[at + 6]), int(data[at + 7]) << 8 | int(data[at + 8])
-        elif marker in (0xD9, 0xDA):  # end of image, start of scan
-            return None
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a segment
-            at += 2
-        else:
-            at += 2 + (int(data[at + 2]) << 8 | int(data[at + 3]))
-    return None
 
 
 def _check_pixels(height: int, width: int) -> None:

@@ -24,9 +24,8 @@ class Frame(NamedTuple):
     at: int  # where in the file the height stands
 
 
-def frame(data: np.ndarray) -> Frame | None:
-    """Return the frame header of a file's bytes, uint8 (n,); None if it is no JPEG of 8 bits, or damaged up to there."""
-    head = memoryview(data.data)
+def _find_frame(head: memoryview) -> tuple[int, int] | None:
+    """Return the marker of a JPEG's frame header and where it stands; None before any, or for other files."""
     if bytes(head[:2]) != START:
         return None
     at = 2
@@ -36,18 +35,38 @@ def frame(data: np.ndarray) -> Frame | None:
             at += 1
         elif marker in ALONE:
             at += 2
-        elif marker in FRAMES:  # length (2 bytes), precision, height (2), width (2), components
-            body = bytes(head[at + 4 : at + 10])
-            height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-            sampling = bytes(head[at + 11 : at + 10 + 3 * body[5] : 3]) if len(body) == 6 else b""
-            if not sampling or len(sampling) < body[5] or body[0] != 8 or not (height and width):
-                return None
-            return Frame(height, width, body[5], marker - 0xC0, 8 * max(value & 15 for value in sampling), at + 5)
-        elif marker in (0xD9, 0xDA):
+        elif marker in FRAMES:
+            return marker, at
+        elif marker in (0xD9, 0xDA):  # end of image, start of scan
             return None
         else:
             at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
     return None
+
+
+def stated_size(data: np.ndarray) -> tuple[int, int] | None:
+    """Return (height, width) as the header of a JPEG of any kind states them, uint8 (n,) being its bytes."""
+    head = memoryview(data.data)
+    found = _find_frame(head)
+    if found is None or len(head) < found[1] + 9:
+        return None
+    _, at = found  # marker (2 bytes), length (2), precision, height (2), width (2)
+    return int.from_bytes(head[at + 5 : at + 7], "big"), int.from_bytes(head[at + 7 : at + 9], "big")
+
+
+def frame(data: np.ndarray) -> Frame | None:
+    """Return the frame header of a file's bytes, uint8 (n,); None if it is no JPEG of 8 bits, or damaged up to there."""
+    head = memoryview(data.data)
+    found = _find_frame(head)
+    if found is None:
+        return None
+    marker, at = found
+    body = bytes(head[at + 4 : at + 10])  # precision, height (2), width (2), components
+    sampling = bytes(head[at + 11 : at + 10 + 3 * body[5] : 3]) if len(body) == 6 else b""
+    height, width = stated_size(data) or (0, 0)
+    if not sampling or len(sampling) < body[5] or body[0] != 8 or not (height and width):
+        return None
+    return Frame(height, width, body[5], marker - 0xC0, 8 * max(value & 15 for value in sampling), at + 5)
 
 
 def ordinary(data: np.ndarray) -> Frame | None:

@@ -9,7 +9,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from data.transforms import EvalTransform, TrainDraw, TrainTransform
 from data.worker_processes import Workers, ignore_signals
 
 Address = tuple[int, int, int]  # epoch, position in it, index in the data set
+Asked = TypeVar("Asked", Address, int)
+Transform = TypeVar("Transform", TrainTransform, EvalTransform)
+Made = TypeVar("Made")
 
 
 class Source(Protocol):
@@ -57,22 +60,31 @@ def load(source: Source, index: int) -> Tensor:
     return decode(read(source, index), source.name(index))
 
 
-class TrainImages(Dataset):
-    """Addresses to augmented micro-batches."""
+class Batches(Dataset, Generic[Asked, Transform, Made]):
+    """What workers do: `batch` makes a batch of what is asked for; of an UnreadableImageError only the message travels."""
 
-    def __init__(self, source: Source, transform: TrainTransform) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self.source = source
+        self.transform: Transform = transform
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, addresses: list[Address]) -> Batch | str:
+    def __getitems__(self, asked: list[Asked]) -> Made | str:
         try:
-            return self._batch(addresses)
+            return self.batch(asked)
         except UnreadableImageError as error:
             return str(error)
 
-    def _batch(self, addresses: list[Address]) -> Batch:
+    def batch(self, asked: list[Asked]) -> Made:
+        """Return the batch of the addresses or indices; raises UnreadableImageError."""
+        raise NotImplementedError
+
+
+class TrainImages(Batches[Address, TrainTransform, Batch]):
+    """Addresses to augmented micro-batches."""
+
+    def batch(self, addresses: list[Address]) -> Batch:
         size = self.transform.size_in(addresses[0][0])
         images = torch.empty(len(addresses), 3, size, size, dtype=torch.uint8)
         erase = np.zeros((len(addresses), self.transform.erase.slots, 4), dtype=np.int64)
@@ -98,22 +110,10 @@ class TrainImages(Dataset):
         return image, self.transform.draw(epoch, position, image.shape[-2], image.shape[-1])
 
 
-class EvalImages(Dataset):
+class EvalImages(Batches[int, EvalTransform, Batch]):
     """Indices to evaluation batches."""
 
-    def __init__(self, source: Source, transform: EvalTransform) -> None:
-        self.source, self.transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, indices: list[int]) -> Batch | str:
-        try:
-            return self._batch(indices)
-        except UnreadableImageError as error:
-            return str(error)
-
-    def _batch(self, indices: list[int]) -> Batch:
+    def batch(self, indices: list[int]) -> Batch:
         images = torch.empty(len(indices), 3, self.transform.crop, self.transform.crop, dtype=torch.uint8)
         for row, index in enumerate(indices):
             images[row].copy_(self.transform(load(self.source, index)))
@@ -134,6 +134,13 @@ class MicroBatches:
             raise ValueError(f"rank {rank} must lie in 0 .. {world - 1}, the processes there are")
         self.stream, self.rank, self.world = stream, rank, world
         self.epoch, self.first_update = 0, 0
+
+    def begin(self, epoch: int, first_update: int) -> None:
+        """Start at an update of an epoch; ValueError if the epoch has no such update."""
+        last = self.stream.updates_per_epoch
+        if not 0 <= first_update <= last:
+            raise ValueError(f"first_update={first_update} must lie in 0 .. {last}, the epoch's updates")
+        self.epoch, self.first_update = epoch, first_update
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """Yield (update, micro-batch number) in the order of training."""
@@ -179,11 +186,7 @@ class TrainLoader:
 
         One epoch at a time: starting another ends the one before.
         """
-        if not 0 <= first_update <= self.updates_per_epoch:
-            raise ValueError(
-                f"first_update={first_update} must lie in 0 .. {self.updates_per_epoch}, the epoch's updates"
-            )
-        self._addresses.epoch, self._addresses.first_update = epoch, first_update
+        self._addresses.begin(epoch, first_update)
         yield from batches_of(self._loader)
 
 
@@ -202,8 +205,7 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         self.num_images = len(source)
-        own = evaluation_indices(len(source), rank, world).tolist()
-        self._batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        self._batches = evaluation_batches(len(source), batch_size, rank, world)
         self._loader = start_workers(EvalImages(source, transform), self._batches, workers, prefetch, pin_memory)
 
     def __len__(self) -> int:
@@ -211,6 +213,12 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         yield from batches_of(self._loader)
+
+
+def evaluation_batches(num_images: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """Return the indices of a rank's evaluation batches, the last as short as it comes."""
+    own = evaluation_indices(num_images, rank, world).tolist()
+    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.store import Store, open_store
 from tests.data_doubles import write_folder
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
@@ -24,6 +25,12 @@ def imagenet_like(root: Path) -> Path:
     for number, i in enumerate(np.random.RandomState(0).permutation(len(pictures)), 1):
         pictures[i].rename(pictures[i].with_name(f"ILSVRC2012_val_{number:08d}.jpg"))
     return root
+
+
+def heard(root: Path, split: str = "train", **options) -> tuple[Store, list[str]]:
+    """Open a store; return it and what it said."""
+    said: list[str] = []
+    return open_store(root, split, say=said.append, **options), said
 
 
 def files_of(folder: Path, split: str) -> list[tuple[str, str, bytes]]:

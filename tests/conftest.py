@@ -42,6 +42,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_folder(tmp_path_factory.mktemp("pictures"), 16, 5)
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a test out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def small_cfg(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """A config of 3 epochs of 6 updates of 8 images that a CPU runs in seconds."""

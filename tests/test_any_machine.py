@@ -1,6 +1,5 @@
 """What a run gives does not depend on the number of processes: batches bitwise, weights to round-off, also across a kill."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import config
 import train as train_script
 from data.build import build_data
 from engine.checkpoint import load_state
+from tests.small_runs import rows
 
 from .conftest import ROOT
 
@@ -61,12 +61,6 @@ def test_batches_after_a_resume_on_another_world_are_the_same(small_cfg):
     assert {update for update, _ in rest} == {3}
     for key, made in rest.items():
         assert all(torch.equal(a, b) for a, b in zip(made, whole[key], strict=True))
-
-
-def rows(run):
-    timed = ("images_per_s", "data_share", "seconds")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 @pytest.fixture(scope="module")

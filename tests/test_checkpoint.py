@@ -1,7 +1,6 @@
 """Files that are whole or not there, and read without unpickling code."""
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -15,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train as train_script
 from engine import checkpoint
 from engine.checkpoint import CheckpointFolder, DamagedError, load_state, read_facts, save_state, write_atomically
 from engine.distributed import Processes
 from engine.run import RunDirectory
 from engine.saver import Saver
 from tests.damaged_files import damaged_file
+from tests.small_runs import rows, run_here
 
 from .conftest import ROOT
 
@@ -100,16 +99,6 @@ def test_file_of_the_first_format_needs_no_seal(tmp_path):
     torch.save({"format": 2, "model": {}}, tmp_path / "c.pt")
     with pytest.raises(DamagedError, match="checksum is missing"):
         load_state(tmp_path / "c.pt")
-
-
-def run_here(cfg, output, *opts) -> int:
-    return train_script.main(["--cfg", str(cfg), "--output", str(output), "--opts", *map(str, opts)])
-
-
-def rows(run):
-    timed = ("images_per_s", "data_share", "seconds")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 def assert_same_run(a, b):

@@ -9,8 +9,9 @@ import torch
 
 import train as train_script
 from data.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
-from data.decode import UnreadableImageError, decode, jpeg_size
+from data.decode import UnreadableImageError, decode
 from data.folder import scan
+from data.jpeg import stated_size
 from data.rand_augment import parse_policy
 from data.stream import IndexStream
 from data.torch_loader import EvalLoader, TrainLoader
@@ -87,14 +88,14 @@ def test_exif_rotation_is_not_applied():
     ("kind", "size"), [("1 x 700", (700, 1)), ("progressive", (47, 61)), ("cmyk", (47, 61)), ("huge", (3000, 4000))]
 )
 def test_jpeg_size_is_the_headers(kind, size):
-    assert jpeg_size(as_array(READABLE[kind])) == size
+    assert stated_size(as_array(READABLE[kind])) == size
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xd8", JPEG[:30], b"\xff\xd8" + b"\xff" * 50, b"\xff\xd8\xff\xe0\x00\x00" * 9]
 )
 def test_jpeg_without_a_frame_has_no_size(data):
-    assert jpeg_size(as_array(data)) is None
+    assert stated_size(as_array(data)) is None
 
 
 @pytest.fixture(scope="module")

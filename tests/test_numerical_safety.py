@@ -16,7 +16,6 @@ from torch import nn
 
 import config
 import engine.loop
-import train as train_script
 from data.build import build_data
 from engine.batchnorm import RunningStatistics
 from engine.build import build_loop, build_state
@@ -28,6 +27,7 @@ from engine.precision import Precision
 from engine.randomness import seed_process
 from engine.safety import DivergedError, is_good
 from engine.saver import Saver
+from tests.small_runs import rows, run_here
 
 from .conftest import ROOT
 
@@ -194,16 +194,6 @@ class Poison:
 
         monkeypatch.setattr(engine.loop, "seed_process", seed)
         monkeypatch.setattr("engine.build.SoftTargetCrossEntropy", Spoiled)
-
-
-def run_here(cfg, output, *opts) -> int:
-    return train_script.main(["--cfg", str(cfg), "--output", str(output), "--opts", *map(str, opts)])
-
-
-def rows(run):
-    timed = ("images_per_s", "data_share", "seconds")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 LAST = "checkpoints/update-00000018.pt"

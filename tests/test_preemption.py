@@ -1,6 +1,5 @@
 """Signals to running processes: the run saves at the next update, says so, and continues to the same end."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from engine.checkpoint import load_state, read_facts
 from engine.distributed import Processes
 from engine.interruption import Interruption
 from engine.log import Log
+from tests.small_runs import rows, run_here
 
 from .conftest import ROOT
 
@@ -41,12 +41,6 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.01)
 
 
-def rows(run):
-    timed = ("images_per_s", "data_share", "seconds")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
-
-
 def assert_same_run(a, b):
     x, y = load_state(a / LAST), load_state(b / LAST)
     torch.testing.assert_close([x[k] for k in ("model", "ema")], [y[k] for k in ("model", "ema")], rtol=0, atol=0)
@@ -63,10 +57,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def run_here(cfg, output, *opts) -> int:
-    return train_script.main(["--cfg", str(cfg), "--output", str(output), "--opts", *map(str, opts)])
 
 
 @pytest.fixture(scope="module")

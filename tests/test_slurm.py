@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint import load_state
+from tests.small_runs import rows
 
 from .conftest import ROOT
 from .slurm_cluster import SlurmCluster, missing, wait_for
@@ -107,12 +108,6 @@ def wait_for_start(slurm, job, restarts, ready):
         return int(slurm.fact(job, "Restarts")) == restarts and slurm.state(job) == "RUNNING" and ready()
 
     wait_for(started, f"start {restarts} of the job", 60)
-
-
-def rows(run):
-    timed = ("images_per_s", "data_share", "seconds")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 def reached(run, update):

@@ -11,26 +11,17 @@ from tests.archives import (
     as_one_tar,
     as_shards,
     as_tar,
+    heard,
     imagenet_like,
     write_tar,
 )
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Keep the tests out of the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return imagenet_like(tmp_path_factory.mktemp("folder"))
-
-
-def heard(root, split="train", **options):
-    said = []
-    store = open_store(root, split, say=said.append, **options)
-    return store, said
 
 
 def test_index_is_built_once_and_said(folder, tmp_path):

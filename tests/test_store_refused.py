@@ -18,10 +18,13 @@ from tests.archives import (
     as_shards,
     as_tar,
     as_zip,
+    heard,
     imagenet_like,
     write_tar,
 )
 from tests.data_doubles import write_folder
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 SMALL = "DATA.IMG_SIZE 24 DATA.EVAL_RESIZE 28 TRAIN.GLOBAL_BATCH 8 TRAIN.MICRO_BATCH 4 EVAL.BATCH 5"
 
@@ -34,21 +37,9 @@ def quiet(text):
     pass
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Keep the tests out of the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return imagenet_like(tmp_path_factory.mktemp("folder"))
-
-
-def heard(root, split="train", **options):
-    said = []
-    store = open_store(root, split, say=said.append, **options)
-    return store, said
 
 
 def assert_same_batches(found, wanted):

@@ -18,6 +18,7 @@ import train as train_script
 from engine.checkpoint import load_state
 from engine.log import Log
 from engine.run import RunDirectory
+from tests.small_runs import rows
 
 from .conftest import ROOT, draw_folder
 
@@ -26,12 +27,6 @@ LAST = "checkpoints/update-00000018.pt"
 
 def train(cfg, output, *more) -> int:
     return train_script.main(["--cfg", str(cfg), "--output", str(output), *map(str, more)])
-
-
-def rows(run):
-    timed = ("images_per_s", "data_share", "seconds")
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in timed} for row in found]
 
 
 def assert_same_state(a, b, exact=True, best=True):
