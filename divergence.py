@@ -17,7 +17,7 @@ from engine.tables import write_json
 def go_back(
     error: DivergedError, state: TrainState, loop: Loop, stream: IndexStream, saver: Saver, processes: Processes
 ) -> None:
-    """Note what diverged; bring the state to the last good checkpoint. Called by all processes.
+    """Note what diverged; bring the state to the last good checkpoint, to be saved at once. Called by all processes.
 
     Raises DivergedError if there is none, or if the run has gone back before.
     """
@@ -37,6 +37,7 @@ def go_back(
     state.load_state_dict(stored, str(path))
     state.rollbacks += 1
     saver.continue_from(state)
+    saver.stored = None  # the file does not say yet that the run has gone back
     saver.log.warn(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
     if processes.main:
         run.checkpoints.remove_after(state.update)

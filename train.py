@@ -167,6 +167,8 @@ def train_epoch(s: Session) -> None:
     except DivergedError as error:
         log.end_epoch()
         go_back(error, state, s.loop, s.data.stream, s.saver, s.processes)
+        save(s)
+        s.saver.wait()  # a run that is killed from here on does not go back a second time
         log.open_again(s.run.path, state.update, s.cfg.LOG.TENSORBOARD, state.closed)
     log.end_epoch()
 

@@ -292,6 +292,22 @@ def test_run_that_diverges_again_stops_and_keeps_the_good_checkpoint(
     assert not (tmp_path / "small/done").exists()
 
 
+def test_going_back_is_stored_before_training_goes_on(small_cfg, tmp_path, monkeypatch, capsys):
+    def end(*_):
+        raise KeyboardInterrupt
+
+    Poison(monkeypatch, lambda update, micro: update >= 8)
+    diverging = ("TRAIN.MAX_SKIPPED", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "open_again", end)
+        assert run_here(small_cfg, tmp_path, *diverging) == 130
+    stored = load_state(max((tmp_path / "small/checkpoints").iterdir()))
+    assert (stored["update"], stored["rollbacks"]) == (6, 1)
+    with pytest.raises(SystemExit):
+        run_here(small_cfg, tmp_path, *diverging)
+    assert "the run went back once before" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_loss_of_one_process_skips_the_update_on_all(small_cfg, tmp_path, monkeypatch):
     script = tmp_path / "spoiled.py"
