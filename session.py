@@ -107,8 +107,8 @@ def build(
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
     stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
     writes = processes.main and not (args.eval or args.dry_run)
-    if writes:
-        run.lock()
+    if writes and (warning := run.lock()):
+        log.warn(warning)
     check_same_run(cfg, run, log, FREE)
     if stands_in and run.checkpoints.latest():
         raise ValueError(
