@@ -6,6 +6,7 @@ archive, whose comment, at the end of the file, holds the SHA-256 of all that pr
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -51,9 +52,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     def write(file: Path) -> None:
         try:
-            with file.open("w+b") as stream:
-                torch.save({"format": FORMAT, **state}, stream)
-                _seal(stream)
+            with file.open("wb") as stream:
+                sealing = Sealing(stream)
+                torch.save({"format": FORMAT, **state}, sealing)
+                sealing.finish()
         except RuntimeError as error:  # "unexpected pos 704 vs 598": the disk's own words stand behind it
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -193,15 +195,43 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
 
 
-def _seal(file: IO[bytes]) -> None:
-    """Append the checksum to the zip archive in an open file."""
-    file.seek(-len(_NO_COMMENT), os.SEEK_END)
-    if file.read(2) != _NO_COMMENT:
-        raise RuntimeError("torch.save has ended a file in an unknown way")
-    file.seek(-len(_NO_COMMENT), os.SEEK_END)
-    file.write(_SEAL_LENGTH.to_bytes(2, "little"))
-    size = file.tell()
-    file.write(_seal_of(file, size))
+class Sealing(io.RawIOBase):
+    """A file to write a zip archive to from its first byte to its last; `finish` puts the checksum into its comment.
+
+    The checksum is of what was handed over, not of what is read back: the disk may have made something else of it.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.sha256()
+        self.last = b""  # two bytes, held back: in the archive's the length of the comment
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Take bytes, all of them."""
+        view = memoryview(data).cast("B")
+        if len(view) < len(_NO_COMMENT):
+            held = self.last + bytes(view)
+            self._put(held[: -len(_NO_COMMENT)])
+            self.last = held[-len(_NO_COMMENT) :]
+        else:
+            self._put(self.last)
+            self._put(view[: -len(_NO_COMMENT)])
+            self.last = bytes(view[-len(_NO_COMMENT) :])
+        return len(view)
+
+    def finish(self) -> None:
+        """Write the comment. The file stays open."""
+        if self.last != _NO_COMMENT:
+            raise RuntimeError("torch.save has ended a file in an unknown way")
+        self._put(_SEAL_LENGTH.to_bytes(2, "little"))
+        self.file.write(_SEAL + self.digest.hexdigest().encode())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self.file.write(data)
 
 
 def _is_sealed(path: Path) -> bool:

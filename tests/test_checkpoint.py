@@ -1,6 +1,7 @@
 """Files that are whole or not there, and read without unpickling code."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 import train as train_script
 from engine import checkpoint
-from engine.checkpoint import CheckpointFolder, DamagedError, load_state, read_facts, save_state, write_atomically
+from engine.checkpoint import CheckpointFolder, DamagedError, Sealing, load_state, read_facts, save_state, write_atomically
 from engine.distributed import Processes
 from engine.run import RunDirectory
 from engine.saver import Saver
@@ -92,6 +93,36 @@ def test_any_changed_byte_and_any_cut_is_found(tmp_path):
             load_state(path)
     path.write_bytes(whole)
     assert load_state(path)["facts"] == {"text": "abc"}
+
+
+def test_byte_that_the_disk_changes_while_it_is_written_is_found(tmp_path):
+    class Disk(io.BytesIO):
+        def write(self, data):
+            return super().write(bytes(data).replace(b"abc", b"abd"))
+
+    disk = Disk()
+    sealing = Sealing(disk)
+    torch.save({"format": 2, "model": {}, "text": "abc"}, sealing)
+    sealing.finish()
+    (tmp_path / "c.pt").write_bytes(disk.getvalue())
+    with pytest.raises(DamagedError, match="its checksum is not that of what was written"):
+        load_state(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 1000])
+def test_seal_does_not_depend_on_the_pieces_that_are_written(step):
+    archive = io.BytesIO()
+    torch.save({"w": torch.arange(50)}, archive)
+    whole, pieces = io.BytesIO(), io.BytesIO()
+    for file, size in ((whole, 1 << 30), (pieces, step)):
+        sealing = Sealing(file)
+        for start in range(0, len(archive.getvalue()), size):
+            sealing.write(archive.getvalue()[start : start + size])
+        sealing.finish()
+    assert pieces.getvalue() == whole.getvalue()
+    assert len(whole.getvalue()) == len(archive.getvalue()) + 79
+    whole.seek(0)
+    assert torch.load(whole)["w"].tolist() == list(range(50))
 
 
 def test_file_of_the_first_format_needs_no_seal(tmp_path):
@@ -184,8 +215,8 @@ def killed_run(cfg, output, patch):
 
 @pytest.mark.parametrize(("after", "cut"), [(1, 6), (2, 12)])  # an epoch is saved before its evaluation and after it
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, whole, tmp_path, after, cut):
-    nth = f"calls = []\ndef seal(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(file)\n"
-    killed_run(small_cfg, tmp_path, f"whole = checkpoint._seal\n{nth}checkpoint._seal = seal")
+    nth = f"calls = []\ndef finish(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(file)\n"
+    killed_run(small_cfg, tmp_path, f"whole = checkpoint.Sealing.finish\n{nth}checkpoint.Sealing.finish = finish")
     names = {p.name for p in (tmp_path / "small/checkpoints").iterdir()}
     assert names == {"update-00000006.pt", f".update-{cut:08d}.pt.tmp"}
     assert run_here(small_cfg, tmp_path) == 0
