@@ -3,6 +3,9 @@
 import faulthandler
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -124,8 +127,26 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End this process at once where the block fails, if it is one of several.
+
+    The others may wait for it in an exchange, or it for them: leaving in order, through NCCL's destructors, could hang.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        abandon(end.code if isinstance(end.code, int) else 1)
+        raise
+    except BaseException:
+        if dist.is_initialized():
+            traceback.print_exc()
+        abandon(1)
+        raise
+
+
 def abandon(status: int) -> None:
-    """End this process at once if it is one of several: leaving in order would wait for processes that are gone."""
+    """End this process at once if it is one of several."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

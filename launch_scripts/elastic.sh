@@ -45,7 +45,7 @@ find_python
 need_address "$address"
 
 [ -n "$id" ] || { id=${config##*/}; id=${id%.yaml}; }
-command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$python" -m torch.distributed.run
+command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "RETOKEN_MEETING=$address:$port" "$python" -m torch.distributed.run
   --nnodes "$nodes" --nproc_per_node "$processes" --max_restarts "$restarts"
   --rdzv_backend c10d --rdzv_endpoint "$address:$port" --rdzv_id "$id" --rdzv_conf "${RDZV_CONF:-$patience}"
   "$root/train.py" --cfg "$config" "$@")

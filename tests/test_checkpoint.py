@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 
 import train as train_script
 from engine import checkpoint
-from engine.checkpoint import CheckpointFolder, DamagedError, Sealing, load_state, read_facts, save_state, write_atomically
+from engine.checkpoint import (
+    CheckpointFolder,
+    DamagedError,
+    Sealing,
+    load_state,
+    read_facts,
+    save_state,
+    write_atomically,
+)
 from engine.distributed import Processes
 from engine.run import RunDirectory
 from engine.saver import Saver

@@ -115,7 +115,8 @@ def test_torchrun_command_is_printed_and_is_what_runs(argv, env, expected):
 def test_elastic_command_keeps_restarts_apart_and_loses_dead_nodes_soon():
     done = run("elastic.sh", "-n", "1:4", "-a", "localhost", "-g", 2, CONFIG, PYTHON="/bin/echo")
     said = done.stdout.splitlines()[0]
-    assert said.startswith("env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 /bin/echo -m torch.distributed.run --nnodes 1:4 ")
+    environment = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 RETOKEN_MEETING=localhost:29500"
+    assert said.startswith(f"{environment} /bin/echo -m torch.distributed.run --nnodes 1:4 ")
     assert "--rdzv_id demo" in said
     assert "keep_alive_interval=1" in said
 
