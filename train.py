@@ -154,7 +154,7 @@ def train(s: Session) -> int:
             return stop_early(s)
         s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
     if s.processes.main and not s.run.done.exists():
-        s.run.mark(s.run.done, f"after update {s.state.update}")
+        leave_mark(s, s.run.done, f"after update {s.state.update}")
     return 0
 
 
@@ -214,14 +214,19 @@ def stop_early(s: Session) -> int:
         raise s.saver.complaint()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
-        try:
-            s.run.mark(s.run.preempted, f"by {why} after update {s.state.update}")
-        except OSError as error:
-            s.log.warn(f"{s.run.preempted} cannot be written ({error.strerror}): whoever looks for it finds nothing")
+        leave_mark(s, s.run.preempted, f"by {why} after update {s.state.update}")
         s.log.say(f"stopped by {why} after update {s.state.update}; the same command continues")
     s.agreement.settle()  # nobody leaves before the mark is there
     INTERRUPTION.release()
     return 0 if s.processes.launcher == "torchrun" else PREEMPTED
+
+
+def leave_mark(s: Session, mark: Path, text: str) -> None:
+    """Leave the file `preempted` or `done`, or say that there is none."""
+    try:
+        s.run.mark(mark, text)
+    except OSError as error:
+        s.log.warn(f"{mark} cannot be written ({error.strerror}): whoever looks for it finds nothing")
 
 
 def note_bad_images(s: Session) -> None:
@@ -229,7 +234,7 @@ def note_bad_images(s: Session) -> None:
     new = s.data.bad.take_new()
     if not s.processes.sum(torch.tensor(float(len(new)), device=s.processes.device)):
         return
-    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None):
+    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None, s.log.warn):
         s.log.warn(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")
 
 

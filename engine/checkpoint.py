@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,7 +54,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         try:
             with file.open("wb") as stream:
                 sealing = Sealing(stream)
-                torch.save({"format": FORMAT, **state}, sealing)
+                torch.save({"format": FORMAT, **state}, cast("IO[bytes]", sealing))
                 sealing.finish()
         except RuntimeError as error:  # "unexpected pos 704 vs 598": the disk's own words stand behind it
             if isinstance(error.__context__, OSError):
@@ -64,15 +64,15 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a state that `save_state` wrote, on the CPU.
+def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
+    """Read a state that `save_state` wrote, on the CPU; `verify` its checksum, for which all of it is read once more.
 
     Raises DamagedError for a file that is not as it was written or no checkpoint at all; ValueError for a missing, unreadable,
     foreign or newer one.
     """
     sealed = False
     try:
-        sealed = _is_sealed(path)
+        sealed = _is_sealed(path, verify)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
@@ -184,14 +184,19 @@ class CheckpointFolder:
         remove_temporary(self.path)
         path = self.of(update)
         save_state(path, state)
-        for old in self.numbered()[: -self.keep] if prune else ():
-            old.unlink(missing_ok=True)
+        if prune:
+            self.prune()
         return path
 
-    def remove_after(self, update: int) -> None:
-        """Remove the checkpoints of later updates."""
+    def prune(self) -> None:
+        """Remove what is older than the last `keep`."""
+        for old in self.numbered()[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def remove_after(self, last: Path) -> None:
+        """Remove the checkpoints of later updates than a checkpoint's."""
         for path in self.numbered():
-            if path.name > self.of(update).name:
+            if path.name > last.name:
                 path.unlink(missing_ok=True)
 
 
@@ -234,8 +239,8 @@ class Sealing(io.RawIOBase):
         self.file.write(data)
 
 
-def _is_sealed(path: Path) -> bool:
-    """Return whether a file has a seal. Raises DamagedError if it is not the file's."""
+def _is_sealed(path: Path, verify: bool) -> bool:
+    """Return whether a file has a seal; if asked to `verify` it, raise DamagedError if it is not the file's."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END) - _SEAL_LENGTH
         if size < 0:
@@ -244,7 +249,7 @@ def _is_sealed(path: Path) -> bool:
         seal = file.read()
         if not seal.startswith(_SEAL):
             return False
-        if seal != _seal_of(file, size):
+        if verify and seal != _seal_of(file, size):
             raise DamagedError(f"{path} is damaged: its checksum is not that of what was written")
     return True
 

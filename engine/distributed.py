@@ -4,7 +4,7 @@ import faulthandler
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,6 +63,21 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Let the main process do something, the others wait; return its small picklable result, or raise its ValueError, on all."""
+        if self.world == 1:
+            return act()
+        result: Any = None
+        if self.main:
+            try:
+                result = act()
+            except ValueError as error:
+                result = error
+        result = self.from_main(result)
+        if isinstance(result, ValueError):
+            raise result
+        return result
 
     def from_all(self, value: T) -> list[T]:
         """Return every process's value of a small picklable object, by rank, on every process."""

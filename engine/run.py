@@ -78,7 +78,7 @@ class RunDirectory:
                 pass  # as below
             except OSError as error:
                 if error.errno not in NO_LOCKS:
-                    raise self._cannot_write(error) from error
+                    raise self.cannot_write(error) from error
                 return f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains in it at the same time"
             self._close()  # and try again: another one has it, or has just removed it
         raise OccupiedError(
@@ -107,9 +107,10 @@ class RunDirectory:
             remove_temporary(self.path)
             write_atomically(self.config, lambda file: _write(file, config))
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self.cannot_write(error) from error
 
-    def _cannot_write(self, error: OSError) -> ValueError:
+    def cannot_write(self, error: OSError) -> ValueError:
+        """Return the error of a run whose files cannot be made."""
         return ValueError(
             f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
         )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ import config
 import engine.loop
 import train as train_script
 from data.build import build_data
+from divergence import describe_divergence
 from engine.batchnorm import RunningStatistics
 from engine.build import build_loop, build_state
 from engine.checkpoint import load_state
@@ -162,12 +164,36 @@ def test_row_of_skipped_updates_ends_the_loop_and_reports_leave_them_out():
     good, steps = loop.criterion, []
     spoiled = {2, 4, 5, 6, 7}
     loop.criterion = lambda *args: good(*args) * (float("nan") if state.update in spoiled else 1.0)
-    with pytest.raises(DivergedError, match=r"3 updates in a row \(TRAIN.MAX_SKIPPED\).*the last one update 7"):
+    with pytest.raises(DivergedError, match=r"3 updates in a row \(TRAIN.MAX_SKIPPED=3\).*the last one update 7"):
         loop.train_epoch(state, batches(8), steps.append, lambda: None)
     assert [(s.update, s.skipped, s.skipped_in_run) for s in steps] == [(2, 0, 0), (4, 1, 1), (6, 2, 3)]
     assert torch.tensor([s.epoch_loss for s in steps]).isfinite().all()
     assert torch.tensor([s.loss for s in steps[:2]]).isfinite().all()
-    assert loop.losses[[4 % 3, 5 % 3, 6 % 3]].isnan().all()
+    assert loop.losses[[4 % 4, 5 % 4, 6 % 4]].isnan().all()
+
+
+@pytest.mark.parametrize(("bad", "row", "end"), [((4, 5, 6), 3, 7), ((4, 5, 6, 7), 4, 8)])
+def test_row_that_is_seen_an_update_late_is_told_as_it_was(monkeypatch, bad, row, end):
+    class Late:  # what Row is on CUDA
+        def __init__(self):
+            self.before = 0
+
+        def read(self, skips):
+            before, self.before = self.before, int(skips[0])
+            return before
+
+    monkeypatch.setattr(engine.loop, "Row", Late)
+    state, loop, _ = parts(1, max_skipped=3)
+    good = loop.criterion
+    loop.criterion = lambda *args: good(*args) * (float("nan") if state.update in bad else 1.0)
+    with pytest.raises(DivergedError, match=f"{row} updates in a row .*the last one update {end}") as caught:
+        loop.train_epoch(state, batches(8), lambda step: None, lambda: None)
+    assert (caught.value.row, caught.value.end, state.update) == (row, end, 8)
+    stream = SimpleNamespace(micro_batch=lambda epoch, number, j: (None, torch.tensor([number])))
+    found = describe_divergence(caught.value, state, loop, stream, ALONE)["updates"]
+    assert [(u["update"], u["micro_batches"][0]) for u in found] == [
+        (u + 1, {"loss": "nan", "indices": [u]}) for u in bad
+    ]
 
 
 def test_checkpoint_in_a_row_or_with_broken_weights_is_not_gone_back_to():
@@ -256,7 +282,7 @@ def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path,
     Poison(monkeypatch, spoils)
     assert run_here(small_cfg, tmp_path / "spoiled", "TRAIN.MAX_SKIPPED", 4, "CHECKPOINT.EVERY_UPDATES", 1) == 0
     out = capsys.readouterr().out
-    assert "4 updates in a row (TRAIN.MAX_SKIPPED)" in out
+    assert "4 updates in a row (TRAIN.MAX_SKIPPED=4)" in out
     assert "update-00000007.pt, once" in out
     assert kept == [["update-00000006.pt", "update-00000007.pt"]]  # a start from here would not take a later one
     same_state(tmp_path / "clean/small", tmp_path / "spoiled/small", "rollbacks")
