@@ -326,12 +326,18 @@ def test_going_back_is_stored_before_training_goes_on(small_cfg, tmp_path, monke
     diverging = ("TRAIN.MAX_SKIPPED", 3)
     with monkeypatch.context() as patch:
         patch.setattr(Log, "open_again", end)
+        patch.setattr("divergence.write_json", no_space)  # not worth the run
         assert run_here(small_cfg, tmp_path, *diverging) == 130
+    assert "diverged.json cannot be written (No space left on device)" in capsys.readouterr().out
     stored = load_state(max((tmp_path / "small/checkpoints").iterdir()))
     assert (stored["update"], stored["rollbacks"]) == (6, 1)
     with pytest.raises(SystemExit):
         run_here(small_cfg, tmp_path, *diverging)
     assert "the run went back once before" in capsys.readouterr().err
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.slow
@@ -367,6 +373,14 @@ if __name__ == "__main__":
     for part in ("model", "ema"):
         torch.testing.assert_close(one[part], two[part], rtol=1e-3, atol=5e-6)
     assert all(int(s["step"]) == 5 for s in two["optimizer"]["state"].values())
+
+
+def test_sums_are_averaged_where_the_processes_exchange_and_stay_where_they_are():
+    state, _, _ = parts(1)  # as between two epochs: continued from a file, nothing on the device yet
+    state.sums += 3
+    assert state.mean_sums(replace(ALONE, device=torch.device("meta"))).device.type == "meta"
+    state.mean_sums(ALONE).zero_()
+    assert (state.sums.device.type, int(state.sums[0, 0])) == ("cpu", 3)
 
 
 @pytest.mark.gpu

@@ -3,9 +3,12 @@
 import errno
 import fcntl
 import os
+from types import SimpleNamespace
 
 import pytest
 
+import train
+from engine.log import Log
 from engine.run import OccupiedError, RunDirectory
 
 
@@ -42,6 +45,23 @@ def test_lock_is_of_a_file_open_for_writing_and_its_lack_is_a_warning(tmp_path, 
     monkeypatch.setattr("engine.run.os.open", lambda *args: no_space())
     with pytest.raises(ValueError, match=r"cannot be written.*No space left"):
         run.lock()
+
+
+@pytest.mark.parametrize("written", ["record_start", "open"])
+def test_files_that_cannot_be_written_end_the_start_in_order(small_cfg, tmp_path, monkeypatch, capsys, written):
+    monkeypatch.setattr(RunDirectory if written == "record_start" else Log, written, lambda *args: no_space())
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--cfg", str(small_cfg), "--output", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "cannot be written (No space left on device); choose another with --output" in capsys.readouterr().err
+
+
+def test_mark_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    said = []
+    run = RunDirectory(tmp_path, 2)
+    monkeypatch.setattr(RunDirectory, "mark", lambda *args: no_space())
+    train.leave_mark(SimpleNamespace(run=run, log=SimpleNamespace(warn=said.append)), run.done, "after update 1")
+    assert said == [f"{run.done} cannot be written (No space left on device): whoever looks for it finds nothing"]
 
 
 def no_space():
