@@ -10,6 +10,7 @@ output/<name>/
     preempted                        while it waits for its next start after a signal
     done                             once it is complete
     .lock                            while a process trains in it
+    logs/  requeues                  of the batch scripts: what the nodes say; times a job came back without progress
 """
 
 import contextlib
