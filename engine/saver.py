@@ -22,6 +22,7 @@ from engine.memory import gib
 from engine.run import RunDirectory
 from engine.state import TrainState
 
+APPEARS_S = 60.0  # until a node of a shared file system sees what another one has written
 PARTS = {"raw": "model", "ema": "ema"}  # where a stored state keeps the weights
 
 
@@ -212,6 +213,9 @@ def load_on_all(path: Path, processes: Processes, stored: dict[str, Any] | None 
     processes.on_main(read)
     if processes.main:
         return found[0]
+    deadline = time.monotonic() + APPEARS_S
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
     try:
         return load_state(path, verify=False)
     except ValueError as error:
