@@ -118,6 +118,9 @@ def test_elastic_command_keeps_restarts_apart_and_loses_dead_nodes_soon():
     environment = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 RETOKEN_MEETING=localhost:29500"
     assert said.startswith(f"{environment} /bin/echo -m torch.distributed.run --nnodes 1:4 ")
     assert "--rdzv_id demo" in said
+    job = run("elastic.sh", "-n", "1:4", "-a", "localhost", CONFIG, PYTHON="/bin/echo", SLURM_JOB_ID=123456)
+    assert "RETOKEN_MEETING=localhost:23456" in job.stdout
+    assert "--rdzv_endpoint localhost:23456" in job.stdout
     assert "keep_alive_interval=1" in said
 
 
