@@ -128,7 +128,9 @@ def _connect(place: Place, backend: str, start_limit: timedelta, limit: timedelt
             "name resolve to an address that only it can reach, as 127.0.1.1 (getent ahosts $(hostname))? Set GLOO_SOCKET_IFNAME, "
             "and NCCL_SOCKET_IFNAME for GPUs, to the interface between the nodes"
         ) from error
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # public from torch 2.15 on
+    set_timeout = (
+        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    )  # public from torch 2.15 on
     for group in (dist.group.WORLD, hosts):
         set_timeout(limit, group)
     return hosts

@@ -243,7 +243,9 @@ distributed.stop()
 """
 
 
-ABSENT = "checkpoint absent does not exist; process 0 has read it: its folder must lie on a file system that all nodes share"
+ABSENT = (
+    "checkpoint absent does not exist; process 0 has read it: its folder must lie on a file system that all nodes share"
+)
 
 
 def test_checkpoint_is_verified_by_the_main_process_for_all(tmp_path):
