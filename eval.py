@@ -59,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    try:
-        evaluate_checkpoint(cfg, args, processes)
-    except ValueError as error:
-        parser.fail(error, processes.name)
+    with distributed.ending_at_once():
+        try:
+            evaluate_checkpoint(cfg, args, processes)
+        except ValueError as error:
+            parser.fail(error, processes.name)
     distributed.stop()
     return 0
 

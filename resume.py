@@ -14,12 +14,11 @@ import arguments
 import config
 from data.build import Data
 from engine.build import wrap_teacher
-from engine.checkpoint import load_state
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.log import Log
 from engine.run import RunDirectory, differences
-from engine.saver import Saver
+from engine.saver import Saver, load_on_all
 from engine.state import TrainState
 from models.build import build_teacher
 from models.weights import fit, load_initial, load_weights
@@ -62,7 +61,7 @@ def restore(
         latest, stored = find_latest(saver, processes, may_write=not (args.eval or args.dry_run))
     source = latest or (Path(args.resume) if args.resume else None)
     if source:
-        stored = stored or load_state(source)
+        stored = load_on_all(source, processes, stored)
         check_same_data(stored["facts"], data, source)
         state.load_state_dict(stored, str(source))
         where = "complete" if state.complete else f"in epoch {state.epoch + 1}"
@@ -103,22 +102,25 @@ def find_latest(saver: Saver, processes: Processes, may_write: bool) -> tuple[Pa
 
     Damaged ones that are newer are said and, if it `may_write`, renamed. ValueError if none is whole or one is too new.
     """
-    found: Path | ValueError | None = None
-    state = None
-    if processes.main:
+    held: list[dict[str, Any]] = []
+
+    def find() -> Path | None:
+        folder = saver.run.checkpoints
         try:
-            found, state, damaged = saver.run.checkpoints.newest_good()
-        except ValueError as error:
-            found = error
-        else:
+            found, state, damaged = folder.newest_good()
+            held.append(state)
             for complaint in damaged:
                 saver.log.warn(f"{complaint}; going back to {found}")
-            for path in saver.run.checkpoints.set_aside(damaged, found) if may_write and found else ():
+            for path in folder.set_aside(damaged, found) if may_write and found else ():
                 saver.log.warn(f"set aside {path}")
-    agreed = processes.from_main(found)
-    if isinstance(agreed, ValueError):
-        raise agreed
-    return (Path(str(agreed)) if agreed else None), state
+        except OSError as error:
+            raise ValueError(
+                f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
+            ) from error
+        return found
+
+    found = processes.on_main(find)
+    return found, (held[0] if found and held else None)
 
 
 def find_teacher(

@@ -106,9 +106,8 @@ def build(
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
     stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
-    writes = processes.main and not (args.eval or args.dry_run)
-    if writes:
-        run.lock()
+    if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
+        log.warn(warning)
     check_same_run(cfg, run, log, FREE)
     if stands_in and run.checkpoints.latest():
         raise ValueError(
@@ -128,12 +127,20 @@ def build(
     loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
     agreement = Agreement(processes, lambda: wish(saver, interrupted()))
     session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
-    if writes and not state.complete:
-        run.create(config.dump(cfg))
-        start = this_start(processes.world, state.update, processes.device)
-        run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
-        log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
+    if not (args.eval or args.dry_run or state.complete):
+        processes.on_main(lambda: open_run(session))
     return session
+
+
+def open_run(s: Session) -> None:
+    """Begin or continue the files of the run directory. Raises ValueError if they cannot be written."""
+    start = this_start(s.processes.world, s.state.update, s.processes.device)
+    try:
+        s.run.create(config.dump(s.cfg))
+        s.run.record_start(s.facts(), {**start, "config": yaml.safe_load(config.dump(s.cfg))})
+        s.log.open(s.run.path, s.state.update, s.cfg.LOG.TENSORBOARD, s.state.closed)
+    except OSError as error:
+        raise s.run.cannot_write(error) from error
 
 
 def as_imagenet(cfg: CfgNode) -> CfgNode:

@@ -10,7 +10,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
-from engine.interruption import PREEMPTED, Interruption, PreemptedError
+from engine.interruption import ENDED, PREEMPTED, Interruption, PreemptedError
 
 INTERRUPTION = Interruption()
 if __name__ == "__main__":
@@ -33,11 +33,11 @@ from divergence import go_back
 from engine import distributed
 from engine.agreement import Wish
 from engine.distributed import Processes
-from engine.elastic import Elastic
+from engine.elastic import Elastic, give_up
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
 from engine.loop import Step
-from engine.run import RunDirectory
+from engine.run import OccupiedError, RunDirectory
 from engine.safety import DivergedError
 from engine.saver import Saver, SavingError
 from report import estimate_memory, report
@@ -50,50 +50,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
-        elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
-        if elastic.idle:
-            INTERRUPTION.defer()
-            elastic.stand_by(lambda: INTERRUPTION.received is not None)
-            return 0
+    except ValueError as error:
+        give_up()
+        parser.fail(error)
+    elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
+    if elastic.idle:
+        INTERRUPTION.defer()
+        elastic.stand_by(lambda: INTERRUPTION.received is not None)
+        return 0
+    try:
         processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    status, lost, session, log = 0, "", None, Log(processes.main, dali=cfg.DATA.LOADER == "dali")
+    with distributed.ending_at_once():
+        status = work(parser, cfg, args, elastic, processes)
+        if status == ENDED:
+            distributed.abandon(status)
+    elastic.finish()
+    distributed.stop()
+    return status
+
+
+def work(
+    parser: arguments.Parser, cfg: CfgNode, args: argparse.Namespace, elastic: Elastic, processes: Processes
+) -> int:
+    """Do what the command line asks for; return the exit status, or raise SystemExit with that of a failure."""
+    session, log = None, Log(processes.main, dali=cfg.DATA.LOADER == "dali")
     for note in elastic.notes(cfg.CHECKPOINT.EVERY_UPDATES):
         log.warn(note)
     run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
     saver = Saver(run, log, cfg.CHECKPOINT.MAX_FAILURES)
     try:
         session = build_or_fail(parser, cfg, args, processes, saver)
-        if args.dry_run:
-            announce(session, with_memory=True)
-        elif args.eval:
-            evaluate_only(session)
-        else:
-            status = train(session)
+        if not (args.dry_run or args.eval):
+            return train(session)
+        announce(session, with_memory=True) if args.dry_run else evaluate_only(session)
+        return 0
     except (DivergedError, SavingError, UnreadableImageError) as error:
+        give_up()
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warn("interrupted; the same command continues from the last checkpoint")
-        return 130
+        return ENDED
     except PreemptedError:
         log.warn("interrupted")
-        status = PREEMPTED
+        return PREEMPTED
     except RuntimeError as error:
         if processes.world == 1 or not distributed.is_lost_contact(error):
             raise
-        lost = f"{processes.name}lost the others {where(session)}: {str(error).splitlines()[0][:200]}"
+        said = f"lost the others {where(session)}: {str(error).splitlines()[0][:200]}. One has ended or waits for something else"
+        remedy = "see what it says; the same command continues from the last checkpoint"
+        parser.stop(RuntimeError(f"{said}, {remedy}"), processes.name)
     finally:
         saver.wait()
         log.close()
         run.unlock()
-    if lost:
-        remedy = "One has ended or waits for something else, see what it says; the same command continues from the last checkpoint"
-        sys.stderr.write(f"{parser.prog}: stopped: {lost}. {remedy}\n")
-        distributed.abandon(1)
-    elastic.finish()
-    distributed.stop()
-    return status
 
 
 def where(s: Session | None) -> str:
@@ -117,7 +128,10 @@ def build_or_fail(
     """Build the session; end the process with the message of what the user can mend."""
     try:
         return build(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
+    except OccupiedError as error:
+        parser.fail(error, processes.name)
     except ValueError as error:
+        give_up()
         parser.fail(error, processes.name)
 
 
@@ -140,7 +154,7 @@ def train(s: Session) -> int:
             return stop_early(s)
         s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
     if s.processes.main and not s.run.done.exists():
-        s.run.mark(s.run.done, f"after update {s.state.update}")
+        leave_mark(s, s.run.done, f"after update {s.state.update}")
     return 0
 
 
@@ -167,6 +181,8 @@ def train_epoch(s: Session) -> None:
     except DivergedError as error:
         log.end_epoch()
         go_back(error, state, s.loop, s.data.stream, s.saver, s.processes)
+        save(s)
+        s.saver.wait()  # a run that is killed from here on does not go back a second time
         log.open_again(s.run.path, state.update, s.cfg.LOG.TENSORBOARD, state.closed)
     log.end_epoch()
 
@@ -198,14 +214,19 @@ def stop_early(s: Session) -> int:
         raise s.saver.complaint()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
-        try:
-            s.run.mark(s.run.preempted, f"by {why} after update {s.state.update}")
-        except OSError as error:
-            s.log.warn(f"{s.run.preempted} cannot be written ({error.strerror}): whoever looks for it finds nothing")
+        leave_mark(s, s.run.preempted, f"by {why} after update {s.state.update}")
         s.log.say(f"stopped by {why} after update {s.state.update}; the same command continues")
     s.agreement.settle()  # nobody leaves before the mark is there
     INTERRUPTION.release()
     return 0 if s.processes.launcher == "torchrun" else PREEMPTED
+
+
+def leave_mark(s: Session, mark: Path, text: str) -> None:
+    """Leave the file `preempted` or `done`, or say that there is none."""
+    try:
+        s.run.mark(mark, text)
+    except OSError as error:
+        s.log.warn(f"{mark} cannot be written ({error.strerror}): whoever looks for it finds nothing")
 
 
 def note_bad_images(s: Session) -> None:
@@ -213,7 +234,7 @@ def note_bad_images(s: Session) -> None:
     new = s.data.bad.take_new()
     if not s.processes.sum(torch.tensor(float(len(new)), device=s.processes.device)):
         return
-    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None):
+    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None, s.log.warn):
         s.log.warn(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")
 
 

@@ -5,7 +5,8 @@
 
 The defaults are STViT-Large at 224 on nodes of 8 GPUs. Every assumption is an argument; docs/clusters.md discusses the result.
 An update is `accumulation` micro-batches, a third of each forward, two thirds backward. The gradients are all-reduced in buckets
-as the last backward fills them, one after the other; what lasts longer than that backward is exposed.
+as the last backward fills them, one after the other; what lasts longer than that backward is exposed. So is the sum of the
+BatchNorm statistics after it. The processes' agreement whether to stop (engine/agreement.py) goes on behind the next update.
 """
 
 import argparse
@@ -40,6 +41,8 @@ class Assumptions:
     gpu_latency_us: float = 3.0  # of a message between GPUs of a node
     node_latency_us: float = 10.0  # and between nodes
     gradient_bytes: int = 4  # for each parameter
+    statistics_k: float = 35.9  # thousand running means and variances, in float32
+    host_latency_us: float = 50.0  # of a message between hosts through gloo, which carries the agreement
     first_bucket_mb: float = 1.0  # DDP's first bucket, small so that it starts early
     bucket_mb: float = 25.0
     image_kb: float = 110.0  # of a file, as stored
@@ -60,7 +63,9 @@ class Cost:
     accumulation: int
     compute: float
     reduce: float  # all buckets one after the other, without anything to wait for
-    exposed: float
+    exposed: float  # what the update waits for of this, and the statistics
+    statistics: float  # summing those of BatchNorm
+    agreement: float  # a number from every process to every other, behind the next update
 
     @property
     def images(self) -> int:
@@ -105,6 +110,11 @@ def all_reduce_seconds(a: Assumptions, size: float, gpus: int) -> float:
     return min(ring, tree)
 
 
+def agreement_seconds(a: Assumptions, gpus: int) -> float:
+    """Return the time until every process has the largest of all processes' numbers: halving and doubling."""
+    return 2 * math.ceil(math.log2(gpus)) * a.host_latency_us * 1e-6
+
+
 def exposed_seconds(backward: float, sizes: Sequence[float], times: Sequence[float]) -> float:
     """Return how long the exchange goes on after a backward pass that fills the buckets at an even rate."""
     filled, free, total = 0.0, 0.0, sum(sizes)
@@ -127,8 +137,12 @@ def cost(a: Assumptions, gpus: int) -> Cost:
     sizes = buckets(a)
     times = [all_reduce_seconds(a, size, gpus) for size in sizes]
     exposed = exposed_seconds((1 - FORWARD) * pass_seconds, sizes, times) if gpus > 1 else 0.0
+    statistics = all_reduce_seconds(a, a.statistics_k * 4e3, gpus) if a.statistics_k else 0.0
+    compute, agreement = share // micro * pass_seconds, agreement_seconds(a, gpus)
+    exposed += statistics
+    exposed += max(0.0, agreement - compute - exposed)
     nodes = math.ceil(gpus / a.gpus_per_node)
-    return Cost(gpus, nodes, micro, share // micro, share // micro * pass_seconds, sum(times), exposed)
+    return Cost(gpus, nodes, micro, share // micro, compute, sum(times), exposed, statistics, agreement)
 
 
 def table(a: Assumptions, counts: Sequence[int]) -> Table:
@@ -161,6 +175,15 @@ def table(a: Assumptions, counts: Sequence[int]) -> Table:
     return shown
 
 
+def small_exchange_lines(a: Assumptions, gpus: int) -> list[str]:
+    """Say what else the processes exchange in an update."""
+    c = cost(a, gpus)
+    return [
+        f"BatchNorm statistics: {a.statistics_k * 4:.0f} KB an update, {1e3 * c.statistics:.2f} ms on {gpus} GPUs, part of what is exposed",
+        f"agreement whether to stop: 8 bytes an update, {1e3 * c.agreement:.2f} ms on {gpus} GPUs, behind the next update",
+    ]
+
+
 def checkpoint_lines(a: Assumptions, counts: Sequence[int]) -> list[str]:
     """Say how large a checkpoint is, how long it is written, and what that is of the time between two."""
     size = a.parameters_m * 1e6 * a.state_bytes
@@ -191,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         a = assume(args)
-        shown, lines = table(a, args.gpus), checkpoint_lines(a, args.gpus[:1] + args.gpus[-1:])
+        shown = table(a, args.gpus)
+        lines = checkpoint_lines(a, args.gpus[:1] + args.gpus[-1:]) + small_exchange_lines(a, args.gpus[-1])
     except ValueError as error:
         parser.fail(error)
     console = Console(highlight=False, soft_wrap=True, width=160)
@@ -204,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def assume(args: argparse.Namespace) -> Assumptions:
     """Return the assumptions of the command line. Raises ValueError for a number that nothing real can have."""
     values = {field.name: getattr(args, field.name) for field in fields(Assumptions)}
-    may_be_zero = ("global_batch", "half_batch", "gpu_latency_us", "node_latency_us")
+    may_be_zero = ("global_batch", "half_batch", "gpu_latency_us", "node_latency_us", "host_latency_us", "statistics_k")
     for name, value in values.items():
         if not (value >= 0 and math.isfinite(value)) or (value == 0 and name not in may_be_zero):
             raise ValueError(f"--{name.replace('_', '-')} {value}: give a positive number")

@@ -87,15 +87,23 @@ class BadImages:
         found, self._new = list(self._new.values()), {}
         return found
 
-    def add(self, found: Iterable[Iterable[BadImage]], folder: Path | None = None) -> list[BadImage]:
+    def add(
+        self,
+        found: Iterable[Iterable[BadImage]],
+        folder: Path | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> list[BadImage]:
         """Count what the processes found, each its own, and list it in the run directory; return what is new.
 
-        Raises TooManyBadImagesError, after the list is written.
+        Raises TooManyBadImagesError, after the list is written; gets a `warn`ing if it cannot be.
         """
         added = {bad.path: bad for own in found for bad in own if bad.path not in self.known}
         self.known |= added
         if folder is not None and added:
-            _append(folder / LIST, added.values())
+            try:
+                _append(folder / LIST, added.values())
+            except OSError as error:
+                warn(f"{folder / LIST} cannot be written ({error.strerror})")
         if len(self.known) > self.allowed:
             where = f"; {folder / LIST} lists them" if folder else ""
             bad = next(iter(added.values()), None) or next(iter(self.known.values()))

@@ -6,12 +6,13 @@ archive, whose comment, at the end of the file, holds the SHA-256 of all that pr
 """
 
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,9 +52,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     def write(file: Path) -> None:
         try:
-            with file.open("w+b") as stream:
-                torch.save({"format": FORMAT, **state}, stream)
-                _seal(stream)
+            with file.open("wb") as stream:
+                sealing = Sealing(stream)
+                torch.save({"format": FORMAT, **state}, cast("IO[bytes]", sealing))
+                sealing.finish()
         except RuntimeError as error:  # "unexpected pos 704 vs 598": the disk's own words stand behind it
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
@@ -62,15 +64,15 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a state that `save_state` wrote, on the CPU.
+def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
+    """Read a state that `save_state` wrote, on the CPU; `verify` its checksum, for which all of it is read once more.
 
     Raises DamagedError for a file that is not as it was written or no checkpoint at all; ValueError for a missing, unreadable,
     foreign or newer one.
     """
     sealed = False
     try:
-        sealed = _is_sealed(path)
+        sealed = _is_sealed(path, verify)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
@@ -182,30 +184,63 @@ class CheckpointFolder:
         remove_temporary(self.path)
         path = self.of(update)
         save_state(path, state)
-        for old in self.numbered()[: -self.keep] if prune else ():
-            old.unlink(missing_ok=True)
+        if prune:
+            self.prune()
         return path
 
-    def remove_after(self, update: int) -> None:
-        """Remove the checkpoints of later updates."""
+    def prune(self) -> None:
+        """Remove what is older than the last `keep`."""
+        for old in self.numbered()[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def remove_after(self, last: Path) -> None:
+        """Remove the checkpoints of later updates than a checkpoint's."""
         for path in self.numbered():
-            if path.name > self.of(update).name:
+            if path.name > last.name:
                 path.unlink(missing_ok=True)
 
 
-def _seal(file: IO[bytes]) -> None:
-    """Append the checksum to the zip archive in an open file."""
-    file.seek(-len(_NO_COMMENT), os.SEEK_END)
-    if file.read(2) != _NO_COMMENT:
-        raise RuntimeError("torch.save has ended a file in an unknown way")
-    file.seek(-len(_NO_COMMENT), os.SEEK_END)
-    file.write(_SEAL_LENGTH.to_bytes(2, "little"))
-    size = file.tell()
-    file.write(_seal_of(file, size))
+class Sealing(io.RawIOBase):
+    """A file to write a zip archive to from its first byte to its last; `finish` puts the checksum into its comment.
+
+    The checksum is of what was handed over, not of what is read back: the disk may have made something else of it.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.sha256()
+        self.last = b""  # two bytes, held back: in the archive's the length of the comment
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Take bytes, all of them."""
+        view = memoryview(data).cast("B")
+        if len(view) < len(_NO_COMMENT):
+            held = self.last + bytes(view)
+            self._put(held[: -len(_NO_COMMENT)])
+            self.last = held[-len(_NO_COMMENT) :]
+        else:
+            self._put(self.last)
+            self._put(view[: -len(_NO_COMMENT)])
+            self.last = bytes(view[-len(_NO_COMMENT) :])
+        return len(view)
+
+    def finish(self) -> None:
+        """Write the comment. The file stays open."""
+        if self.last != _NO_COMMENT:
+            raise RuntimeError("torch.save has ended a file in an unknown way")
+        self._put(_SEAL_LENGTH.to_bytes(2, "little"))
+        self.file.write(_SEAL + self.digest.hexdigest().encode())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self.file.write(data)
 
 
-def _is_sealed(path: Path) -> bool:
-    """Return whether a file has a seal. Raises DamagedError if it is not the file's."""
+def _is_sealed(path: Path, verify: bool) -> bool:
+    """Return whether a file has a seal; if asked to `verify` it, raise DamagedError if it is not the file's."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END) - _SEAL_LENGTH
         if size < 0:
@@ -214,7 +249,7 @@ def _is_sealed(path: Path) -> bool:
         seal = file.read()
         if not seal.startswith(_SEAL):
             return False
-        if seal != _seal_of(file, size):
+        if verify and seal != _seal_of(file, size):
             raise DamagedError(f"{path} is damaged: its checksum is not that of what was written")
     return True
 

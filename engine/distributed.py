@@ -3,6 +3,9 @@
 import faulthandler
 import os
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -61,6 +64,21 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Let the main process do something, the others wait; return its small picklable result, or raise its ValueError, on all."""
+        if self.world == 1:
+            return act()
+        result: Any = None
+        if self.main:
+            try:
+                result = act()
+            except ValueError as error:
+                result = error
+        result = self.from_main(result)
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
     def from_all(self, value: T) -> list[T]:
         """Return every process's value of a small picklable object, by rank, on every process."""
         if self.world == 1:
@@ -73,9 +91,9 @@ class Processes:
 def start(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0) -> Processes:
     """Join the processes that were started together (launcher.py), or stand alone; `device` is auto, cpu or cuda.
 
-    NCCL carries CUDA tensors, gloo CPU tensors. Processes that do not arrive within `start_timeout_s` fail the start, an exchange
-    that takes longer than `timeout_s` fails on all that wait for it. Raises ValueError if CUDA is asked for and missing, if a
-    node runs more processes than it has GPUs, or naming the processes that did not arrive.
+    NCCL carries CUDA tensors, gloo CPU tensors. Processes that do not arrive or connect within `start_timeout_s` fail the start,
+    an exchange that takes longer than `timeout_s` fails on all that wait for it. Raises ValueError if CUDA is asked for and
+    missing, if a node runs more processes than it has GPUs, or naming the processes that did not arrive.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -91,13 +109,31 @@ def start(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0
     faulthandler.enable()  # what NCCL aborts says where it stood
     for key, value in NCCL.items():
         os.environ.setdefault(key, value)
-    limit = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        store = dist.PrefixStore("run", meet(place, start_timeout_s))
-        backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=limit)
-    hosts: Any = dist.new_group(backend="gloo", timeout=limit)
+    hosts = _connect(
+        place, "nccl" if cuda else "gloo", timedelta(seconds=start_timeout_s), timedelta(seconds=timeout_s)
+    )
     return Processes(place.rank, place.world, place.local_rank, own, place.launcher, hosts)
+
+
+def _connect(place: Place, backend: str, start_limit: timedelta, limit: timedelta) -> Any:
+    """Let all processes meet and connect; return the group of their hosts. Raises ValueError if they do not come together."""
+    store = dist.PrefixStore("run", meet(place, start_limit.total_seconds()))
+    try:
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=start_limit)
+        hosts: Any = dist.new_group(backend="gloo", timeout=start_limit)
+    except RuntimeError as error:
+        raise ValueError(
+            f"process {place.rank} of {place.world} met the others at {place.address}:{place.port} but could not connect to them "
+            f"within DIST.START_TIMEOUT={start_limit.total_seconds():g} s ({str(error).splitlines()[0][:200]}); does a host's "
+            "name resolve to an address that only it can reach, as 127.0.1.1 (getent ahosts $(hostname))? Set GLOO_SOCKET_IFNAME, "
+            "and NCCL_SOCKET_IFNAME for GPUs, to the interface between the nodes"
+        ) from error
+    set_timeout = (
+        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    )  # public from torch 2.15 on
+    for group in (dist.group.WORLD, hosts):
+        set_timeout(limit, group)
+    return hosts
 
 
 def _gpu_of(place: Place) -> int:
@@ -124,8 +160,26 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End this process at once where the block fails, if it is one of several.
+
+    The others may wait for it in an exchange, or it for them: leaving in order, through NCCL's destructors, could hang.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        abandon(end.code if isinstance(end.code, int) else 1)
+        raise
+    except BaseException:
+        if dist.is_initialized():
+            traceback.print_exc()
+        abandon(1)
+        raise
+
+
 def abandon(status: int) -> None:
-    """End this process at once if it is one of several: leaving in order would wait for processes that are gone."""
+    """End this process at once if it is one of several."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,12 +1,12 @@
 """Elastic runs: torchrun starts all processes again when one or a node is lost or comes, with as many as there are then.
 
 The global batch stays. A number of processes that it cannot be divided among trains on the largest number below that it can
-be; the others stand by, ready for the next restart.
+be; the others stand by, ready for the next restart. An end that every restart would come to again closes the meeting.
 """
 
 import os
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from datetime import timedelta
 
@@ -89,3 +89,24 @@ class Elastic:
         """Return a connection to the main process, which listens as soon as it has started."""
         address, port = self.environ["MASTER_ADDR"], int(self.environ["MASTER_PORT"])
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=30), wait_for_workers=False)
+
+
+def give_up(environ: Mapping[str, str] = os.environ) -> None:
+    """Let torchrun start nothing again, on any node: the run would come to the same end. Called before a process fails.
+
+    $RETOKEN_MEETING, from launch_scripts/elastic.sh, says where the nodes meet; without it torchrun tries all its restarts.
+    """
+    address, _, port = environ.get("RETOKEN_MEETING", "").rpartition(":")
+    run_id = environ.get("TORCHELASTIC_RUN_ID")
+    if not (address and run_id):
+        return
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    with suppress(dist.DistStoreError, dist.DistNetworkError, RendezvousError):  # then the restarts are tried
+        store = dist.TCPStore(
+            address, int(port), is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False
+        )
+        backend = C10dRendezvousBackend(store, run_id)
+        DynamicRendezvousHandler.from_backend(run_id, store, backend, 1, 1).set_closed()

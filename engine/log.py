@@ -70,7 +70,8 @@ class Log:
     def open_again(self, folder: Path, update: int, tensorboard: bool, closed: int) -> None:
         """Go on after an earlier update: a run has gone back to a checkpoint."""
         self.close()
-        self.open(folder, update, tensorboard, closed)
+        with self._surviving(str(folder)):
+            self.open(folder, update, tensorboard, closed)
 
     def close(self) -> None:
         """Stop the bar and close the files."""

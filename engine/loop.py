@@ -57,7 +57,7 @@ class Loop:
     log_every: int
     eval_mode: bool = False  # train the model in evaluation mode
     max_skipped: int = 10  # updates skipped in a row that end the training
-    losses: Tensor | None = None  # of the last max_skipped updates by micro-batch, 0 where another process ran it
+    losses: Tensor | None = None  # of the last max_skipped + 1 updates by micro-batch, 0 where another process ran it
 
     def train_epoch(
         self,
@@ -81,14 +81,11 @@ class Loop:
         while state.update < (epoch + 1) * plan.updates_per_epoch:
             waited += self._train_update(state, stream, statistics)
             done = state.update - epoch * plan.updates_per_epoch
-            if (
-                max(row.read(state.skips), int(state.skips[0]) if done == plan.updates_per_epoch else 0)
-                >= self.max_skipped
-            ):
-                raise DivergedError(
-                    f"{self.max_skipped} updates in a row (TRAIN.MAX_SKIPPED) had a loss or a gradient that is not finite, "
-                    f"the last one update {state.update}"
-                )
+            skipped = row.read(state.skips)
+            if done == plan.updates_per_epoch:
+                skipped = max(skipped, int(state.skips[0]))
+            if skipped >= self.max_skipped:
+                raise self._diverged(state)
             if done % self.log_every == 0 or done == plan.updates_per_epoch:
                 seconds = time.perf_counter() - since
                 step = self._step(state, epoch, (state.update - before) / seconds, waited / seconds)
@@ -118,7 +115,8 @@ class Loop:
                 state.scaler.scale(loss).backward(seed_of(loss))
             statistics.after_micro_batch()
             loss_sum += loss.detach()
-            self._losses(plan)[state.update % self.max_skipped, micro] = loss.detach() * plan.accumulation
+            losses = self._losses(plan)
+            losses[state.update % len(losses), micro] = loss.detach() * plan.accumulation
         state.scaler.unscale_(state.optimizer)
         norm = self._clip(state.model)
         ok = norm.isfinite()
@@ -144,9 +142,23 @@ class Loop:
 
     def _losses(self, plan: Plan) -> Tensor:
         if self.losses is None:
-            self.losses = torch.zeros(self.max_skipped, plan.accumulation * plan.world, device=self.processes.device)
+            self.losses = torch.zeros(
+                self.max_skipped + 1, plan.accumulation * plan.world, device=self.processes.device
+            )
             self.losses[:, plan.rank :: plan.world] = math.nan  # not known, where the run was continued
         return self.losses
+
+    def _diverged(self, state: TrainState) -> DivergedError:
+        """Return the error of too many skipped updates; waits for the device, which may be an update further (Row)."""
+        row, end = int(state.skips[0]), state.update
+        if row < self.max_skipped:  # the update since was a good one
+            row, end = self.max_skipped, state.update - 1
+        return DivergedError(
+            f"{row} updates in a row (TRAIN.MAX_SKIPPED={self.max_skipped}) had a loss or a gradient that is not finite, the last "
+            f"one update {end}",
+            row,
+            end,
+        )
 
     def _step(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> Step:
         """Read what a report needs from the device."""

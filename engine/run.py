@@ -9,9 +9,12 @@ output/<name>/
     diverged.json                    if updates were not finite too often: images, losses, norms
     preempted                        while it waits for its next start after a signal
     done                             once it is complete
+    .lock                            while a process trains in it
+    logs/  requeues                  of the batch scripts: what the nodes say; times a job came back without progress
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +33,11 @@ from engine.checkpoint import CheckpointFolder, remove_temporary, write_atomical
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
 LOCK_ATTEMPTS = 10  # one a second
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class OccupiedError(ValueError):
+    """Another process trains in the run directory, or one that was killed is not gone yet."""
 
 
 class RunDirectory:
@@ -40,7 +48,8 @@ class RunDirectory:
         self.config, self.manifest = path / "config.yaml", path / "manifest.json"
         self.diverged, self.preempted, self.done = (path / name for name in ("diverged.json", "preempted", "done"))
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
-        self._locked: int | None = None  # the folder's file descriptor
+        self._lock = path / ".lock"
+        self._locked: int | None = None  # its file descriptor
 
     def best(self, which: str) -> Path:
         """Return the file of the best raw or EMA weights."""
@@ -50,29 +59,30 @@ class RunDirectory:
         """Leave the file `preempted` or `done` for whoever started the run."""
         write_atomically(mark, lambda file: _write(file, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n"))
 
-    def lock(self) -> None:
+    def lock(self) -> str:
         """Make the folder, and keep other starts out of it until `unlock` or the end of this process.
 
-        Raises ValueError if it cannot be made, or if another process is in it; one that was just killed may take some
-        seconds to go. Keeps nobody out where the file system knows no locks.
+        Return what to warn of: nothing, or that the file system knows no locks. Raises OccupiedError if another process is in
+        it; one that was just killed may take some seconds to go. ValueError if the folder cannot be written.
         """
         for attempt in range(LOCK_ATTEMPTS):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._locked = os.open(self.path, os.O_RDONLY)
-            except OSError as error:
-                raise self._cannot_write(error) from error
-            try:
+                self._locked = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written
                 fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.path.is_dir() and self.path.stat().st_ino == os.fstat(self._locked).st_ino:
-                    return
+                if os.path.samestat(self._lock.stat(), os.fstat(self._locked)):
+                    return ""
             except BlockingIOError:
                 if attempt < LOCK_ATTEMPTS - 1:
                     time.sleep(1)
-            except OSError:
-                return
+            except FileNotFoundError:
+                pass  # as below
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise self.cannot_write(error) from error
+                return f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains in it at the same time"
             self._close()  # and try again: another one has it, or has just removed it
-        raise ValueError(
+        raise OccupiedError(
             f"another process trains in {self.path}; wait for it, stop it, or start another run with --tag NAME"
         )
 
@@ -80,8 +90,10 @@ class RunDirectory:
         """Let other starts in; take the folder away if nothing was written into it."""
         if self._locked is not None:
             with contextlib.suppress(OSError):
+                self._lock.unlink()
+            self._close()  # before the folder goes: on NFS an open file keeps a name in it
+            with contextlib.suppress(OSError):
                 self.path.rmdir()
-            self._close()
 
     def _close(self) -> None:
         if self._locked is not None:
@@ -96,9 +108,10 @@ class RunDirectory:
             remove_temporary(self.path)
             write_atomically(self.config, lambda file: _write(file, config))
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self.cannot_write(error) from error
 
-    def _cannot_write(self, error: OSError) -> ValueError:
+    def cannot_write(self, error: OSError) -> ValueError:
+        """Return the error of a run whose files cannot be made."""
         return ValueError(
             f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
         )

@@ -22,7 +22,11 @@ from torch import Tensor, nn
 
 
 class DivergedError(RuntimeError):
-    """Too many updates in a row had to be skipped."""
+    """Too many updates in a row had to be skipped: `row` of them, the last one update `end` of the run, from 1."""
+
+    def __init__(self, message: str, row: int = 0, end: int = 0):
+        super().__init__(message)
+        self.row, self.end = row, end
 
 
 def seed_of(loss: Tensor) -> Tensor:

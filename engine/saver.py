@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from engine.memory import gib
 from engine.run import RunDirectory
 from engine.state import TrainState
 
+APPEARS_S = 60.0  # until a node of a shared file system sees what another one has written
 PARTS = {"raw": "model", "ema": "ema"}  # where a stored state keeps the weights
 
 
@@ -55,7 +57,8 @@ class Saver:
     stored: tuple[int, int] | None = None  # updates done and closed of the state last stored, or being so
     _failed: int | None = None  # update whose write failed last
     _good: int | None = None  # update of the last checkpoint that was written
-    _job: Job | None = None
+    _job: Job | None = None  # being written, or failed and kept to be tried again at the end
+    _error: Exception | None = None  # of the last write that failed
     _thread: threading.Thread | None = None
     _owed: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(
         default_factory=dict
@@ -83,6 +86,11 @@ class Saver:
         self.stored = (state.update, state.closed)
         started = time.perf_counter()
         self.wait()
+        if self._job is not None and self._job.error is not None:
+            self._error, self._job = (
+                self._job.error,
+                None,
+            )  # before the next snapshot is taken: memory for one is enough
         stored = state.state_dict(processes)
         if not processes.main:
             return
@@ -132,7 +140,8 @@ class Saver:
 
     def complaint(self) -> SavingError:
         """Return the error of a run that cannot be saved."""
-        reason = _reason(self._job.error) if self._job and self._job.error else "as process 0 says"
+        error = (self._job.error if self._job else None) or self._error
+        reason = _reason(error) if error else "as process 0 says"
         return SavingError(
             f"checkpoints cannot be written to {self.run.path} ({reason}); make room or mend the permissions, then the same "
             "command continues from the last one"
@@ -154,7 +163,15 @@ class Saver:
                     f"{path} {what}, but the best {which} weights so far were those of update {entry['update']}"
                 )
                 continue
-            save_weights(path, holder[PARTS[which]], {**holder["facts"], **entry, "weights": which})
+            facts = {**holder["facts"], **entry, "weights": which}
+            try:
+                save_weights(path, holder[PARTS[which]], facts)
+            except OSError as error:
+                self._owed[which] = holder[PARTS[which]], facts
+                self.log.warn(
+                    f"{path} cannot be written ({error.strerror}); it is tried again after the next checkpoint"
+                )
+                continue
             self.log.say(f"wrote {path} again, from the checkpoint of update {entry['update']}")
 
     def _free(self) -> str:
@@ -168,15 +185,43 @@ class Saver:
         job.error = None
         try:
             self._owed |= {which: (job.state[PARTS[which]], facts) for which, facts in job.best.items()}
-            self.run.checkpoints.save(job.update, job.state, job.prune)
+            self.run.checkpoints.save(job.update, job.state, prune=False)
             self._good = job.update
             remove_temporary(self.run.path)
             for which, (weights, facts) in tuple(self._owed.items()):
                 save_weights(self.run.best(which), weights, facts)
                 del self._owed[which]
+            if job.prune:  # now that no older checkpoint is the only file with weights that are owed
+                self.run.checkpoints.prune()
         except Exception as error:  # whatever it is, training need not end with it
             job.error = error
         job.seconds = time.perf_counter() - started
+
+
+def load_on_all(path: Path, processes: Processes, stored: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a checkpoint holds, on all processes; `stored` is that where the main process has read it already.
+
+    Only the main process compares the checksum, so that a thousand processes do not read the file twice. Raises ValueError on
+    all if it cannot be read, DamagedError if it is not what was written.
+    """
+    found = [stored] if stored else []
+
+    def read() -> None:
+        if not found:
+            found.append(load_state(path))
+
+    processes.on_main(read)
+    if processes.main:
+        return found[0]
+    deadline = time.monotonic() + APPEARS_S
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    try:
+        return load_state(path, verify=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; process 0 has read it: its folder must lie on a file system that all nodes share"
+        ) from error
 
 
 def snapshot(tree: Any) -> Any:

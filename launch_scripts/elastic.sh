@@ -11,7 +11,7 @@ The same command on every node, also on one that joins later.
 
   -n  smallest and largest number of nodes, e.g. 1:4
   -a  host name of the node that they meet at; if that one dies, start the command again with another
-  -p  port there (default: \$MASTER_PORT, else 29500)
+  -p  port there (default: \$MASTER_PORT, else 20000 + \$SLURM_JOB_ID % 10000, else 29500)
   -i  name of the meeting, another one for each run (default: the config's name)
   -m  restarts after the death of a worker or a node before torchrun gives up (default: 100)
   -g  processes on this node (default: \$NPROC_PER_NODE, else its GPUs, or 1 without)
@@ -29,7 +29,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 
-nodes="" address="" port=${MASTER_PORT:-29500} id="" restarts=100 processes=${NPROC_PER_NODE:-$(count_gpus)}
+port=29500
+[ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 10000))
+nodes="" address="" port=${MASTER_PORT:-$port} id="" restarts=100 processes=${NPROC_PER_NODE:-$(count_gpus)}
 option_value() {
   case $1 in n) nodes=$2 ;; a) address=$2 ;; p) port=$2 ;; i) id=$2 ;; m) restarts=$2 ;; g) processes=$2 ;; esac
 }
@@ -45,7 +47,7 @@ find_python
 need_address "$address"
 
 [ -n "$id" ] || { id=${config##*/}; id=${id%.yaml}; }
-command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$python" -m torch.distributed.run
+command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "RETOKEN_MEETING=$address:$port" "$python" -m torch.distributed.run
   --nnodes "$nodes" --nproc_per_node "$processes" --max_restarts "$restarts"
   --rdzv_backend c10d --rdzv_endpoint "$address:$port" --rdzv_id "$id" --rdzv_conf "${RDZV_CONF:-$patience}"
   "$root/train.py" --cfg "$config" "$@")

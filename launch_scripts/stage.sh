@@ -8,7 +8,7 @@ usage() {
 Usage: launch_scripts/stage.sh SOURCE TARGET
 
   SOURCE  folder, or .tar file (the fastest on a parallel file system: one large file instead of a million small ones)
-  TARGET  folder on a local disk that comes to hold what SOURCE holds; kept if it is complete already
+  TARGET  folder on a local disk that comes to hold what SOURCE holds; kept if a copy of SOURCE is complete there already
 
   sbatch ... launch_scripts/slurm.sbatch -s "launch_scripts/stage.sh /shared/imagenet.tar /local/imagenet" CONFIG --data-path /local/imagenet
 END
@@ -23,19 +23,24 @@ take_options "" "$@"; shift "$taken"
 [ $# -eq 2 ] || die "SOURCE and TARGET wanted, got $# arguments"
 source=$1 target=$2
 [ -e "$source" ] || stop "$source does not exist on $(hostname)"
+while [[ $target == ?*/ ]]; do target=${target%/}; done
 mkdir -p "$(dirname "$target")"
 
 exec 9>"$target.lock"
 flock 9
-if [ -d "$target" ]; then
+mark=$target/.complete # written last; says of what
+if [ -f "$mark" ]; then
+  [ "$(cat "$mark")" = "$source" ] || stop "$target on $(hostname) is a copy of $(cat "$mark"), not of $source; remove it, or name another TARGET"
   echo "$script: $target is complete on $(hostname)"
   exit 0
 fi
+rmdir "$target" 2>/dev/null || [ ! -e "$target" ] || stop "$target on $(hostname) is not a complete copy that this script made; remove it, or name another TARGET"
 part=$target.part # renamed when it is complete, so that a node that was cut off starts anew
 rm -rf "$part"
 mkdir "$part"
 if [ -d "$source" ]; then command=(cp -a "$source/." "$part"); else command=(tar -xf "$source" -C "$part"); fi
 say_command "${command[@]}"
 "${command[@]}"
+echo "$source" >"$part/.complete"
 mv "$part" "$target"
 echo "$script: $target is ready on $(hostname)"

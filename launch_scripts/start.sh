@@ -63,6 +63,46 @@ free_port() {
   stop "no free port for job $1: 2, 3, 4 and 5 x 10000 + $(($1 % 10000)) are all in use; set MASTER_PORT"
 }
 
+# The shell command $stage, once on each node of the job, before training.
+stage_nodes() {
+  local command status=0
+  [ -n "$stage" ] || return 0
+  command=(srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "$stage")
+  say_command "${command[@]}"
+  "${command[@]}" || status=$?
+  case $status in
+    0) return ;;
+    138 | 143) [ "$termed" = 1 ] || requeue_job "interrupted while it staged its data" ;; # by USR1, by TERM
+  esac
+  stop "staging failed"
+}
+
+# Says how the job ended and ends this script, or puts it back into the queue if the run is to be continued.
+end_job() {  # STATUS
+  echo "$script: ended with status $1 at $(date '+%F %T')"
+  if [ -f "$run/done" ]; then
+    rm -f "$run/requeues"
+  elif [ -f "$run/preempted" ] && [ "$termed" = 0 ]; then
+    requeue_job preempted
+  fi
+  exit "$1"
+}
+
+# Puts the job back into the queue, unless it has come back 5 times without a newer checkpoint.
+requeue_job() {  # WHY
+  local newest job="" count=0 before=""
+  newest=$(find "$run/checkpoints" -name 'update-*.pt' 2>/dev/null | sort -V | tail -n 1) || true
+  [ ! -f "$run/requeues" ] || read -r job count before <"$run/requeues" || true
+  if [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$newest" ]; then count=0; fi
+  if [ "$count" -ge 5 ]; then
+    stop "$1; job $SLURM_JOB_ID has come back $count times and saved nothing since ${newest:-its beginning}: it stays out of the queue. Give it more --time"
+  fi
+  echo "$SLURM_JOB_ID $((count + 1)) $newest" >"$run/requeues"
+  echo "$script: $1; job $SLURM_JOB_ID goes back into the queue and continues $run"
+  scontrol requeue "$SLURM_JOB_ID"
+  sleep 60 # until SLURM ends this script
+}
+
 # A head node whose name is unknown costs a minute (torchrun) or half an hour (srun) before anything is said.
 need_address() { getent ahosts "$1" >/dev/null || stop "the name of the head node, $1, does not resolve here; set MASTER_ADDR"; }
 

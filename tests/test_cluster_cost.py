@@ -8,7 +8,7 @@ from benchmarks.cluster_cost import Assumptions, all_reduce_seconds, buckets, co
 
 SIMPLE = Assumptions(
     parameters_m=100, gmacs=10, micro_batch=100, tflops=60, half_batch=0, gpu_gbyte_s=100, node_gbyte_s=10,
-    gpu_latency_us=0, node_latency_us=0, bucket_mb=100, first_bucket_mb=100,
+    gpu_latency_us=0, node_latency_us=0, bucket_mb=100, first_bucket_mb=100, statistics_k=0, host_latency_us=0,
 )  # fmt: skip
 
 
@@ -69,6 +69,16 @@ def test_update_is_reckoned_as_by_hand():
     assert many.images == 1600
 
 
+def test_statistics_are_waited_for_and_the_agreement_only_if_it_lasts_longer_than_an_update():
+    plain, more = (cost(replace(SIMPLE, statistics_k=s, host_latency_us=10), 16) for s in (0, 1000))
+    assert more.statistics == pytest.approx(2 * 15 / 16 * 4e6 / 10e9)
+    assert more.exposed - plain.exposed == pytest.approx(more.statistics)
+    assert plain.agreement == pytest.approx(8 * 10e-6)
+    assert plain.exposed == cost(SIMPLE, 16).exposed
+    assert cost(replace(SIMPLE, host_latency_us=1e6), 16).seconds == pytest.approx(8.0)
+    assert cost(replace(SIMPLE, host_latency_us=1e6), 1).agreement == 0
+
+
 def test_fixed_global_batch_is_divided_and_accumulated():
     fixed = replace(SIMPLE, global_batch=1024, micro_batch=128)
     assert [(c.micro_batch, c.accumulation) for c in (cost(fixed, n) for n in (1, 4, 8, 512))] == [
@@ -84,6 +94,8 @@ def test_command_prints_a_row_for_each_number_of_gpus(capsys):
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()[2:5]] == ["1", "8", "512"]
     assert "380 MB an update" in said
+    assert "BatchNorm statistics: 144 KB an update" in said
+    assert "agreement whether to stop: 8 bytes an update" in said
     with pytest.raises(SystemExit):
         main(["--tflops", "0"])
     assert "--tflops 0.0: give a positive number" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from engine import distributed
 from engine.agreement import Agreement, Wish
+from engine.checkpoint import save_state
 from engine.launcher import Place, find_place
 
 from .conftest import ROOT
@@ -78,14 +79,14 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-def launch(code, envs):
+def launch(code, envs, *more):
     """Run code in a process for each environment; return (status, output, errors) of each."""
     clean = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER"))
     }
-    argv = (sys.executable, "-c", code)
+    argv = (sys.executable, "-c", code, *more)
     pipe = subprocess.PIPE
     started = [
         subprocess.Popen(
@@ -125,6 +126,47 @@ def test_processes_that_do_not_arrive_are_named_by_all():
         assert status == 1
         assert "processes 1, 3 of 4 did not arrive at 127.0.0.1" in error
         assert "DIST.START_TIMEOUT=6 s" in error
+
+
+def test_processes_that_meet_and_cannot_connect_are_told_what_to_set():
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")]
+    ranks[1]["GLOO_SOCKET_IFNAME"] = "nonsense"
+    for (status, _, error), rank in zip(launch(MEET.format(timeout=5), ranks), (0, 1), strict=True):
+        assert status == 1
+        assert f"process {rank} of 2 met the others at 127.0.0.1" in error
+        assert "could not connect to them within DIST.START_TIMEOUT=5 s" in error
+        assert "GLOO_SOCKET_IFNAME" in error
+
+
+def test_exchanges_have_their_own_timeout_and_failures_end_a_process_at_once():
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    first, second = launch(LATE, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")])
+    assert first[:2] == (3, "True True\n"), first
+    assert second[:2] == (1, ""), second
+    assert "KeyError: 'a defect'" in second[2]
+
+
+LATE = """
+import atexit, sys, time, torch
+from engine import distributed
+p = distributed.start("cpu", 60, 2)
+def late(exchange):
+    since = time.monotonic()
+    try:
+        exchange()
+    except RuntimeError as error:
+        return distributed.is_lost_contact(error) and time.monotonic() - since < 30
+if p.rank:
+    time.sleep(6)
+else:
+    print(late(lambda: p.sum(torch.zeros(1))), late(lambda: p.largest(1)))
+atexit.register(print, "left in order")
+with distributed.ending_at_once():
+    if p.rank:
+        raise KeyError("a defect")
+    sys.exit(3)
+"""
 
 
 def test_missing_first_process_and_unknown_address_are_named(monkeypatch):
@@ -174,6 +216,48 @@ def test_wish_of_one_process_reaches_all_at_the_same_poll():
     first, second = launch(WATCH, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")])
     assert first[:2] == (0, "4 1 [0, 1, 2] 1\n"), first  # its three batches, then polls only
     assert second[:2] == (0, "4 1 [0, 1, 2] 1\n"), second
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+from engine import checkpoint, distributed
+from engine import saver
+from engine.saver import load_on_all
+p = distributed.start("cpu", 60)
+sums = []
+whole = checkpoint._seal_of
+checkpoint._seal_of = lambda *args: sums.append(1) or whole(*args)
+for name in ("whole", "damaged"):
+    try:
+        print(load_on_all(Path(sys.argv[1], name), p)["n"], len(sums))
+    except ValueError as error:
+        print(type(error).__name__, len(sums))
+print(p.on_main(lambda: p.rank))
+saver.APPEARS_S = 0.5
+try:
+    print(load_on_all(Path("absent"), p, {"n": 8} if p.main else None)["n"])
+except ValueError as error:
+    print(error)
+distributed.stop()
+"""
+
+
+ABSENT = (
+    "checkpoint absent does not exist; process 0 has read it: its folder must lie on a file system that all nodes share"
+)
+
+
+def test_checkpoint_is_verified_by_the_main_process_for_all(tmp_path):
+    for name in ("whole", "damaged"):
+        save_state(tmp_path / name, {"model": {}, "n": 7})
+    content = bytearray((tmp_path / "damaged").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "damaged").write_bytes(content)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    first, second = launch(LOAD, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")], str(tmp_path))
+    assert first[:2] == (0, "7 1\nDamagedError 2\n0\n8\n"), first
+    assert second[:2] == (0, f"7 0\nDamagedError 0\n0\n{ABSENT}\n"), second
 
 
 def test_errors_of_exchanges_are_told_from_others():

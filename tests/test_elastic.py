@@ -161,6 +161,21 @@ def test_run_continues_on_the_node_that_is_left(small_cfg, whole, tmp_path, agen
     assert_same_to_round_off(whole, run)
 
 
+@pytest.mark.slow
+def test_end_that_restarts_would_come_to_again_is_final_on_all_nodes(small_cfg, tmp_path, agents):
+    said, port = [tmp_path / "said0.txt", tmp_path / "said1.txt"], free_port()
+    started = []
+    for path in said:
+        started.append(agents("2:2", 1, port, tmp_path, path, small_cfg, "--init", "no-such-file.safetensors"))
+        wait_for(lambda: socket_is_open(port), "the meeting", 60)
+    for agent, path in zip(started, said, strict=True):
+        assert agent.wait(120) == 1, path.read_text()
+        assert path.read_text().count("no-such-file.safetensors does not exist") <= 1
+    everything = "".join(path.read_text() for path in said)
+    assert "no-such-file.safetensors does not exist" in everything
+    assert "RendezvousClosedError" in everything
+
+
 def socket_is_open(port):
     with socket.socket() as client:
         return client.connect_ex(("localhost", port)) == 0

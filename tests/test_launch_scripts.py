@@ -115,8 +115,12 @@ def test_torchrun_command_is_printed_and_is_what_runs(argv, env, expected):
 def test_elastic_command_keeps_restarts_apart_and_loses_dead_nodes_soon():
     done = run("elastic.sh", "-n", "1:4", "-a", "localhost", "-g", 2, CONFIG, PYTHON="/bin/echo")
     said = done.stdout.splitlines()[0]
-    assert said.startswith("env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 /bin/echo -m torch.distributed.run --nnodes 1:4 ")
+    environment = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 RETOKEN_MEETING=localhost:29500"
+    assert said.startswith(f"{environment} /bin/echo -m torch.distributed.run --nnodes 1:4 ")
     assert "--rdzv_id demo" in said
+    job = run("elastic.sh", "-n", "1:4", "-a", "localhost", CONFIG, PYTHON="/bin/echo", SLURM_JOB_ID=123456)
+    assert "RETOKEN_MEETING=localhost:23456" in job.stdout
+    assert "--rdzv_endpoint localhost:23456" in job.stdout
     assert "keep_alive_interval=1" in said
 
 
@@ -161,11 +165,48 @@ def test_staging_copies_once_and_starts_anew_after_a_cut(tmp_path, packed):
         shutil.make_archive(str(source), "tar", source)
     (tmp_path / "local/images.part").mkdir(parents=True)
     (tmp_path / "local/images.part/half").write_text("of a copy that was cut off")
-    first = run("stage.sh", f"{source}.tar" if packed else source, target)
+    target.mkdir()  # empty: nobody's
+    origin = f"{source}.tar" if packed else source
+    first = run("stage.sh", origin, f"{target}/")
     assert first.returncode == 0, first.stderr
-    assert [path.name for path in target.rglob("*")] == ["train", "a.jpg"]
+    assert {path.name for path in target.rglob("*")} == {"train", "a.jpg", ".complete"}
     assert (target / "train/a.jpg").read_text() == "pixels"
-    assert "is complete" in run("stage.sh", source, target).stdout
+    assert {path.name for path in target.parent.iterdir()} == {"images", "images.lock"}
+    again = run("stage.sh", origin, target)
+    assert (again.returncode, "is complete" in again.stdout) == (0, True)
+
+
+def test_staging_keeps_off_folders_that_are_not_its_copy(tmp_path):
+    source, other, target = (tmp_path / name for name in ("source", "other", "target"))
+    for folder in (source, other, target):
+        folder.mkdir()
+    (target / "mine").touch()
+    refused = run("stage.sh", source, target)
+    assert (refused.returncode, "is not a complete copy" in refused.stderr) == (1, True)
+    (target / "mine").unlink()
+    assert run("stage.sh", source, target).returncode == 0
+    refused = run("stage.sh", other, target)
+    assert (refused.returncode, f"is a copy of {source}, not of {other}" in refused.stderr) == (1, True)
+
+
+def test_job_that_comes_back_without_progress_stays_out_of_the_queue_in_the_end(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    stubs = f"run={tmp_path}; SLURM_JOB_ID=7; scontrol() {{ echo queued; }}; sleep() {{ :; }}"
+
+    def times(n, job=7):
+        one = f"(SLURM_JOB_ID={job}; requeue_job preempted 2>&1) || true"
+        return shell(f"{stubs}; for i in $(seq {n}); do {one}; done")
+
+    assert times(3).count("queued") == 3
+    (tmp_path / "checkpoints/update-00000012.pt").touch()
+    said = times(7)
+    assert said.count("queued") == 5
+    assert said.count("has come back 5 times and saved nothing since") == 2
+    assert "update-00000012.pt: it stays out of the queue" in said
+    assert times(1, job=8).count("queued") == 1  # submitted again by hand
+    (tmp_path / "done").touch()
+    shell(f"{stubs}; termed=0; end_job 0")
+    assert not (tmp_path / "requeues").exists()
 
 
 def documented(start):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from torch import nn
 import config
 import engine.loop
 from data.build import build_data
+from divergence import describe_divergence
 from engine.batchnorm import RunningStatistics
 from engine.build import build_loop, build_state
 from engine.checkpoint import load_state
@@ -162,12 +164,36 @@ def test_row_of_skipped_updates_ends_the_loop_and_reports_leave_them_out():
     good, steps = loop.criterion, []
     spoiled = {2, 4, 5, 6, 7}
     loop.criterion = lambda *args: good(*args) * (float("nan") if state.update in spoiled else 1.0)
-    with pytest.raises(DivergedError, match=r"3 updates in a row \(TRAIN.MAX_SKIPPED\).*the last one update 7"):
+    with pytest.raises(DivergedError, match=r"3 updates in a row \(TRAIN.MAX_SKIPPED=3\).*the last one update 7"):
         loop.train_epoch(state, batches(8), steps.append, lambda: None)
     assert [(s.update, s.skipped, s.skipped_in_run) for s in steps] == [(2, 0, 0), (4, 1, 1), (6, 2, 3)]
     assert torch.tensor([s.epoch_loss for s in steps]).isfinite().all()
     assert torch.tensor([s.loss for s in steps[:2]]).isfinite().all()
-    assert loop.losses[[4 % 3, 5 % 3, 6 % 3]].isnan().all()
+    assert loop.losses[[4 % 4, 5 % 4, 6 % 4]].isnan().all()
+
+
+@pytest.mark.parametrize(("bad", "row", "end"), [((4, 5, 6), 3, 7), ((4, 5, 6, 7), 4, 8)])
+def test_row_that_is_seen_an_update_late_is_told_as_it_was(monkeypatch, bad, row, end):
+    class Late:  # what Row is on CUDA
+        def __init__(self):
+            self.before = 0
+
+        def read(self, skips):
+            before, self.before = self.before, int(skips[0])
+            return before
+
+    monkeypatch.setattr(engine.loop, "Row", Late)
+    state, loop, _ = parts(1, max_skipped=3)
+    good = loop.criterion
+    loop.criterion = lambda *args: good(*args) * (float("nan") if state.update in bad else 1.0)
+    with pytest.raises(DivergedError, match=f"{row} updates in a row .*the last one update {end}") as caught:
+        loop.train_epoch(state, batches(8), lambda step: None, lambda: None)
+    assert (caught.value.row, caught.value.end, state.update) == (row, end, 8)
+    stream = SimpleNamespace(micro_batch=lambda epoch, number, j: (None, torch.tensor([number])))
+    found = describe_divergence(caught.value, state, loop, stream, ALONE)["updates"]
+    assert [(u["update"], u["micro_batches"][0]) for u in found] == [
+        (u + 1, {"loss": "nan", "indices": [u]}) for u in bad
+    ]
 
 
 def test_checkpoint_in_a_row_or_with_broken_weights_is_not_gone_back_to():
@@ -246,7 +272,7 @@ def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path,
     Poison(monkeypatch, spoils)
     assert run_here(small_cfg, tmp_path / "spoiled", "TRAIN.MAX_SKIPPED", 4, "CHECKPOINT.EVERY_UPDATES", 1) == 0
     out = capsys.readouterr().out
-    assert "4 updates in a row (TRAIN.MAX_SKIPPED)" in out
+    assert "4 updates in a row (TRAIN.MAX_SKIPPED=4)" in out
     assert "update-00000007.pt, once" in out
     assert kept == [["update-00000006.pt", "update-00000007.pt"]]  # a start from here would not take a later one
     same_state(tmp_path / "clean/small", tmp_path / "spoiled/small", "rollbacks")
@@ -282,6 +308,28 @@ def test_run_that_diverges_again_stops_and_keeps_the_good_checkpoint(
     assert not (tmp_path / "small/done").exists()
 
 
+def test_going_back_is_stored_before_training_goes_on(small_cfg, tmp_path, monkeypatch, capsys):
+    def end(*_):
+        raise KeyboardInterrupt
+
+    Poison(monkeypatch, lambda update, micro: update >= 8)
+    diverging = ("TRAIN.MAX_SKIPPED", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "open_again", end)
+        patch.setattr("divergence.write_json", no_space)  # not worth the run
+        assert run_here(small_cfg, tmp_path, *diverging) == 130
+    assert "diverged.json cannot be written (No space left on device)" in capsys.readouterr().out
+    stored = load_state(max((tmp_path / "small/checkpoints").iterdir()))
+    assert (stored["update"], stored["rollbacks"]) == (6, 1)
+    with pytest.raises(SystemExit):
+        run_here(small_cfg, tmp_path, *diverging)
+    assert "the run went back once before" in capsys.readouterr().err
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.slow
 def test_loss_of_one_process_skips_the_update_on_all(small_cfg, tmp_path, monkeypatch):
     script = tmp_path / "spoiled.py"
@@ -315,6 +363,14 @@ if __name__ == "__main__":
     for part in ("model", "ema"):
         torch.testing.assert_close(one[part], two[part], rtol=1e-3, atol=5e-6)
     assert all(int(s["step"]) == 5 for s in two["optimizer"]["state"].values())
+
+
+def test_sums_are_averaged_where_the_processes_exchange_and_stay_where_they_are():
+    state, _, _ = parts(1)  # as between two epochs: continued from a file, nothing on the device yet
+    state.sums += 3
+    assert state.mean_sums(replace(ALONE, device=torch.device("meta"))).device.type == "meta"
+    state.mean_sums(ALONE).zero_()
+    assert (state.sums.device.type, int(state.sums[0, 0])) == ("cpu", 3)
 
 
 @pytest.mark.gpu

@@ -126,26 +126,62 @@ def test_loader_workers_end_with_their_parent(small_cfg, pictures, tmp_path, end
     process.communicate()
 
 
-def test_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch):
-    now = [100.0]
-    killed = []
+def test_only_ctrl_c_counts_and_only_a_second_one_that_a_person_gave(monkeypatch):
+    now, ended = [100.0], []
     monkeypatch.setattr("engine.interruption.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("engine.interruption.os.kill", lambda pid, number: killed.append(number))
-    monkeypatch.setattr("engine.interruption.signal.signal", lambda *_: None)
+    monkeypatch.setattr("engine.interruption.os._exit", ended.append)
     interruption = Interruption()
     with pytest.raises(KeyboardInterrupt):
         interruption._receive(signal.SIGINT, None)
     assert interruption.received is None
     interruption.defer()
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         interruption._receive(number, None)
     assert interruption.received is signal.SIGTERM
-    assert killed == []  # torchrun repeats a terminal's Ctrl-C at once
+    for _ in range(2):
+        interruption._count_ctrl_c()
+    assert ended == []  # torchrun repeats a terminal's Ctrl-C at once
     now[0] += 2
-    interruption._receive(signal.SIGTERM, None)
-    assert killed == []
-    interruption._receive(signal.SIGINT, None)
-    assert killed == [signal.SIGINT]
+    interruption._count_ctrl_c()
+    assert ended == [130]
+
+
+# The main thread never comes back from C, as in an exchange with a process that is gone; a forked worker gets signals, too.
+STUCK = """
+import ctypes, os, signal, sys, time
+from engine.interruption import Interruption
+interruption = Interruption()
+interruption.listen()
+interruption.defer()
+worker = os.fork()
+if not worker:
+    while True:
+        time.sleep(1)
+lock = ctypes.create_string_buffer(128)
+print(worker, flush=True)
+for _ in range(2):
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+def test_second_ctrl_c_ends_a_process_that_hangs_in_c_and_a_second_sigterm_does_not():
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, None, signal.SIGTERM):
+            time.sleep(1.1) if number is None else process.send_signal(number)
+        for _ in range(2):  # the worker's own do not count
+            os.kill(worker, signal.SIGINT)
+            time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.kill()
+        _, error = process.communicate()
+    assert "interrupted twice: ended at once" in error
 
 
 @pytest.mark.parametrize("call", [0, 5])  # of the raw weights; of the EMA weights

@@ -213,6 +213,22 @@ def test_staging_runs_once_on_each_node_before_training(slurm, fake, tmp_path):
     assert not list(run.glob("up-*"))
 
 
+@pytest.mark.parametrize("number", ["USR1", "TERM"])
+def test_warning_while_data_are_staged_brings_the_job_back(slurm, fake, tmp_path, number):
+    python, run = fake
+    (run / "fail").touch()
+    output = tmp_path / "job.out"
+    stage = f"test -e {run}/staging-$SLURMD_NODENAME || {{ touch {run}/staging-$SLURMD_NODENAME; sleep 60; }}"
+    job = submit(slurm, output, "launch_scripts/slurm.sbatch", "-s", stage, "configs/demo.yaml", python=python)
+    wait_for(lambda: len(list(run.glob("staging-*"))) == 2, "the staging on both nodes", 30)
+    steps = () if number == "USR1" else (f"{job}.0",)  # as preemption with a grace time does
+    slurm.run("scancel", f"--signal={number}", *(steps or (job,)))
+    wait_for_end(slurm, job, output, run, "FAILED", 60)
+    assert slurm.fact(job, "Restarts") == "1"
+    assert "interrupted while it staged its data" in output.read_text()
+    assert "start 1 of" in (run / "starts-0").read_text()
+
+
 # A cluster's numbers, brought down to those of the two nodes here.
 SMALLER = {"-N": "2", "--gpus-per-node": "2", "--ntasks-per-node": "2", "--cpus-per-task": "1"}
 

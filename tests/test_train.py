@@ -139,7 +139,7 @@ def test_second_start_on_a_new_run_is_refused_before_it_writes(small_cfg, tmp_pa
     first = RunDirectory(tmp_path / "small", 2)
     first.lock()
     assert "another process trains in" in fails(lambda: train(small_cfg, tmp_path, "--seed", 7), capsys)
-    assert list((tmp_path / "small").iterdir()) == []
+    assert [path.name for path in (tmp_path / "small").iterdir()] == [".lock"]
     first.unlock()
     assert not (tmp_path / "small").exists()
 
