@@ -66,6 +66,9 @@ _C.MODEL.INIT = ""
 _C.MODEL.INIT_WEIGHTS = ""
 # BatchNorm statistics over all processes (torch.nn.SyncBatchNorm, CUDA only) instead of over each micro-batch.
 _C.MODEL.SYNC_BN = False
+# triton: the Triton kernel of the MLPs of SG-Former and STViT, CUDA only, in place of PyTorch's operations; or off. It computes
+# the same to round-off and has not been run on a GPU: measure it with benchmarks/kernels.py first.
+_C.MODEL.KERNELS = "off"
 
 _C.DATA = CfgNode()
 # Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.

@@ -12,6 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "RECIPE.MODE": ("corrected", "published"),
     "RECIPE.HEADLINE": ("raw", "ema"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
+    "MODEL.KERNELS": ("off", "triton"),
     "DATA.LOADER": ("torch", "dali", "synthetic"),
     "DATA.DALI_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),

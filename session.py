@@ -48,6 +48,7 @@ FREE = (
     "LOG",
     "MODEL.INIT",
     "MODEL.INIT_WEIGHTS",
+    "MODEL.KERNELS",
     "DISTILL.TEACHER_WEIGHTS",  # what is in the file must be the same
 )
 IMAGENET = 1_281_167, 50_000, 1000  # training images, validation images, classes

@@ -11,12 +11,13 @@ from timm.models import get_pretrained_cfg_value, model_entrypoint
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
+from models.kernels import use_kernels
 from models.weights import adapt, classifier_names, fit, load_weights
 from timeline import parse_optional
 
 
 def build_model(cfg: Any, num_classes: int) -> nn.Module:
-    """Build cfg.MODEL.NAME with its drop rates, for cfg.DATA.IMG_SIZE where the model asks for a size."""
+    """Build cfg.MODEL.NAME with its drop rates and kernels, for cfg.DATA.IMG_SIZE where the model asks for a size."""
     name = cfg.MODEL.NAME
     check_name(name)
     if cfg.TIMELINE.IMG_SIZE and takes_img_size(name) and not is_retoken(name):
@@ -33,9 +34,12 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
     if rate:
         arguments["drop_path_rate"] = rate
     try:
-        return timm.create_model(name, num_classes=num_classes, **arguments)
+        model = timm.create_model(name, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise ValueError(f"MODEL.NAME={name!r} does not take {arguments}: set to 0 what it names ({error})") from error
+    if cfg.MODEL.KERNELS == "triton":
+        _use_kernels(model, cfg.DEVICE)
+    return model
 
 
 def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
@@ -95,6 +99,17 @@ def is_retoken(name: str) -> bool:
 def takes_img_size(name: str) -> bool:
     """Say whether a model is built for an image size: ours, and those of timm whose default config fixes it."""
     return is_retoken(name) or bool(get_pretrained_cfg_value(name, "fixed_input_size"))
+
+
+def _use_kernels(model: nn.Module, device: str) -> None:
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.KERNELS=triton runs on CUDA devices; DEVICE={device} is the CPU here: set MODEL.KERNELS to off"
+        )
+    try:
+        use_kernels(model)
+    except ValueError as error:
+        raise ValueError(f"MODEL.KERNELS=triton: {error}; set it to off") from error
 
 
 def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """Layers that two or more families share. All work on (B, H, W, C) maps."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,31 @@ class ResidualDepthwiseConv(DepthwiseConv):
         itself = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight + itself, self.bias, padding=1, groups=self.groups)
         return y.permute(0, 2, 3, 1)
+
+
+class GeluDepthwiseConv(ResidualDepthwiseConv):
+    """ResidualDepthwiseConv with GELU before it, or after. (B, H, W, C) -> same.
+
+    kernel, if set (models/kernels.py), computes both at once on devices of the type kernel_device.
+    """
+
+    kernel: Callable[[Tensor, Tensor, Tensor, bool], Tensor] | None = None
+    kernel_device = "cuda"
+
+    def __init__(self, dim: int, gelu_before: bool):
+        super().__init__(dim)
+        self.gelu_before = gelu_before
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None and x.device.type == self.kernel_device:
+            assert self.bias is not None
+            return self.kernel(x, self.weight, self.bias, self.gelu_before)
+        if self.gelu_before:
+            return super().forward(F.gelu(x))
+        return F.gelu(super().forward(x))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gelu_before={self.gelu_before}, kernel={self.kernel is not None}"
 
 
 class LayerNorm(nn.LayerNorm):

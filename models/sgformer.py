@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, LayerNorm, ResidualDepthwiseConv
+from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm
 from models.published import Rule
 from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
 
@@ -29,11 +29,11 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden)
-        self.depthwise = ResidualDepthwiseConv(hidden)
+        self.depthwise = GeluDepthwiseConv(hidden, gelu_before=False)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        return self.fc2(F.gelu(self.depthwise(self.fc1(x))))
+        return self.fc2(self.depthwise(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, LayerNorm, ResidualDepthwiseConv, batch_norm
+from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, batch_norm
 from models.neighbours import neighbours, overlap_add
 from models.published import Rule
 
@@ -118,11 +118,11 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = Conv1x1(dim, hidden)
-        self.conv = ResidualDepthwiseConv(hidden)
+        self.conv = GeluDepthwiseConv(hidden, gelu_before=True)
         self.fc2 = Conv1x1(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        return self.fc2(self.conv(F.gelu(self.fc1(x))))
+        return self.fc2(self.conv(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -1,0 +1,312 @@
+"""Measure each Triton kernel against the plain form it replaces, eager and under torch.compile, all taking turns.
+
+    python benchmarks/kernels.py                         # on a GPU: the maps of the models at 224, batch 128, bfloat16
+    python benchmarks/kernels.py --tiles                 # also tries other tiles than the kernel's own
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --batch 1 --size 32 --channels 8 --rounds 1    # on a CPU: that it runs
+
+"inference" is a forward pass without gradients, "training" a forward pass and the gradients of map, weight and bias. GB/s
+counts the bytes that must move at least: the map read and written once, and for the gradients two maps read and one written.
+Their share is of what copying a large tensor reached in the same run. Before anything is timed, the kernel is compared with
+the plain form in float64. The table goes to benchmarks/results/ as Markdown and JSON. A kernel whose ratio to the compiled
+form is not above 1 must not become a default.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import models  # noqa: F401  registers the families
+from arguments import Parser
+from models.kernels import use_kernels
+from models.layers import GeluDepthwiseConv
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PASSES = {"inference": 2, "training": 5}  # over the map, at least
+STRIPS, COLUMNS, CHANNELS, WARPS = (2, 4, 8), (2, 4), (32, 64, 128), (2, 4, 8)  # what --tiles tries
+
+
+class Place(NamedTuple):
+    """One map of a model that a kernel runs on: (B, H, W, C)."""
+
+    model: str
+    stage: int
+    shape: tuple[int, int, int, int]
+    gelu_before: bool
+
+
+def places(names: Sequence[str], batch: int, size: int, channels: int) -> Iterator[Place]:
+    """Yield the hidden map of a block of each stage of each model, of at most so many channels."""
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name, img_size=size)
+        for stage, side in zip(range(4), (size // 4, size // 8, size // 16, size // 32), strict=True):
+            layers = [m for m in model.stages[stage].modules() if isinstance(m, GeluDepthwiseConv)]
+            if not layers:
+                raise ValueError(
+                    f"--models {name}: no layer of it has a Triton kernel: those of SG-Former and STViT do"
+                )
+            yield Place(name, stage, (batch, side, side, min(channels, layers[0].in_channels)), layers[0].gelu_before)
+
+
+class Subject:
+    """A place with data: the calls that are timed, by contender."""
+
+    def __init__(self, place: Place, dtype: torch.dtype, device: torch.device, compiled: bool):
+        torch.manual_seed(0)
+        self.place, self.device = place, device
+        self.x = torch.randn(place.shape, device=device, dtype=dtype).requires_grad_()
+        self.gradient = torch.randn(place.shape, device=device, dtype=dtype)
+        self.plain = GeluDepthwiseConv(place.shape[3], place.gelu_before).to(device, dtype)
+        self.kernel = GeluDepthwiseConv(place.shape[3], place.gelu_before).to(device, dtype)
+        self.kernel.load_state_dict(self.plain.state_dict())
+        use_kernels(self.kernel)
+        self.layers: dict[str, Callable[[Tensor], Tensor]] = {"eager": self.plain, "kernel": self.kernel}
+        if compiled:
+            torch._dynamo.reset()
+            self.layers["compiled"] = torch.compile(self.plain, fullgraph=True, dynamic=False)
+
+    def call(self, contender: str, what: str) -> Callable[[], Any]:
+        """Return what to time."""
+        layer, x, parameters = self.layers[contender], self.x, list(self.plain.parameters())
+        if contender == "kernel":
+            parameters = list(self.kernel.parameters())
+
+        def inference() -> None:
+            with torch.no_grad():
+                layer(x)
+
+        def training() -> None:
+            torch.autograd.grad(layer(x), (x, *parameters), self.gradient)
+
+        return inference if what == "inference" else training
+
+    def difference(self) -> float:
+        """Return the largest relative difference of the kernel's output and gradients from float64, on two images."""
+        found = []
+        for layer, dtype in ((self.kernel, self.x.dtype), (self.plain.double(), torch.float64)):
+            x = self.x.detach()[:2].to(dtype).requires_grad_()
+            y = layer(x)
+            found.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), self.gradient[:2].to(dtype))))
+        self.plain.to(self.x.dtype)
+        return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+
+
+def seconds(call: Callable[[], Any], device: torch.device, span: float) -> float:
+    """Return the median time of a call over about `span` seconds; on a GPU with the second-level cache flushed."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=int(200 * span), rep=int(1000 * span), return_mode="median")) / 1e3
+    times: list[float] = []
+    while sum(times) < span:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def bandwidth(device: torch.device, span: float) -> float:
+    """Return the bytes per second that copying a tensor of 1 GiB (on a CPU 64 MiB) reads and writes."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, span)
+
+
+def measure(subject: Subject, rounds: int, span: float) -> list[dict[str, Any]]:
+    """Return a row for inference and one for training: seconds of each contender by round."""
+    rows = []
+    difference = subject.difference()
+    for what in PASSES:
+        times: dict[str, list[float]] = {name: [] for name in subject.layers}
+        for _ in range(rounds):
+            for name in times:
+                times[name].append(seconds(subject.call(name, what), subject.device, span))
+        rows.append({**subject.place._asdict(), "what": what, "difference": difference, "seconds": times})
+    return rows
+
+
+def judge(row: dict[str, Any], itemsize: int, peak: float) -> dict[str, Any]:
+    """Add to a row: medians, GB/s, share, and the ratio of the best plain form to the kernel, by round."""
+    times = row["seconds"]
+    against = times.get("compiled", times["eager"])
+    ratios = [other / own for other, own in zip(against, times["kernel"], strict=True)]
+    count = PASSES[row["what"]] * itemsize
+    for size in row["shape"]:
+        count *= size
+    rate = count / statistics.median(times["kernel"])
+    return {
+        **row,
+        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "gigabytes_per_second": rate / 1e9,
+        "share": rate / peak,
+    }
+
+
+def try_tiles(subject: Subject, span: float) -> Iterator[dict[str, Any]]:
+    """Yield the milliseconds of every tile, the forward one in inference, the backward one in training."""
+    from models import depthwise_kernel
+
+    kept = depthwise_kernel.FORWARD, depthwise_kernel.BACKWARD
+    for what, name in (("inference", "FORWARD"), ("training", "BACKWARD")):
+        for tile in (
+            depthwise_kernel.Tile(s, c, n, w)
+            for s in STRIPS
+            for c in COLUMNS
+            for n in CHANNELS
+            for w in WARPS
+            if 2 <= s * n / (32 * w) <= 4  # elements of a thread
+        ):
+            setattr(depthwise_kernel, name, tile)
+            time_of = 1e3 * seconds(subject.call("kernel", what), subject.device, span)
+            place = {"model": subject.place.model, "stage": subject.place.stage, "what": what}
+            yield {**place, "tile": tile._asdict(), "milliseconds": time_of}
+        depthwise_kernel.FORWARD, depthwise_kernel.BACKWARD = kept
+
+
+HEADER = (
+    *("model", "stage", "map", "GELU", "", "eager ms", "compiled ms", "kernel ms", "ratio to compiled"),
+    *("lowest .. highest", "GB/s", "share", "difference"),
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a row as text."""
+    compiled = row["milliseconds"].get("compiled")
+    return [
+        row["model"],
+        str(row["stage"]),
+        "×".join(map(str, row["shape"])),
+        "before" if row["gelu_before"] else "after",
+        row["what"],
+        f"{row['milliseconds']['eager']:.3f}",
+        f"{compiled:.3f}" if compiled else "not run",
+        f"{row['milliseconds']['kernel']:.3f}",
+        f"{row['ratio']:.2f}" if compiled else f"{row['ratio']:.2f} (eager)",
+        f"{row['ratio_lowest']:.2f} .. {row['ratio_highest']:.2f}",
+        f"{row['gigabytes_per_second']:.1f}",
+        f"{100 * row['share']:.0f} %",
+        f"{row['difference']:.1e}",
+    ]
+
+
+def best_tiles(tried: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each map: the three fastest tiles."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in tried:
+        groups.setdefault((row["model"], row["stage"], row["what"]), []).append(row)
+    lines = []
+    for (model, stage, what), rows in groups.items():
+        fastest = sorted(rows, key=lambda row: row["milliseconds"])[:3]
+        said = ", ".join(f"{tuple(row['tile'].values())} {row['milliseconds']:.3f} ms" for row in fastest)
+        lines.append(f"{model} stage {stage} {what}: {said}")
+    return lines
+
+
+def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
+    """Write the result as JSON and Markdown."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows, "tiles": tried}, indent=2) + "\n")
+    lines = [f"# Kernels, {facts['date']}, {facts['hardware']}", "", f"    {facts['command']}", ""]
+    lines += [f"{key}: {value}. " for key, value in facts.items() if key not in ("date", "hardware", "command")]
+    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    if tried:
+        lines += ["", "Fastest tiles (strips, columns, channels, warps):", ""]
+        lines += [f"- {line}" for line in best_tiles(tried)]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def gather_facts(argv: Sequence[str], rounds: int, peak: float) -> dict[str, Any]:
+    """Return what a reader must know to judge the numbers."""
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    import triton
+
+    from models.depthwise_kernel import BACKWARD, FORWARD, INTERPRETED
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {
+        "date": time.strftime("%Y-%m"),
+        "hardware": gpu + (", Triton's interpreter: no measure of the kernel" if INTERPRETED else ""),
+        "command": " ".join(["python benchmarks/kernels.py", *argv]),
+        "commit": commit.stdout.strip(),
+        "versions": f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}",
+        "copying reaches": f"{peak / 1e9:.0f} GB/s",
+        "tiles (strips, columns, channels, warps)": f"forward {tuple(FORWARD)}, backward {tuple(BACKWARD)}",
+        "n": f"{rounds} rounds, contenders in turn, each the median over its time",
+    }
+
+
+def parse(argv: Sequence[str] | None) -> Any:
+    """Parse the command line."""
+    parser = Parser("Measure the Triton kernels against the plain forms.")
+    parser.add_argument("--models", default="stvit_small,sgformer_small", help="names, joined by commas")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
+    parser.add_argument("--channels", type=int, default=2**30, help="leave out those beyond (default none)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--span", type=float, default=0.1, help="seconds a contender and round (default 0.1)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--tiles", action="store_true", help="also try other tiles")
+    parser.add_argument(
+        "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-kernels)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    args = parse(argv)
+    say = Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        use_kernels(GeluDepthwiseConv(1, True))
+        from models.depthwise_kernel import DEVICE
+
+        if device.type != DEVICE:
+            raise ValueError("there is no CUDA device; on a CPU set TRITON_INTERPRET=1 and see that it runs")
+        subjects = list(places(args.models.split(","), args.batch, args.size, args.channels))
+    except ValueError as error:
+        say.print(f"error: {error}", style="red", markup=False)
+        return 2
+    peak = bandwidth(device, args.span)
+    rows, tried = [], []
+    for place in subjects:
+        subject = Subject(place, DTYPES[args.dtype], device, not args.no_compile)
+        rows += [judge(row, subject.x.itemsize, peak) for row in measure(subject, args.rounds, args.span)]
+        if args.tiles:
+            tried += list(try_tiles(subject, args.span))
+    table = Table(*HEADER)
+    for row in rows:
+        table.add_row(*cells(row))
+    say.print(table)
+    for line in best_tiles(tried):
+        say.print(line)
+    facts = gather_facts(sys.argv[1:] if argv is None else argv, args.rounds, peak)
+    out = args.out or RESULTS / f"{facts['date']}-kernels"
+    write(rows, tried, facts, out)
+    say.print(f"written to {out.with_suffix('.md')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
