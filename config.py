@@ -155,6 +155,9 @@ _C.TRAIN.BENCHMARK = True
 _C.OPTIM = CfgNode()
 # Name in timm's optimiser factory ("sgd" is Nesterov's, "momentum" the plain one).
 _C.OPTIM.NAME = "adamw"
+# How it computes: fused (one kernel), foreach (few), for-loop (several a weight), apex (NVIDIA's adamw, adam, lamb), or auto:
+# fused where torch has it, else the optimiser's own choice.
+_C.OPTIM.BACKEND = "auto"
 # Peak learning rate, for a global batch of SCALE_BATCH; 0 there takes LR as it is.
 _C.OPTIM.LR = 1e-3
 _C.OPTIM.SCALE_BATCH = 0

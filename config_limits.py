@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         *("adamw", "adam", "nadam", "nadamw", "radam", "adabelief", "adan", "adopt", "lamb", "lion"),
         *("sgd", "momentum", "rmsproptf", "madgrad", "adafactor", "muon"),
     ),
+    "OPTIM.BACKEND": ("auto", "fused", "foreach", "for-loop", "apex"),
     "SCHEDULE.NAME": ("cosine", "tanh", "poly", "step", "multistep", "constant"),
     "SCHEDULE.UNIT": ("update", "epoch"),
     "DISTILL.TYPE": ("none", "soft", "hard"),

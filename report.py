@@ -14,6 +14,7 @@ import config
 from data.build import Data
 from engine.build import build_optimizer, optimizer_takes
 from engine.memory import Memory, estimate, gib
+from engine.optimizer import backend_of, skips_on_device
 from engine.plan import divisors
 from engine.precision import Precision
 from engine.state import TrainState
@@ -54,6 +55,7 @@ def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Me
     plain = cfg.clone()
     plain.defrost()
     plain.OPTIM.LAYER_DECAY = 1.0
+    plain.OPTIM.BACKEND = "auto"  # all keep the same
     return estimate(
         state.model, lambda layer: build_optimizer(plain, layer), bool(state.ema), images, precision.autocast
     )
@@ -154,6 +156,8 @@ def _optimiser(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Iterator[Line]
     yield "optimiser", f"{optim.NAME}, learning rate {groups[-1]['initial_lr']:.4g}{factor}; {clip}"
     settings = {key: groups[0][key] for key in ("betas", "eps", "momentum") if key in groups[0]}
     yield "", ", ".join(f"{key} {value}" for key, value in settings.items()) or "no other settings"
+    waits = "" if skips_on_device(optimizer) else "; the host reads whether an update is finite, on CUDA a wait each"
+    yield "", f"backend {backend_of(optimizer)}{waits}"
     for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
         found = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
         yield "", f"weight decay {decay:g}: {len(found)} tensors, {sum(p.numel() for p in found):,} parameters"

@@ -35,6 +35,7 @@ FREE = (
     "DEVICE",
     "RECIPE.HEADLINE",
     "TRAIN.BENCHMARK",
+    "OPTIM.BACKEND",
     "DATA.CLASS_INDEX",  # what it orders must be the same
     "DATA.PATH",
     "DATA.VAL_LABELS",

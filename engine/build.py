@@ -14,14 +14,16 @@ from timm.optim import (
     param_groups_weight_decay,
 )
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
+from engine.apex import apex_optimizer
 from engine.distill import DistillationLoss, Teacher
 from engine.distributed import Processes
+from engine.ema import AveragedModel
 from engine.loop import Loop
+from engine.optimizer import backend_settings, settle
 from engine.plan import Plan, scaled_lr
 from engine.precision import Precision
 from engine.schedule import LearningRate, Schedule, drop_path_setter
@@ -54,10 +56,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         settings["eps"] = optim.EPS
     if "OPTIM.MOMENTUM" in takes:
         settings["momentum"] = optim.MOMENTUM
-    if optim.NAME in ("adam", "adamw") and next(model.parameters()).is_cuda:
-        settings["fused"] = True
     lr = scaled_lr(optim.LR, cfg.TRAIN.GLOBAL_BATCH, optim.SCALE_BATCH)
-    return create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings)
+    device = next(model.parameters()).device
+    if optim.BACKEND == "apex":
+        if device.type != "cuda":
+            raise ValueError(f"OPTIM.BACKEND=apex runs on CUDA only, this run is on {device.type}; set it to auto")
+        return apex_optimizer(optim.NAME, groups, lr, **settings)
+    settings |= backend_settings(optim.NAME, optim.BACKEND, device)
+    return settle(create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings))
 
 
 def optimizer_takes(name: str) -> list[str]:
@@ -99,7 +105,7 @@ def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Pl
 
 
 def build_schedule(
-    cfg: CfgNode, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, plan: Plan
+    cfg: CfgNode, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer, plan: Plan
 ) -> Schedule:
     """Return all that the position decides: learning rate, drop path, EMA decay."""
     drop_path = parse_optional(cfg.TIMELINE.DROP_PATH_RATE, "TIMELINE.DROP_PATH_RATE")
@@ -110,7 +116,7 @@ def build_schedule(
 
 def build_state(cfg: CfgNode, model: nn.Module, plan: Plan, precision: Precision) -> TrainState:
     """Return the state of a run that has not begun."""
-    ema = ModelEmaV3(model, decay=cfg.EMA.DECAY) if cfg.EMA.DECAY else None
+    ema = AveragedModel(model, cfg.EMA.DECAY) if cfg.EMA.DECAY else None
     optimizer = build_optimizer(cfg, model)
     schedule = build_schedule(cfg, model, ema, optimizer, plan)
     return TrainState(model, ema, optimizer, schedule, precision.scaler, plan)

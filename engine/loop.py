@@ -16,7 +16,7 @@ from engine.distributed import Processes
 from engine.plan import Plan
 from engine.precision import Precision
 from engine.randomness import seed_process
-from engine.safety import DivergedError, Row, average_if, count, seed_of, step_if
+from engine.safety import DivergedError, Row, count, seed_of, step_if
 from engine.state import TrainState
 
 
@@ -131,7 +131,7 @@ class Loop:
         state.sums += torch.stack([loss, finite, norm, ok, torch.ones_like(norm), skipped])
         statistics.end(ok)
         if state.ema:
-            average_if(ok, state.ema, state.model)
+            state.ema.move_if(ok, state.model)
         state.update += 1
         return waited
 
