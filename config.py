@@ -149,6 +149,9 @@ _C.TRAIN.CLIP_GRAD = 0.0
 _C.TRAIN.MAX_SKIPPED = 10
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
 _C.TRAIN.AMP = "bf16"
+# The first blocks of the model that run again in the backward pass instead of keeping activations (less memory, more time);
+# -1 is all of them, the only number besides 0 for timm's models.
+_C.TRAIN.CHECKPOINT_BLOCKS = 0
 # cuDNN may try algorithms and take the fastest; false asks it for deterministic ones.
 _C.TRAIN.BENCHMARK = True
 
@@ -251,6 +254,12 @@ _C.DIST = CfgNode()
 _C.DIST.START_TIMEOUT = 300.0
 # Seconds after which an exchange between processes fails: a process is gone, or does something else than the others.
 _C.DIST.TIMEOUT = 1800.0
+# Gradients travel in buckets of this many MiB, each as soon as it is complete.
+_C.DIST.BUCKET_MB = 25.0
+# Format in which gradients travel: none (their own), bf16 or fp16: half the bytes, rounded gradients.
+_C.DIST.COMPRESS = "none"
+# Tell DistributedDataParallel that every update uses the same weights in the same order: it need not look which are unused.
+_C.DIST.STATIC_GRAPH = False
 
 _C.LOG = CfgNode()
 # A line and a metrics.jsonl row every so many updates.

@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "OPTIM.BACKEND": ("auto", "fused", "foreach", "for-loop", "apex"),
     "SCHEDULE.NAME": ("cosine", "tanh", "poly", "step", "multistep", "constant"),
     "SCHEDULE.UNIT": ("update", "epoch"),
+    "DIST.COMPRESS": ("none", "bf16", "fp16"),
     "DISTILL.TYPE": ("none", "soft", "hard"),
 }
 
@@ -64,6 +65,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "TRAIN.SEED": (0, 2**63 - 1),
     "TRAIN.CLIP_GRAD": (0, 1e9),
     "TRAIN.MAX_SKIPPED": (1, 1e4),
+    "TRAIN.CHECKPOINT_BLOCKS": (-1, 1e4),
     "OPTIM.LR": (0, 1e3),
     "OPTIM.SCALE_BATCH": (0, 1e9),
     "OPTIM.BETAS": (0, 0.999999999),
@@ -91,6 +93,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "CHECKPOINT.MAX_FAILURES": (1, 1e6),
     "DIST.START_TIMEOUT": (1, 1e6),
     "DIST.TIMEOUT": (1, 1e6),
+    "DIST.BUCKET_MB": (0.01, 1e4),
     "LOG.EVERY": (1, 1e9),
 }
 

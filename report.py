@@ -66,6 +66,10 @@ def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     if cfg.MODEL.SYNC_BN and not cfg.TRAIN.EVAL_MODE and (world == 1 or not has_batch_norm):
         yield f"MODEL.SYNC_BN: {'there is one process' if has_batch_norm else 'the model has no BatchNorm'}"
+    if world == 1:
+        for key in ("DIST.BUCKET_MB", "DIST.COMPRESS", "DIST.STATIC_GRAPH"):
+            if (value := config.get(cfg, key)) != config.get(config.defaults(), key):
+                yield f"{key} {value}: there is one process"
     if cfg.TRAIN.EVAL_MODE:
         for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TIMELINE.DROP_PATH_RATE", "MODEL.SYNC_BN"):
             if value := config.get(cfg, key):
@@ -136,6 +140,9 @@ def _model(cfg: CfgNode, model: nn.Module) -> Iterator[Line]:
     drop_path = _over_time(cfg, "DROP_PATH_RATE", cfg.MODEL.DROP_PATH_RATE)
     mode = ", trained in evaluation mode" if cfg.TRAIN.EVAL_MODE else ""
     yield "model", f"{cfg.MODEL.NAME}, {parameters:,} parameters, drop path {drop_path}{mode}"
+    if count := cfg.TRAIN.CHECKPOINT_BLOCKS:
+        which = "all blocks" if count < 0 else f"the first {count} blocks"
+        yield "", f"gradient checkpointing: {which} run again in the backward pass"
 
 
 def _length(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
@@ -143,6 +150,10 @@ def _length(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
     division = f"{plan.micro_batch} images x {plan.world} processes x {plan.accumulation} accumulation"
     worlds = ", ".join(map(str, divisors(plan.global_batch // plan.micro_batch)))
     yield "batch", f"{plan.global_batch} = {division}; also on {worlds} processes"
+    if plan.world > 1:
+        form = "in float32" if cfg.DIST.COMPRESS == "none" else f"rounded to {cfg.DIST.COMPRESS}"
+        static = ", static graph" if cfg.DIST.STATIC_GRAPH else ""
+        yield "exchange", f"gradients once an update, {form}, in buckets of {cfg.DIST.BUCKET_MB:g} MiB{static}"
     epochs = f"{cfg.TRAIN.EPOCHS} + {cooldown} cooldown epochs" if cooldown else f"{cfg.TRAIN.EPOCHS} epochs"
     images = plan.updates * plan.global_batch
     yield "length", f"{epochs} of {plan.updates_per_epoch:,} updates = {plan.updates:,} updates, {images:,} images"

@@ -24,7 +24,7 @@ from engine.randomness import seed_process
 from engine.run import RunDirectory, this_start
 from engine.saver import Saver
 from engine.state import TrainState
-from models.build import build_model
+from models.build import build_model, checkpoint_blocks
 from resume import check_same_run, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
@@ -35,6 +35,7 @@ FREE = (
     "DEVICE",
     "RECIPE.HEADLINE",
     "TRAIN.BENCHMARK",
+    "TRAIN.CHECKPOINT_BLOCKS",
     "OPTIM.BACKEND",
     "DATA.CLASS_INDEX",  # what it orders must be the same
     "DATA.PATH",
@@ -45,7 +46,10 @@ FREE = (
     "EVAL.BATCH",
     "TRAIN.MAX_SKIPPED",
     "CHECKPOINT",
-    "DIST",
+    "DIST.START_TIMEOUT",
+    "DIST.TIMEOUT",
+    "DIST.BUCKET_MB",
+    "DIST.STATIC_GRAPH",
     "LOG",
     "MODEL.INIT",
     "MODEL.INIT_WEIGHTS",
@@ -123,10 +127,11 @@ def build(
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     seed_process(cfg.TRAIN.SEED)
     model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
+    checkpoint_blocks(model, cfg.TRAIN.CHECKPOINT_BLOCKS)
     state = build_state(cfg, model, plan, precision)
     restore(cfg, args, saver, state, data, processes)
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
-    loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
+    loop = build_loop(cfg, wrap_model(model, processes, cfg), data.stage.train, precision, processes, teacher)
     agreement = Agreement(processes, lambda: wish(saver, interrupted()))
     session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
     if writes and not state.complete:

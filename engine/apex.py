@@ -60,7 +60,8 @@ def _adam(base: Any, name: str) -> Any:
     class Adam(base):
         """apex's FusedAdam, `capturable`: rate, step counter and verdict lie on the device, and nothing waits.
 
-        The groups' rates stay plain numbers, as schedules and checkpoints have them. State is stored as torch's Adam does.
+        The groups' rates stay plain numbers, as schedules and checkpoints have them. The counter is our own, one for all
+        groups: apex counts some skipped updates. State is stored as torch's Adam does.
         """
 
         stored_as = name
@@ -70,6 +71,7 @@ def _adam(base: Any, name: str) -> Any:
             self._rates = [group["lr"] for group in self.param_groups]
             for group in self.param_groups:
                 group["lr"] = lr
+            self._done = torch.zeros_like(self._dummy_overflow_buf)
 
         def zero_grad(self, set_to_none: bool = True) -> None:
             torch.optim.Optimizer.zero_grad(self, set_to_none)
@@ -79,41 +81,28 @@ def _adam(base: Any, name: str) -> Any:
             """Update the weights, unless `found_inf` is set and not 0 (engine/safety.py)."""
             numbers = [group["lr"] for group in self.param_groups]
             found_inf = getattr(self, "found_inf", None)
+            self._dummy_overflow_buf.zero_()
             for group, rate in zip(self.param_groups, self._rates, strict=True):
-                group["lr"] = rate.fill_(group["lr"])
+                group["lr"], group["step"] = rate.fill_(group["lr"]), self._done.clone()
             try:
                 super().step(grad_scaler=None if found_inf is None else _Verdict(found_inf))
             finally:
                 for group, number in zip(self.param_groups, numbers, strict=True):
                     group["lr"] = number
+                    del group["step"]
+            self._done += 1 if found_inf is None else found_inf == 0
 
         def state_dict(self) -> dict[str, Any]:
             packed = super().state_dict()
-            # It counts an update when the next one begins, if it was not skipped.
-            skipped = (self._dummy_overflow_buf == 1).to(torch.float32).reshape(())
-            steps = [group.get("step") for group in packed["param_groups"]]
-            groups = [{k: v for k, v in group.items() if k != "step"} for group in packed["param_groups"]]
-            state = dict(packed["state"])
-            for group, step in zip(groups, steps, strict=True):
-                for index in group["params"]:
-                    if index in state and step is not None:
-                        state[index] = {**state[index], "step": step.to(torch.float32).reshape(()) - skipped}
-            return {"state": state, "param_groups": groups}
+            step = self._done.to(torch.float32).reshape(())
+            return {**packed, "state": {i: {**entry, "step": step.clone()} for i, entry in packed["state"].items()}}
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
             state = {
-                index: {k: v for k, v in entry.items() if k in ("exp_avg", "exp_avg_sq")}
-                for index, entry in state_dict["state"].items()
+                i: {key: entry[key] for key in ("exp_avg", "exp_avg_sq")} for i, entry in state_dict["state"].items()
             }
-            groups = [dict(group) for group in state_dict["param_groups"]]
-            super().load_state_dict({"state": state, "param_groups": groups})
-            self._dummy_overflow_buf.zero_()
-            for stored, group in zip(groups, self.param_groups, strict=True):
-                group.pop("step", None)
-                steps = [state_dict["state"][i]["step"] for i in stored["params"] if i in state_dict["state"]]
-                if steps:
-                    done = torch.stack([torch.as_tensor(step).cpu() for step in steps]).max()
-                    group["step"] = done.to(torch.int).reshape(1).to(group["params"][0].device)
+            super().load_state_dict({**state_dict, "state": state})
+            self._done.fill_(max((int(entry["step"]) for entry in state_dict["state"].values()), default=0))
 
     Adam.__module__ = __name__
     return Adam

@@ -15,6 +15,7 @@ from timm.optim import (
 )
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
@@ -24,11 +25,13 @@ from engine.distributed import Processes
 from engine.ema import AveragedModel
 from engine.loop import Loop
 from engine.optimizer import backend_settings, settle
-from engine.plan import Plan, scaled_lr
+from engine.plan import Plan, accumulation, scaled_lr
 from engine.precision import Precision
 from engine.schedule import LearningRate, Schedule, drop_path_setter
 from engine.state import TrainState
 from timeline import parse_optional
+
+HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # of DIST.COMPRESS
 
 
 def build_plan(cfg: CfgNode, processes: Processes, updates_per_epoch: int) -> Plan:
@@ -122,8 +125,11 @@ def build_state(cfg: CfgNode, model: nn.Module, plan: Plan, precision: Precision
     return TrainState(model, ema, optimizer, schedule, precision.scaler, plan)
 
 
-def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
-    """Return the model that exchanges gradients between processes, or the model itself for one process."""
+def wrap_model(model: nn.Module, processes: Processes, cfg: CfgNode | None = None) -> nn.Module:
+    """Return the model that exchanges gradients between processes, or the model itself for one process.
+
+    Without a config gradients travel in torch's buckets and in their own format.
+    """
     if processes.world == 1:
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -131,7 +137,21 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     named = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.15
     settings: dict[str, Any] = {buffers: False}
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **settings)
+    if cfg is not None:
+        times = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
+        if cfg.DIST.STATIC_GRAPH and times > 1:  # torch 2.15 fails on a first pass that exchanges nothing
+            raise ValueError(
+                f"DIST.STATIC_GRAPH=true does not go with accumulation {times}; set it to false, or TRAIN.MICRO_BATCH to "
+                f"{cfg.TRAIN.MICRO_BATCH * times}"
+            )
+        settings |= {"bucket_cap_mb": cfg.DIST.BUCKET_MB, "static_graph": cfg.DIST.STATIC_GRAPH}
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **settings)
+    if cfg is not None and cfg.DIST.COMPRESS != "none":
+        try:
+            wrapped.register_comm_hook(None, HOOKS[cfg.DIST.COMPRESS])
+        except TypeError as error:
+            raise ValueError(f"DIST.COMPRESS={cfg.DIST.COMPRESS}: {error}; set it to fp16 or none") from error
+    return wrapped
 
 
 def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool = False) -> nn.Module:

@@ -115,7 +115,8 @@ class Loop:
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():
                     loss = self.criterion(self.model(images), targets, images) / plan.accumulation
-                state.scaler.scale(loss).backward(seed_of(loss))
+                with statistics.backward():
+                    state.scaler.scale(loss).backward(seed_of(loss))
             statistics.after_micro_batch()
             loss_sum += loss.detach()
             self._losses(plan)[state.update % self.max_skipped, micro] = loss.detach() * plan.accumulation

@@ -106,6 +106,7 @@ def test_nothing_is_inert_by_default():
         (("MODEL.SYNC_BN", "true"), "MODEL.SYNC_BN: there is one process"),
         (("TRAIN.EVAL_MODE", "true", "MODEL.DROP_PATH_RATE", "0.1"), "MODEL.DROP_PATH_RATE 0.1: TRAIN.EVAL_MODE keeps"),
         (("OPTIM.NAME", "sgd", "OPTIM.EPS", "1e-6"), "OPTIM.EPS 1e-06: OPTIM.NAME sgd has none"),
+        (("DIST.COMPRESS", "bf16"), "DIST.COMPRESS bf16: there is one process"),
         (("OPTIM.MOMENTUM", "0.8"), "OPTIM.MOMENTUM 0.8: OPTIM.NAME adamw has none"),
         (("SCHEDULE.NAME", "step", "SCHEDULE.MIN_LR", "0.0001"), "SCHEDULE.MIN_LR 0.0001: SCHEDULE.NAME step"),
         (("AUG.MIX_PROB", "0", "AUG.MIXUP", "0.5"), "AUG.MIXUP 0.5: AUG.MIX_PROB is 0"),
