@@ -66,6 +66,8 @@ _C.MODEL.INIT = ""
 _C.MODEL.INIT_WEIGHTS = ""
 # BatchNorm statistics over all processes (torch.nn.SyncBatchNorm, CUDA only) instead of over each micro-batch.
 _C.MODEL.SYNC_BN = False
+# What computes LayerNorm: torch, or apex (NVIDIA's FusedLayerNorm, in float32 as well).
+_C.MODEL.NORM_BACKEND = "torch"
 
 _C.DATA = CfgNode()
 # Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.
@@ -149,6 +151,9 @@ _C.TRAIN.CLIP_GRAD = 0.0
 _C.TRAIN.MAX_SKIPPED = 10
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
 _C.TRAIN.AMP = "bf16"
+# torch.compile of the model, in training and evaluation: off, default, max-autotune (tries kernels, takes longer to compile)
+# or reduce-overhead (default with CUDA graphs; CUDA only, without accumulation and EVAL.FLIP).
+_C.TRAIN.COMPILE = "off"
 # The first blocks of the model that run again in the backward pass instead of keeping activations (less memory, more time);
 # -1 is all of them, the only number besides 0 for timm's models.
 _C.TRAIN.CHECKPOINT_BLOCKS = 0

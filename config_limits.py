@@ -12,6 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "RECIPE.MODE": ("corrected", "published"),
     "RECIPE.HEADLINE": ("raw", "ema"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
+    "MODEL.NORM_BACKEND": ("torch", "apex"),
     "DATA.LOADER": ("torch", "dali", "synthetic"),
     "DATA.DALI_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
@@ -20,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "AUG.ORDER": ("erase_then_mix", "mix_then_erase"),
     "EVAL.MODE": ("center", "squash", "border"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
+    "TRAIN.COMPILE": ("off", "default", "max-autotune", "reduce-overhead"),
     "OPTIM.NAME": (
         *("adamw", "adam", "nadam", "nadamw", "radam", "adabelief", "adan", "adopt", "lamb", "lion"),
         *("sgd", "momentum", "rmsproptf", "madgrad", "adafactor", "muon"),
@@ -172,6 +174,11 @@ def validate(cfg: CfgNode) -> None:
         raise ValueError(f"SCHEDULE.MILESTONES must rise, got {cfg.SCHEDULE.MILESTONES}")
     if cfg.RECIPE.HEADLINE == "ema" and not cfg.EMA.DECAY:
         raise ValueError("RECIPE.HEADLINE=ema but EMA.DECAY=0 keeps no averaged weights; set EMA.DECAY or HEADLINE raw")
+    if cfg.TRAIN.COMPILE == "reduce-overhead" and cfg.EVAL.FLIP:
+        raise ValueError(
+            "TRAIN.COMPILE=reduce-overhead does not go with EVAL.FLIP: the mirror image's logits would take the place of the "
+            "image's; set COMPILE to default or FLIP to false"
+        )
     _validate_timelines(cfg)
     _validate_distillation(cfg)
     if cfg.MODEL.NUM_CLASSES and cfg.DATA.LOADER == "synthetic" and cfg.MODEL.NUM_CLASSES != cfg.DATA.SYNTHETIC_CLASSES:

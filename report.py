@@ -140,6 +140,10 @@ def _model(cfg: CfgNode, model: nn.Module) -> Iterator[Line]:
     drop_path = _over_time(cfg, "DROP_PATH_RATE", cfg.MODEL.DROP_PATH_RATE)
     mode = ", trained in evaluation mode" if cfg.TRAIN.EVAL_MODE else ""
     yield "model", f"{cfg.MODEL.NAME}, {parameters:,} parameters, drop path {drop_path}{mode}"
+    if cfg.MODEL.NORM_BACKEND != "torch":
+        yield "", f"LayerNorm by {cfg.MODEL.NORM_BACKEND}"
+    if cfg.TRAIN.COMPILE != "off":
+        yield "", f"torch.compile {cfg.TRAIN.COMPILE}, once for each size of batch and image"
     if count := cfg.TRAIN.CHECKPOINT_BLOCKS:
         which = "all blocks" if count < 0 else f"the first {count} blocks"
         yield "", f"gradient checkpointing: {which} run again in the backward pass"

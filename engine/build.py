@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from engine.apex import apex_optimizer
+from engine.compilation import Compilation, vary_drop_path
 from engine.distill import DistillationLoss, Teacher
 from engine.distributed import Processes
 from engine.ema import AveragedModel
@@ -152,6 +153,27 @@ def wrap_model(model: nn.Module, processes: Processes, cfg: CfgNode | None = Non
         except TypeError as error:
             raise ValueError(f"DIST.COMPRESS={cfg.DIST.COMPRESS}: {error}; set it to fp16 or none") from error
     return wrapped
+
+
+def build_compilation(cfg: CfgNode, model: nn.Module, processes: Processes) -> Compilation | None:
+    """Return what compiles the run's models, or None; before the state is built: drop path may have to be exchanged."""
+    mode = cfg.TRAIN.COMPILE
+    if mode == "off":
+        return None
+    if mode == "reduce-overhead":
+        times = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
+        if processes.device.type != "cuda":
+            raise ValueError("TRAIN.COMPILE=reduce-overhead records CUDA graphs; set it to default on the CPU")
+        if times > 1:  # the first micro-batch's gradients lie in the memory of the graph, which the second replays
+            raise ValueError(
+                f"TRAIN.COMPILE=reduce-overhead does not go with accumulation {times}; set it to default, or TRAIN.MICRO_BATCH "
+                f"to {cfg.TRAIN.MICRO_BATCH * times}"
+            )
+    if cfg.TIMELINE.DROP_PATH_RATE:
+        vary_drop_path(model)
+    sizes = parse_optional(cfg.TIMELINE.IMG_SIZE, "TIMELINE.IMG_SIZE")
+    epochs = range(cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS)
+    return Compilation(mode, len({sizes.at(epoch) for epoch in epochs}) if sizes else 1)
 
 
 def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool = False) -> nn.Module:

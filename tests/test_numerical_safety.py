@@ -39,7 +39,7 @@ BAD = {
 }
 
 
-def parts(accumulation, optimizer="adamw", amp="off", device="cpu", **loop_fields):
+def parts(accumulation, optimizer="adamw", amp="off", device="cpu", model=None, **loop_fields):
     """Return state, loop and statistics of a small model with BatchNorm; the loop's bad(loss) spoils what it returns."""
     torch.manual_seed(0)
     opts = [
@@ -55,7 +55,8 @@ def parts(accumulation, optimizer="adamw", amp="off", device="cpu", **loop_field
     name, _, backend = optimizer.partition(" ")
     opts += ["OPTIM.NAME", name, "OPTIM.BACKEND", backend or "auto", "SCHEDULE.NAME", "constant"]
     cfg = config.load((), opts)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(device)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model = (plain if model is None else model).to(device).train()
     precision = Precision(amp, torch.device(device))
     processes = replace(ALONE, device=torch.device(device))
     state = build_state(cfg, model, Plan(8, 8 // accumulation, 0, 1, 50, 1), precision)
@@ -354,6 +355,23 @@ def test_state_continues_with_another_implementation_of_the_optimiser():
     assert {group["fused"] for group in back.optimizer.param_groups} == {True}
     loop._train_update(back, batches(8), statistics)
     assert {int(s["step"]) for s in back.optimizer.state.values()} == {3}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_checkpointed_model_of_timm_is_equal_to_the_plain_one(accumulation):
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", num_classes=3, drop_path_rate=0.3)
+        if checkpointed:
+            model.set_grad_checkpointing(True)
+        state, loop, statistics = parts(accumulation, "sgd", model=model)
+        for update in range(2):
+            x = torch.randn(8 // accumulation, 3, 32, 32, generator=torch.Generator().manual_seed(update))
+            y = F.one_hot(torch.arange(len(x)) % 3, 3).float()
+            loop._train_update(state, iter([(x, y)] * accumulation), statistics)
+        found.append(everything(state))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_models_with_frozen_or_no_batch_norm_train_on():

@@ -14,8 +14,10 @@ from engine.build import build_optimizer
 from engine.optimizer import backend_of, settle, skips_on_device
 from engine.safety import step_if
 from engine.state import optimizer_name
+from models.apex_norm import use_apex_norms
 
 from . import fake_apex
+from .small_models import images, scrambled, shrunken
 
 BACKENDS = {
     "adamw": ("for-loop", "foreach", "fused", "apex"),
@@ -159,3 +161,27 @@ def test_missing_apex_is_named_with_the_command_that_builds_it():
         apex.apex_optimizer("adamw", groups, 1e-3)
     with pytest.raises(ValueError, match=r"has adamw, adam, lamb, not OPTIM\.NAME=lion"):
         apex.apex_optimizer("lion", groups, 1e-3)
+
+
+def test_norms_of_apex_keep_names_weights_and_results_under_autocast():
+    plain = scrambled(shrunken("sgformer_small"))
+    fused = copy.deepcopy(plain)
+    use_apex_norms(fused)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    norms = [module for module in fused.modules() if isinstance(module, fake_apex.FusedLayerNorm)]
+    assert len(norms) == sum(isinstance(module, nn.LayerNorm) for module in plain.modules()) > 5
+    x = images(2, 3, 64, 64)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = [model(x) for model in (plain, fused)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_norms_of_apex_that_are_missing_or_change_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"NORM_BACKEND=apex has no effect: Sequential has no LayerNorm"):
+        use_apex_norms(weights())
+    with (
+        mock.patch.dict(sys.modules, {"apex": None, "apex.normalization": None}),
+        pytest.raises(ValueError, match=r"pip install .* NORM_BACKEND to torch"),
+    ):
+        use_apex_norms(nn.Sequential(nn.LayerNorm(3)))

@@ -13,7 +13,7 @@ import config
 import models  # noqa: F401  registers the families
 import report
 import train as train_script
-from engine.memory import activations, estimate, gib, optimizer_share
+from engine.memory import Alive, activations, estimate, gib, optimizer_share
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("[!_]*/*_[23]*4.yaml"))
@@ -153,6 +153,34 @@ def test_activations_are_those_that_a_real_forward_pass_keeps():
     real = sum(size for pointer, size in kept.items() if pointer not in own | {images.untyped_storage().data_ptr()})
     assert counted == pytest.approx(real, rel=0.02)
     del output
+
+
+@pytest.mark.parametrize("name", ["groupmixformer_mobile", "test_vit"])
+def test_activations_under_checkpointing_are_the_most_that_both_passes_hold(name):
+    model = timm.create_model(name, drop_path_rate=0.1).train()
+    shape = (2, 3, 160, 160) if name == "test_vit" else (2, 3, 64, 64)
+    without = activations(model, shape, torch.enable_grad)
+    model.set_grad_checkpointing(True)
+    counted = activations(model, shape, torch.enable_grad)
+    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+    with Alive(own) as alive:
+        model(x).sum().backward()
+    assert counted == pytest.approx(alive.most, rel=0.05)
+    assert counted < 0.6 * without
+
+
+def test_report_says_what_speeds_up_and_estimates_with_it(tmp_path):
+    opts = ("OPTIM.BACKEND", "foreach", "TRAIN.COMPILE", "max-autotune")
+    path = ROOT / "configs/groupmixformer/mobile_64.yaml"
+    some = dry_run(path, tmp_path, *opts, "TRAIN.CHECKPOINT_BLOCKS", "3")
+    assert "backend foreach; the host reads whether an update is finite, on CUDA a wait each" in some
+    assert "gradient checkpointing: the first 3 blocks run again" in some
+    assert "torch.compile max-autotune, once for each size of batch and image" in some
+    text = dry_run(path, tmp_path)
+    assert "backend fused" in text
+    assert "a wait each" not in text
+    assert "checkpointing" not in text
 
 
 @pytest.mark.parametrize(("name", "share"), [("adamw", 2), ("lion", 1), ("sgd", 1)])
