@@ -73,7 +73,7 @@ def activations(
     """Return the bytes that a forward pass keeps for the backward pass, on fake tensors: shapes without values.
 
     Of a model under gradient checkpointing, which keeps little but computes blocks again: the most that the two passes hold
-    at a time, besides weights.
+    at a time, besides weights and their gradients.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: dict[str, Tensor] = {
@@ -91,8 +91,12 @@ def activations(
             with autocast():
                 return torch.func.functional_call(model, own, (x,))
 
-        recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
-        return _most_alive(forward, not_counted) if recomputes else _kept(forward, not_counted)
+        if not any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+            return _kept(forward, not_counted)
+        for tensor in own.values():
+            if tensor.requires_grad:
+                tensor.grad = torch.zeros_like(tensor)  # counted by themselves: they are there before
+        return _most_alive(forward, not_counted)
 
 
 def _kept(forward: Callable[[], Tensor], not_counted: set[int]) -> int:

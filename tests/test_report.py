@@ -157,17 +157,20 @@ def test_activations_are_those_that_a_real_forward_pass_keeps():
 
 @pytest.mark.parametrize("name", ["groupmixformer_mobile", "test_vit"])
 def test_activations_under_checkpointing_are_the_most_that_both_passes_hold(name):
-    model = timm.create_model(name, drop_path_rate=0.1).train()
-    shape = (2, 3, 160, 160) if name == "test_vit" else (2, 3, 64, 64)
+    small = {} if name == "test_vit" else {"depths": (2, 1, 1, 1)}
+    model = timm.create_model(name, drop_path_rate=0.1, **small).train()
+    shape = (4, 3, 160, 160) if name == "test_vit" else (8, 3, 64, 64)
     without = activations(model, shape, torch.enable_grad)
     model.set_grad_checkpointing(True)
     counted = activations(model, shape, torch.enable_grad)
     x = torch.randn(shape).to(memory_format=torch.channels_last)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # gradients are counted by themselves
     with Alive(own) as alive:
         model(x).sum().backward()
     assert counted == pytest.approx(alive.most, rel=0.05)
-    assert counted < 0.6 * without
+    assert counted < 0.8 * without
 
 
 def test_report_says_what_speeds_up_and_estimates_with_it(tmp_path):
