@@ -69,6 +69,8 @@ _C.MODEL.SYNC_BN = False
 # triton: the Triton kernel of the MLPs of SG-Former and STViT, CUDA only, in place of PyTorch's operations; or off. It computes
 # the same to round-off and has not been run on a GPU: measure it with benchmarks/kernels.py first.
 _C.MODEL.KERNELS = "off"
+# What computes LayerNorm: torch, or apex (NVIDIA's FusedLayerNorm, in float32 as well).
+_C.MODEL.NORM_BACKEND = "torch"
 
 _C.DATA = CfgNode()
 # Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.
@@ -152,12 +154,21 @@ _C.TRAIN.CLIP_GRAD = 0.0
 _C.TRAIN.MAX_SKIPPED = 10
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
 _C.TRAIN.AMP = "bf16"
+# torch.compile of the model, in training and evaluation: off, default, max-autotune (tries kernels, takes longer to compile)
+# or reduce-overhead (default with CUDA graphs; CUDA only, without accumulation and EVAL.FLIP).
+_C.TRAIN.COMPILE = "off"
+# The first blocks of the model that run again in the backward pass instead of keeping activations (less memory, more time);
+# -1 is all of them, the only number besides 0 for timm's models.
+_C.TRAIN.CHECKPOINT_BLOCKS = 0
 # cuDNN may try algorithms and take the fastest; false asks it for deterministic ones.
 _C.TRAIN.BENCHMARK = True
 
 _C.OPTIM = CfgNode()
 # Name in timm's optimiser factory ("sgd" is Nesterov's, "momentum" the plain one).
 _C.OPTIM.NAME = "adamw"
+# How it computes: fused (one kernel), foreach (few), for-loop (several a weight), apex (NVIDIA's adamw, adam, lamb), or auto:
+# fused where torch has it, else the optimiser's own choice.
+_C.OPTIM.BACKEND = "auto"
 # Peak learning rate, for a global batch of SCALE_BATCH; 0 there takes LR as it is.
 _C.OPTIM.LR = 1e-3
 _C.OPTIM.SCALE_BATCH = 0
@@ -251,6 +262,12 @@ _C.DIST = CfgNode()
 _C.DIST.START_TIMEOUT = 300.0
 # Seconds after which an exchange between processes fails: a process is gone, or does something else than the others.
 _C.DIST.TIMEOUT = 1800.0
+# Gradients travel in buckets of this many MiB, each as soon as it is complete.
+_C.DIST.BUCKET_MB = 25.0
+# Format in which gradients travel: none (their own), bf16 or fp16: half the bytes, rounded gradients.
+_C.DIST.COMPRESS = "none"
+# Tell DistributedDataParallel that every update uses the same weights in the same order: it need not look which are unused.
+_C.DIST.STATIC_GRAPH = False
 
 _C.LOG = CfgNode()
 # A line and a metrics.jsonl row every so many updates.

@@ -13,6 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "RECIPE.HEADLINE": ("raw", "ema"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
     "MODEL.KERNELS": ("off", "triton"),
+    "MODEL.NORM_BACKEND": ("torch", "apex"),
     "DATA.LOADER": ("torch", "dali", "synthetic"),
     "DATA.DALI_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
@@ -21,12 +22,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "AUG.ORDER": ("erase_then_mix", "mix_then_erase"),
     "EVAL.MODE": ("center", "squash", "border"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
+    "TRAIN.COMPILE": ("off", "default", "max-autotune", "reduce-overhead"),
     "OPTIM.NAME": (
         *("adamw", "adam", "nadam", "nadamw", "radam", "adabelief", "adan", "adopt", "lamb", "lion"),
         *("sgd", "momentum", "rmsproptf", "madgrad", "adafactor", "muon"),
     ),
+    "OPTIM.BACKEND": ("auto", "fused", "foreach", "for-loop", "apex"),
     "SCHEDULE.NAME": ("cosine", "tanh", "poly", "step", "multistep", "constant"),
     "SCHEDULE.UNIT": ("update", "epoch"),
+    "DIST.COMPRESS": ("none", "bf16", "fp16"),
     "DISTILL.TYPE": ("none", "soft", "hard"),
 }
 
@@ -64,6 +68,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "TRAIN.SEED": (0, 2**63 - 1),
     "TRAIN.CLIP_GRAD": (0, 1e9),
     "TRAIN.MAX_SKIPPED": (1, 1e4),
+    "TRAIN.CHECKPOINT_BLOCKS": (-1, 1e4),
     "OPTIM.LR": (0, 1e3),
     "OPTIM.SCALE_BATCH": (0, 1e9),
     "OPTIM.BETAS": (0, 0.999999999),
@@ -91,6 +96,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "CHECKPOINT.MAX_FAILURES": (1, 1e6),
     "DIST.START_TIMEOUT": (1, 1e6),
     "DIST.TIMEOUT": (1, 1e6),
+    "DIST.BUCKET_MB": (0.01, 1e4),
     "LOG.EVERY": (1, 1e9),
 }
 
@@ -169,6 +175,11 @@ def validate(cfg: CfgNode) -> None:
         raise ValueError(f"SCHEDULE.MILESTONES must rise, got {cfg.SCHEDULE.MILESTONES}")
     if cfg.RECIPE.HEADLINE == "ema" and not cfg.EMA.DECAY:
         raise ValueError("RECIPE.HEADLINE=ema but EMA.DECAY=0 keeps no averaged weights; set EMA.DECAY or HEADLINE raw")
+    if cfg.TRAIN.COMPILE == "reduce-overhead" and cfg.EVAL.FLIP:
+        raise ValueError(
+            "TRAIN.COMPILE=reduce-overhead does not go with EVAL.FLIP: the mirror image's logits would take the place of the "
+            "image's; set COMPILE to default or FLIP to false"
+        )
     _validate_timelines(cfg)
     _validate_distillation(cfg)
     if cfg.MODEL.NUM_CLASSES and cfg.DATA.LOADER == "synthetic" and cfg.MODEL.NUM_CLASSES != cfg.DATA.SYNTHETIC_CLASSES:

@@ -14,6 +14,7 @@ import config
 from data.build import Data
 from engine.build import build_optimizer, optimizer_takes
 from engine.memory import Memory, estimate, gib
+from engine.optimizer import backend_of, skips_on_device
 from engine.plan import divisors
 from engine.precision import Precision
 from engine.state import TrainState
@@ -54,6 +55,7 @@ def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Me
     plain = cfg.clone()
     plain.defrost()
     plain.OPTIM.LAYER_DECAY = 1.0
+    plain.OPTIM.BACKEND = "auto"  # all keep the same
     return estimate(
         state.model, lambda layer: build_optimizer(plain, layer), bool(state.ema), images, precision.autocast
     )
@@ -64,6 +66,10 @@ def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     if cfg.MODEL.SYNC_BN and not cfg.TRAIN.EVAL_MODE and (world == 1 or not has_batch_norm):
         yield f"MODEL.SYNC_BN: {'there is one process' if has_batch_norm else 'the model has no BatchNorm'}"
+    if world == 1:
+        for key in ("DIST.BUCKET_MB", "DIST.COMPRESS", "DIST.STATIC_GRAPH"):
+            if (value := config.get(cfg, key)) != config.get(config.defaults(), key):
+                yield f"{key} {value}: there is one process"
     if cfg.TRAIN.EVAL_MODE:
         for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TIMELINE.DROP_PATH_RATE", "MODEL.SYNC_BN"):
             if value := config.get(cfg, key):
@@ -134,6 +140,13 @@ def _model(cfg: CfgNode, model: nn.Module) -> Iterator[Line]:
     drop_path = _over_time(cfg, "DROP_PATH_RATE", cfg.MODEL.DROP_PATH_RATE)
     mode = ", trained in evaluation mode" if cfg.TRAIN.EVAL_MODE else ""
     yield "model", f"{cfg.MODEL.NAME}, {parameters:,} parameters, drop path {drop_path}{mode}"
+    if cfg.MODEL.NORM_BACKEND != "torch":
+        yield "", f"LayerNorm by {cfg.MODEL.NORM_BACKEND}"
+    if cfg.TRAIN.COMPILE != "off":
+        yield "", f"torch.compile {cfg.TRAIN.COMPILE}, once for each size of batch and image"
+    if count := cfg.TRAIN.CHECKPOINT_BLOCKS:
+        which = "all blocks" if count < 0 else f"the first {count} blocks"
+        yield "", f"gradient checkpointing: {which} run again in the backward pass"
 
 
 def _length(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
@@ -141,6 +154,10 @@ def _length(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
     division = f"{plan.micro_batch} images x {plan.world} processes x {plan.accumulation} accumulation"
     worlds = ", ".join(map(str, divisors(plan.global_batch // plan.micro_batch)))
     yield "batch", f"{plan.global_batch} = {division}; also on {worlds} processes"
+    if plan.world > 1:
+        form = "in float32" if cfg.DIST.COMPRESS == "none" else f"rounded to {cfg.DIST.COMPRESS}"
+        static = ", static graph" if cfg.DIST.STATIC_GRAPH else ""
+        yield "exchange", f"gradients once an update, {form}, in buckets of {cfg.DIST.BUCKET_MB:g} MiB{static}"
     epochs = f"{cfg.TRAIN.EPOCHS} + {cooldown} cooldown epochs" if cooldown else f"{cfg.TRAIN.EPOCHS} epochs"
     images = plan.updates * plan.global_batch
     yield "length", f"{epochs} of {plan.updates_per_epoch:,} updates = {plan.updates:,} updates, {images:,} images"
@@ -154,6 +171,8 @@ def _optimiser(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Iterator[Line]
     yield "optimiser", f"{optim.NAME}, learning rate {groups[-1]['initial_lr']:.4g}{factor}; {clip}"
     settings = {key: groups[0][key] for key in ("betas", "eps", "momentum") if key in groups[0]}
     yield "", ", ".join(f"{key} {value}" for key, value in settings.items()) or "no other settings"
+    waits = "" if skips_on_device(optimizer) else "; the host reads whether an update is finite, on CUDA a wait each"
+    yield "", f"backend {backend_of(optimizer)}{waits}"
     for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
         found = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
         yield "", f"weight decay {decay:g}: {len(found)} tensors, {sum(p.numel() for p in found):,} parameters"

@@ -12,7 +12,8 @@ from yacs.config import CfgNode
 import config
 from data.build import Data, build_data
 from engine.agreement import Agreement, Wish
-from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
+from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
+from engine.compilation import Compilation
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.interruption import PreemptedError
@@ -24,7 +25,8 @@ from engine.randomness import seed_process
 from engine.run import RunDirectory, this_start
 from engine.saver import Saver
 from engine.state import TrainState
-from models.build import build_model
+from models.apex_norm import use_apex_norms
+from models.build import build_model, checkpoint_blocks
 from resume import check_same_run, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
@@ -35,6 +37,10 @@ FREE = (
     "DEVICE",
     "RECIPE.HEADLINE",
     "TRAIN.BENCHMARK",
+    "MODEL.NORM_BACKEND",
+    "TRAIN.CHECKPOINT_BLOCKS",
+    "TRAIN.COMPILE",
+    "OPTIM.BACKEND",
     "DATA.CLASS_INDEX",  # what it orders must be the same
     "DATA.PATH",
     "DATA.VAL_LABELS",
@@ -44,7 +50,10 @@ FREE = (
     "EVAL.BATCH",
     "TRAIN.MAX_SKIPPED",
     "CHECKPOINT",
-    "DIST",
+    "DIST.START_TIMEOUT",
+    "DIST.TIMEOUT",
+    "DIST.BUCKET_MB",
+    "DIST.STATIC_GRAPH",
     "LOG",
     "MODEL.INIT",
     "MODEL.INIT_WEIGHTS",
@@ -69,6 +78,7 @@ class Session:
     loop: Loop
     teacher: Teacher | None
     agreement: Agreement
+    compilation: Compilation | None = None
 
     def check(self, wish: Wish) -> None:
         """Raise what ends the run if the processes agreed on it."""
@@ -121,13 +131,20 @@ def build(
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     seed_process(cfg.TRAIN.SEED)
-    model = prepare_model(build_model(cfg, len(data.classes)), processes, cfg.MODEL.SYNC_BN)
+    model = build_model(cfg, len(data.classes))
+    if cfg.MODEL.NORM_BACKEND == "apex":
+        use_apex_norms(model)
+    model = prepare_model(model, processes, cfg.MODEL.SYNC_BN)
+    checkpoint_blocks(model, cfg.TRAIN.CHECKPOINT_BLOCKS)
+    compilation = build_compilation(cfg, model, processes)
     state = build_state(cfg, model, plan, precision)
     restore(cfg, args, saver, state, data, processes)
+    if compilation and not args.dry_run:
+        compilation.apply(state.weights().values())
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
-    loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
+    loop = build_loop(cfg, wrap_model(model, processes, cfg), data.stage.train, precision, processes, teacher)
     agreement = Agreement(processes, lambda: wish(saver, interrupted()))
-    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
+    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement, compilation)
     if not (args.eval or args.dry_run or state.complete):
         processes.on_main(lambda: open_run(session))
     return session

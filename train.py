@@ -167,6 +167,8 @@ def train_epoch(s: Session) -> None:
         note_bad_images(s)
 
     def after_update() -> None:
+        if s.compilation:
+            s.compilation.after_update(log.say)
         log.advance()
         s.saver.poll()
         if every and state.update % every == 0 and state.update_in_epoch:
@@ -174,6 +176,8 @@ def train_epoch(s: Session) -> None:
         s.check(s.agreement.poll())
 
     epoch = state.epoch
+    if s.compilation:
+        s.compilation.begin(log.say)
     log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
     batches = s.data.bad.watch(s.data.train.epoch(epoch, state.update_in_epoch))
     try:

@@ -1,5 +1,8 @@
 """BatchNorm running statistics that do not depend on how a global batch was divided among processes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +27,8 @@ class RunningStatistics:
         self.divided = self.active and self.micro_batches > 1
         self.before = [torch.empty_like(b) for b in self.buffers] if self.active else []
         self.total = [torch.empty_like(b) for b in self.buffers] if self.divided else []
+        recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+        self.recomputed = norms if recomputes and self.active else []
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -32,6 +37,18 @@ class RunningStatistics:
             torch._foreach_copy_(self.before, self.buffers)
         if self.divided:
             torch._foreach_zero_(self.total)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Keep the statistics as they are in a backward pass that runs blocks again (gradient checkpointing)."""
+        kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.recomputed]
+        for norm in self.recomputed:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, counter) in zip(self.recomputed, kept, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, counter
 
     @torch.no_grad()
     def after_micro_batch(self) -> None:
@@ -46,7 +63,8 @@ class RunningStatistics:
         if not self.active:
             return
         if self.counters:
-            torch._foreach_add_(self.counters, ok.long() - self.accumulation)
+            # With alpha it is the overload for tensors; the one for numbers would read the tensor, and wait.
+            torch._foreach_add_(self.counters, ok.long() - self.accumulation, alpha=1)
         flat = torch.cat(self.total if self.divided else self.buffers)
         if self.divided:
             self.processes.sum(flat).div_(self.micro_batches)

@@ -14,19 +14,25 @@ from timm.optim import (
     param_groups_weight_decay,
 )
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
+from engine.apex import apex_optimizer
+from engine.compilation import Compilation, vary_drop_path
 from engine.distill import DistillationLoss, Teacher
 from engine.distributed import Processes
+from engine.ema import AveragedModel
 from engine.loop import Loop
-from engine.plan import Plan, scaled_lr
+from engine.optimizer import backend_settings, settle
+from engine.plan import Plan, accumulation, scaled_lr
 from engine.precision import Precision
 from engine.schedule import LearningRate, Schedule, drop_path_setter
 from engine.state import TrainState
 from timeline import parse_optional
+
+HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # of DIST.COMPRESS
 
 
 def build_plan(cfg: CfgNode, processes: Processes, updates_per_epoch: int) -> Plan:
@@ -54,10 +60,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         settings["eps"] = optim.EPS
     if "OPTIM.MOMENTUM" in takes:
         settings["momentum"] = optim.MOMENTUM
-    if optim.NAME in ("adam", "adamw") and next(model.parameters()).is_cuda:
-        settings["fused"] = True
     lr = scaled_lr(optim.LR, cfg.TRAIN.GLOBAL_BATCH, optim.SCALE_BATCH)
-    return create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings)
+    device = next(model.parameters()).device
+    if optim.BACKEND == "apex":
+        if device.type != "cuda":
+            raise ValueError(f"OPTIM.BACKEND=apex runs on CUDA only, this run is on {device.type}; set it to auto")
+        return apex_optimizer(optim.NAME, groups, lr, **settings)
+    settings |= backend_settings(optim.NAME, optim.BACKEND, device)
+    return settle(create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings))
 
 
 def optimizer_takes(name: str) -> list[str]:
@@ -99,7 +109,7 @@ def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Pl
 
 
 def build_schedule(
-    cfg: CfgNode, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer, plan: Plan
+    cfg: CfgNode, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer, plan: Plan
 ) -> Schedule:
     """Return all that the position decides: learning rate, drop path, EMA decay."""
     drop_path = parse_optional(cfg.TIMELINE.DROP_PATH_RATE, "TIMELINE.DROP_PATH_RATE")
@@ -110,14 +120,17 @@ def build_schedule(
 
 def build_state(cfg: CfgNode, model: nn.Module, plan: Plan, precision: Precision) -> TrainState:
     """Return the state of a run that has not begun."""
-    ema = ModelEmaV3(model, decay=cfg.EMA.DECAY) if cfg.EMA.DECAY else None
+    ema = AveragedModel(model, cfg.EMA.DECAY) if cfg.EMA.DECAY else None
     optimizer = build_optimizer(cfg, model)
     schedule = build_schedule(cfg, model, ema, optimizer, plan)
     return TrainState(model, ema, optimizer, schedule, precision.scaler, plan)
 
 
-def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
-    """Return the model that exchanges gradients between processes, or the model itself for one process."""
+def wrap_model(model: nn.Module, processes: Processes, cfg: CfgNode | None = None) -> nn.Module:
+    """Return the model that exchanges gradients between processes, or the model itself for one process.
+
+    Without a config gradients travel in torch's buckets and in their own format.
+    """
     if processes.world == 1:
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -125,7 +138,42 @@ def wrap_model(model: nn.Module, processes: Processes) -> nn.Module:
     named = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.15
     settings: dict[str, Any] = {buffers: False}
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **settings)
+    if cfg is not None:
+        times = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
+        if cfg.DIST.STATIC_GRAPH and times > 1:  # torch 2.15 fails on a first pass that exchanges nothing
+            raise ValueError(
+                f"DIST.STATIC_GRAPH=true does not go with accumulation {times}; set it to false, or TRAIN.MICRO_BATCH to "
+                f"{cfg.TRAIN.MICRO_BATCH * times}"
+            )
+        settings |= {"bucket_cap_mb": cfg.DIST.BUCKET_MB, "static_graph": cfg.DIST.STATIC_GRAPH}
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **settings)
+    if cfg is not None and cfg.DIST.COMPRESS != "none":
+        try:
+            wrapped.register_comm_hook(None, HOOKS[cfg.DIST.COMPRESS])
+        except TypeError as error:
+            raise ValueError(f"DIST.COMPRESS={cfg.DIST.COMPRESS}: {error}; set it to fp16 or none") from error
+    return wrapped
+
+
+def build_compilation(cfg: CfgNode, model: nn.Module, processes: Processes) -> Compilation | None:
+    """Return what compiles the run's models, or None; before the state is built: drop path may have to be exchanged."""
+    mode = cfg.TRAIN.COMPILE
+    if mode == "off":
+        return None
+    if mode == "reduce-overhead":
+        times = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
+        if processes.device.type != "cuda":
+            raise ValueError("TRAIN.COMPILE=reduce-overhead records CUDA graphs; set it to default on the CPU")
+        if times > 1:  # the first micro-batch's gradients lie in the memory of the graph, which the second replays
+            raise ValueError(
+                f"TRAIN.COMPILE=reduce-overhead does not go with accumulation {times}; set it to default, or TRAIN.MICRO_BATCH "
+                f"to {cfg.TRAIN.MICRO_BATCH * times}"
+            )
+    if cfg.TIMELINE.DROP_PATH_RATE:
+        vary_drop_path(model)
+    sizes = parse_optional(cfg.TIMELINE.IMG_SIZE, "TIMELINE.IMG_SIZE")
+    epochs = range(cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS)
+    return Compilation(mode, len({sizes.at(epoch) for epoch in epochs}) if sizes else 1)
 
 
 def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool = False) -> nn.Module:

@@ -16,7 +16,7 @@ from engine.distributed import Processes
 from engine.plan import Plan
 from engine.precision import Precision
 from engine.randomness import seed_process
-from engine.safety import DivergedError, Row, average_if, count, seed_of, step_if
+from engine.safety import DivergedError, Row, count, seed_of, step_if
 from engine.state import TrainState
 
 
@@ -112,7 +112,8 @@ class Loop:
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():
                     loss = self.criterion(self.model(images), targets, images) / plan.accumulation
-                state.scaler.scale(loss).backward(seed_of(loss))
+                with statistics.backward():
+                    state.scaler.scale(loss).backward(seed_of(loss))
             statistics.after_micro_batch()
             loss_sum += loss.detach()
             losses = self._losses(plan)
@@ -129,7 +130,7 @@ class Loop:
         state.sums += torch.stack([loss, finite, norm, ok, torch.ones_like(norm), skipped])
         statistics.end(ok)
         if state.ema:
-            average_if(ok, state.ema, state.model)
+            state.ema.move_if(ok, state.model)
         state.update += 1
         return waited
 

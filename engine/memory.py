@@ -1,12 +1,16 @@
 """What a training run will hold in memory, estimated before it starts."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,10 @@ class Memory:
     gradients: int
     optimizer: int
     ema: int
-    activations: int  # what the forward pass of a micro-batch keeps for the backward pass
+    activations: (
+        int  # what the forward pass of a micro-batch keeps for the backward pass, or with gradient checkpointing
+    )
+    # the most that both passes hold at a time
 
     @property
     def total(self) -> int:
@@ -63,7 +70,11 @@ def optimizer_share(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 def activations(
     model: nn.Module, images: tuple[int, int, int, int], autocast: Callable[[], AbstractContextManager]
 ) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, on fake tensors: shapes without values."""
+    """Return the bytes that a forward pass keeps for the backward pass, on fake tensors: shapes without values.
+
+    Of a model under gradient checkpointing, which keeps little but computes blocks again: the most that the two passes hold
+    at a time, besides weights and their gradients.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: dict[str, Tensor] = {
         name: fake.from_tensor(t.detach()) for name, t in (*model.named_parameters(), *model.named_buffers())
@@ -71,6 +82,25 @@ def activations(
     for name, parameter in model.named_parameters():
         own[name].requires_grad_(parameter.requires_grad)
     not_counted = {tensor.untyped_storage()._cdata for tensor in own.values()}
+    device = next(model.parameters()).device
+    with fake:
+        x = torch.empty(images, device=device).to(memory_format=torch.channels_last)
+        not_counted.add(x.untyped_storage()._cdata)
+
+        def forward() -> Tensor:
+            with autocast():
+                return torch.func.functional_call(model, own, (x,))
+
+        if not any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+            return _kept(forward, not_counted)
+        for tensor in own.values():
+            if tensor.requires_grad:
+                tensor.grad = torch.zeros_like(tensor)  # counted by themselves: they are there before
+        return _most_alive(forward, not_counted)
+
+
+def _kept(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -79,14 +109,48 @@ def activations(
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    device = next(model.parameters()).device
-    with fake, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x = torch.empty(images, device=device).to(memory_format=torch.channels_last)
-        not_counted.add(x.untyped_storage()._cdata)
-        with autocast():
-            output = torch.func.functional_call(model, own, (x,))  # kept alive: what it keeps is counted once
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()  # kept alive: what it keeps is counted once
     del output
     return sum(kept.values())
+
+
+def _most_alive(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
+    """Return the most bytes that a forward and a backward pass hold at a time."""
+    with Alive(not_counted) as alive:
+        forward().sum().backward()
+    return alive.most
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it, as long as they live."""
+
+    def __init__(self, not_counted: set[int]):
+        super().__init__()
+        self.not_counted, self.living = not_counted, set[int]()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name in self.living or name in self.not_counted:
+            return
+        self.living.add(name)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, name, size)
+
+    def _forget(self, name: int, size: int) -> None:
+        self.living.discard(name)
+        self.now -= size
 
 
 def gib(number: int) -> str:

@@ -4,11 +4,11 @@ The verdict is one boolean on the device, the same on all processes, because the
 process whose loss is not finite sends NaN (`seed_of`), and a norm that is not finite is so everywhere. What follows from it
 is computed on the device as well; the host is not asked to wait:
 
-    weights, optimiser state and its step counters    an optimiser that takes `found_inf` (torch's fused ones, which
-                                                      OPTIM.NAME adam and adamw are on CUDA) skips by itself; for others the
-                                                      host reads the verdict, which is free on the CPU and on CUDA costs a
-                                                      wait per update: their counters are Python's, nothing else is sound
-    averaged weights, BatchNorm statistics            moved by nought, or set back
+    weights, optimiser state and its step counters    an optimiser that takes `found_inf` (torch's fused ones and apex's
+                                                      Adam: OPTIM.BACKEND) skips by itself; for others the host reads the
+                                                      verdict, which is free on the CPU and on CUDA costs a wait per update:
+                                                      their counters are Python's, nothing else is sound
+    averaged weights, BatchNorm statistics            moved by nought (ema.py), or set back (batchnorm.py)
     counters                                          on the device; the host reads them an update late
 """
 
@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
+
+from engine.optimizer import skips_on_device
 
 
 class DivergedError(RuntimeError):
@@ -36,25 +37,12 @@ def seed_of(loss: Tensor) -> Tensor:
 
 def step_if(ok: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Step, unless the verdict is against it."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if skips_on_device(optimizer):
         optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif ok:
         optimizer.step()
-
-
-@torch.no_grad()
-def average_if(ok: Tensor, ema: ModelEmaV3, model: nn.Module) -> None:
-    """Move the averaged weights towards the model's by 1 - decay, unless the verdict is against it."""
-    pairs = tuple(zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True))
-    own, new = ([pair[i] for pair in pairs if pair[0].is_floating_point()] for i in (0, 1))
-    moves = torch._foreach_sub(new, own)
-    torch._foreach_mul_(moves, ok * (1.0 - ema.decay))
-    torch._foreach_add_(own, moves)
-    for kept, counter in pairs:
-        if not kept.is_floating_point():
-            kept.copy_(counter)
 
 
 def count(skips: Tensor, ok: Tensor, overflow: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from timm.layers import DropPath
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.ema import AveragedModel
 from timeline import Timeline
 
 
@@ -35,7 +35,7 @@ class Schedule:
     learning_rate: LearningRate
     set_drop_path: Callable[[float], None] | None = None
     drop_path: Timeline | None = None
-    ema: ModelEmaV3 | None = None
+    ema: AveragedModel | None = None
     ema_decay: Timeline | None = None
 
     def set(self, update: int) -> None:

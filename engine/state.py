@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine.distributed import Processes
+from engine.ema import AveragedModel
+from engine.optimizer import settle
 from engine.plan import Plan
 from engine.schedule import Schedule
 
@@ -27,7 +28,7 @@ class TrainState:
     """
 
     model: nn.Module
-    ema: ModelEmaV3 | None
+    ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -91,7 +92,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
-            "optimizer_name": type(self.optimizer).__name__,
+            "optimizer_name": optimizer_name(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "update": self.update,
             "closed": self.closed,
@@ -124,20 +125,24 @@ class TrainState:
         except RuntimeError as error:
             first = " ".join(line.strip() for line in str(error).splitlines()[:3])
             raise ValueError(f"{source} was written by another model: {first[:400]}") from error
-        own_name = type(self.optimizer).__name__
+        own_name = optimizer_name(self.optimizer)
         if (name := state.get("optimizer_name", own_name)) != own_name:
             raise ValueError(
                 f"{source} was written with the optimiser {name}, OPTIM.NAME makes {own_name}; set it back, or start a new run "
                 "from its weights with --init"
             )
         # The config rules over what the checkpoint's optimiser was set to; within a run they agree.
-        settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
-        stored = state["optimizer"]
-        groups = [{**group, **own} for group, own in zip(stored["param_groups"], settings, strict=False)]
+        # What it lacks another backend had no use for.
+        stored, own = state["optimizer"], self.optimizer.state_dict()["param_groups"]
+        groups = [
+            {**here, **group, **{key: here[key] for key in SETTINGS if key in here}, "params": group["params"]}
+            for group, here in zip(stored["param_groups"], own, strict=False)
+        ]
         if len(groups) == len(stored["param_groups"]):
             stored = {**stored, "param_groups": groups}
         try:
             self.optimizer.load_state_dict(stored)
+            settle(self.optimizer)
         except ValueError as error:
             raise ValueError(
                 f"{source} was written with another optimiser or other parameter groups: {error}"
@@ -152,3 +157,8 @@ class TrainState:
         self.sums = sums.to(self.sums.device)
         self.skips = state.get("skips", torch.zeros(3, dtype=torch.int64)).to(self.skips.device)
         self.rollbacks = state.get("rollbacks", 0)
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Return whose state an optimiser's is, whichever backend computes it."""
+    return str(getattr(optimizer, "stored_as", type(optimizer).__name__))

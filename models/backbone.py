@@ -30,7 +30,7 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm or nn.Identity()
-        self.grad_checkpointing = False
+        self.checkpoint_blocks(0)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -38,9 +38,14 @@ class Stage(nn.Module):
             x = self.run(block, x)
         return self.norm(x)
 
+    def checkpoint_blocks(self, count: int) -> None:
+        """Keep only the inputs of the first `count` blocks for the backward pass, which runs these blocks once more."""
+        for i, block in enumerate(self.blocks):
+            block.grad_checkpointing = i < count  # type: ignore[assignment]
+
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """Call a block, under gradient checkpointing if it is on: then running statistics are still updated once."""
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+        if not (block.grad_checkpointing and torch.is_grad_enabled()):
             return block(*inputs)
         if torch.compiler.is_compiling():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -183,9 +188,12 @@ class Backbone(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, blocks: int | None = None) -> None:
+        """Run the first `blocks` blocks (None: all) once more in the backward pass instead of keeping what they computed."""
+        left = 10**9 if blocks is None else blocks
         for stage in self._stages():
-            stage.grad_checkpointing = enable
+            stage.checkpoint_blocks(max(left, 0) if enable else 0)
+            left -= len(stage.blocks)
 
     def set_drop_path_rate(self, rate: float) -> None:
         """Set drop path to rise linearly from 0 to `rate` over all blocks, as at construction."""

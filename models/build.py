@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg_value, model_entrypoint
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
+from models.backbone import Backbone, Stage
 from models.kernels import use_kernels
 from models.weights import adapt, classifier_names, fit, load_weights
 from timeline import parse_optional
@@ -40,6 +41,28 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
     if cfg.MODEL.KERNELS == "triton":
         _use_kernels(model, cfg.DEVICE)
     return model
+
+
+def checkpoint_blocks(model: nn.Module, count: int) -> None:
+    """Let the first `count` blocks of a model, -1 for all, run again in the backward pass instead of keeping activations.
+
+    timm's models take all or none. Raises ValueError for more blocks than there are, and for models that cannot do it.
+    """
+    if not count:
+        return
+    key, name = f"TRAIN.CHECKPOINT_BLOCKS={count}", type(model).__name__
+    if isinstance(model, Backbone):
+        blocks = sum(len(stage.blocks) for stage in model.stages if isinstance(stage, Stage))
+        if count > blocks:
+            raise ValueError(f"{key}: {name} has {blocks} blocks; give at most that, or -1 for all")
+        model.set_grad_checkpointing(True, None if count < 0 else count)
+        return
+    if count > 0:
+        raise ValueError(f"{key}: models of timm's take all blocks or none; set it to -1 or 0")
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"{key}: {name} has no gradient checkpointing; set it to 0") from error
 
 
 def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:

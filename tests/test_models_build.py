@@ -1,10 +1,12 @@
 """From a config to a model."""
 
 import pytest
+import timm
+import torch
 from timm.layers import DropPath
 
 from config import load
-from models.build import build_model
+from models.build import build_model, checkpoint_blocks
 
 
 def config(name, drop_path_rate=0.0, size=64, *opts):
@@ -48,3 +50,24 @@ def test_model_is_built_with_the_largest_drop_path_of_its_timeline():
 def test_image_sizes_that_change_are_refused_for_a_model_of_one_size():
     with pytest.raises(ValueError, match=r"TIMELINE\.IMG_SIZE.*vit_tiny_patch16_224"):
         build_model(config("vit_tiny_patch16_224", 0.0, 64, "TIMELINE.IMG_SIZE", "0:32, 5:64"), 10)
+
+
+def test_blocks_are_checkpointed_by_count():
+    model = timm.create_model("groupmixformer_mobile", num_classes=3, depths=(2, 1, 3, 1))
+    for count, want in ((4, [1, 1, 1, 1, 0, 0, 0]), (-1, [1] * 7), (0, [1] * 7)):  # 0 leaves it as it is
+        checkpoint_blocks(model, count)
+        assert [block.grad_checkpointing for stage in model.stages for block in stage.blocks] == want
+    model.set_grad_checkpointing(False)
+    assert not any(block.grad_checkpointing for stage in model.stages for block in stage.blocks)
+    with pytest.raises(ValueError, match=r"CHECKPOINT_BLOCKS=8: GroupMixFormer has 7 blocks"):
+        checkpoint_blocks(model, 8)
+
+
+def test_models_of_timm_checkpoint_all_blocks_or_none():
+    model = timm.create_model("test_vit", num_classes=3)
+    checkpoint_blocks(model, -1)
+    assert model.grad_checkpointing
+    with pytest.raises(ValueError, match=r"CHECKPOINT_BLOCKS=2: models of timm's take all blocks or none"):
+        checkpoint_blocks(model, 2)
+    with pytest.raises(ValueError, match=r"CHECKPOINT_BLOCKS=-1: .* has no gradient checkpointing"):
+        checkpoint_blocks(torch.nn.Linear(1, 1), -1)

@@ -13,7 +13,7 @@ import config
 import models  # noqa: F401  registers the families
 import report
 import train as train_script
-from engine.memory import activations, estimate, gib, optimizer_share
+from engine.memory import Alive, activations, estimate, gib, optimizer_share
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("[!_]*/*_[23]*4.yaml"))
@@ -106,6 +106,7 @@ def test_nothing_is_inert_by_default():
         (("MODEL.SYNC_BN", "true"), "MODEL.SYNC_BN: there is one process"),
         (("TRAIN.EVAL_MODE", "true", "MODEL.DROP_PATH_RATE", "0.1"), "MODEL.DROP_PATH_RATE 0.1: TRAIN.EVAL_MODE keeps"),
         (("OPTIM.NAME", "sgd", "OPTIM.EPS", "1e-6"), "OPTIM.EPS 1e-06: OPTIM.NAME sgd has none"),
+        (("DIST.COMPRESS", "bf16"), "DIST.COMPRESS bf16: there is one process"),
         (("OPTIM.MOMENTUM", "0.8"), "OPTIM.MOMENTUM 0.8: OPTIM.NAME adamw has none"),
         (("SCHEDULE.NAME", "step", "SCHEDULE.MIN_LR", "0.0001"), "SCHEDULE.MIN_LR 0.0001: SCHEDULE.NAME step"),
         (("AUG.MIX_PROB", "0", "AUG.MIXUP", "0.5"), "AUG.MIXUP 0.5: AUG.MIX_PROB is 0"),
@@ -152,6 +153,37 @@ def test_activations_are_those_that_a_real_forward_pass_keeps():
     real = sum(size for pointer, size in kept.items() if pointer not in own | {images.untyped_storage().data_ptr()})
     assert counted == pytest.approx(real, rel=0.02)
     del output
+
+
+@pytest.mark.parametrize("name", ["groupmixformer_mobile", "test_vit"])
+def test_activations_under_checkpointing_are_the_most_that_both_passes_hold(name):
+    small = {} if name == "test_vit" else {"depths": (2, 1, 1, 1)}
+    model = timm.create_model(name, drop_path_rate=0.1, **small).train()
+    shape = (4, 3, 160, 160) if name == "test_vit" else (8, 3, 64, 64)
+    without = activations(model, shape, torch.enable_grad)
+    model.set_grad_checkpointing(True)
+    counted = activations(model, shape, torch.enable_grad)
+    x = torch.randn(shape).to(memory_format=torch.channels_last)
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), x)}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # gradients are counted by themselves
+    with Alive(own) as alive:
+        model(x).sum().backward()
+    assert counted == pytest.approx(alive.most, rel=0.05)
+    assert counted < 0.8 * without
+
+
+def test_report_says_what_speeds_up_and_estimates_with_it(tmp_path):
+    opts = ("OPTIM.BACKEND", "foreach", "TRAIN.COMPILE", "max-autotune")
+    path = ROOT / "configs/groupmixformer/mobile_64.yaml"
+    some = dry_run(path, tmp_path, *opts, "TRAIN.CHECKPOINT_BLOCKS", "3")
+    assert "backend foreach; the host reads whether an update is finite, on CUDA a wait each" in some
+    assert "gradient checkpointing: the first 3 blocks run again" in some
+    assert "torch.compile max-autotune, once for each size of batch and image" in some
+    text = dry_run(path, tmp_path)
+    assert "backend fused" in text
+    assert "a wait each" not in text
+    assert "checkpointing" not in text
 
 
 @pytest.mark.parametrize(("name", "share"), [("adamw", 2), ("lion", 1), ("sgd", 1)])
