@@ -112,11 +112,17 @@ def draw(axes: Axes, panel: Panel) -> None:
         axes.plot(*panel.mark, "+", color="white", markersize=11, markeredgewidth=1.6, path_effects=around)
     if panel.legend:
         handles = [Patch(facecolor=colour, label=text) for text, colour in panel.legend]
-        legend = axes.legend(
-            handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=len(handles), frameon=False
+        axes.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.005),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=7.5,
+            handlelength=1.0,
+            handletextpad=0.5,
+            columnspacing=1.2,
         )
-        for text in legend.get_texts():
-            text.set_fontsize(7.5)
 
 
 def _scale(figure: Figure, axes: Axes, panel: Panel) -> None:
