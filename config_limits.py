@@ -91,6 +91,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "DIST.START_TIMEOUT": (1, 1e6),
     "DIST.TIMEOUT": (1, 1e6),
     "LOG.EVERY": (1, 1e9),
+    "LOG.PICTURES_EVERY": (0, 1e6),
 }
 
 TO_MIN_LR = ("cosine", "tanh", "poly")  # the schedules that end at SCHEDULE.MIN_LR
