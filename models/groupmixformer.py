@@ -107,15 +107,21 @@ class GroupMixAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
         B, H, W, _ = x.shape
-        part0, part1, part2, part3, part4 = self.qkv(x).split(3 * self.segment, -1)  # each (B, H, W, 3S)
-        mixed = [segment(part) for segment, part in zip(self.segments, (part0, part1, part2, part3), strict=True)]
-        qkv = F.hardswish(torch.cat(mixed, -1)).reshape(B, H, W, 3, 4 * self.segment)
-        q, k, v = qkv.unbind(3)  # each (B, H, W, 4S)
+        q, k, v, part4 = self.mix(x)
         context_BKDD = self._heads(softmax(k.flatten(1, 2), 1)).transpose(2, 3) @ self._heads(v.flatten(1, 2))
         y_BKND = self._heads(q.flatten(1, 2)) @ (self.scale * context_BKDD)
         y = y_BKND.transpose(1, 2).reshape(B, H, W, 4 * self.segment)
         y = torch.addcmul(y, q, self.position(v))
         return self.proj(torch.cat([y, self.bypass(part4).to(y.dtype)], -1))
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, k, v of pixels and proxies, each (B, H, W, 4S), and what goes by attention, (B, H, W, 3S)."""
+        B, H, W, _ = x.shape
+        part0, part1, part2, part3, part4 = self.qkv(x).split(3 * self.segment, -1)  # each (B, H, W, 3S)
+        mixed = [segment(part) for segment, part in zip(self.segments, (part0, part1, part2, part3), strict=True)]
+        qkv = F.hardswish(torch.cat(mixed, -1)).reshape(B, H, W, 3, 4 * self.segment)
+        q, k, v = qkv.unbind(3)
+        return q, k, v, part4
 
     def _heads(self, x: Tensor) -> Tensor:  # (B, N, 4S) -> (B, K, N, D)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

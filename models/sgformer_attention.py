@@ -176,9 +176,8 @@ def run_tokens(x: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     may be short, then the weights of the missing places are not used.
     """
     B, N, C = x.shape
-    sizes = (N // 4, N - 2 * (N // 4), N // 4) if len(runs) == 3 else (N // 2, N - N // 2)
     sums = []
-    for piece, (weight, bias) in zip(x.split(sizes, 1), runs, strict=True):
+    for piece, (weight, bias) in zip(x.split(piece_sizes(N, len(runs)), 1), runs, strict=True):
         length, size = weight.shape[1], piece.shape[1]
         number = -(-size // length)
         if size % length:
@@ -186,6 +185,13 @@ def run_tokens(x: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         tokens = torch.bmm(weight.expand(B * number, 1, length), piece.reshape(B * number, length, C))
         sums.append((tokens + bias).view(B, number, C))
     return torch.cat(sums, 1)
+
+
+def piece_sizes(tokens: int, pieces: int) -> tuple[int, ...]:
+    """Return the sizes of the pieces that the sorted list is cut into."""
+    if pieces == 3:
+        return tokens // 4, tokens - 2 * (tokens // 4), tokens // 4
+    return tokens // 2, tokens - tokens // 2
 
 
 @register_notrace_function

@@ -103,13 +103,17 @@ class SuperTokenAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
         _, H, W, _ = x.shape
         cells = to_cells(lowered(x), self.cell)
-        fixed = cells.detach()
-        shares = associate(fixed, fixed.mean(3))
-        for _ in range(self.num_iters - 1):
-            shares = associate(fixed, average(fixed, shares))
+        shares = self.share_out(cells.detach())
         tokens = super().forward(average(cells, shares))
         pixels = shares.to(tokens.dtype).transpose(3, 4) @ neighbours(tokens)
         return from_cells(pixels, self.cell, H, W)
+
+    def share_out(self, cells: Tensor) -> Tensor:  # (B, h, w, M, C) -> (B, h, w, 9, M)
+        """Share each pixel out among the nine super tokens around it."""
+        shares = associate(cells, cells.mean(3))
+        for _ in range(self.num_iters - 1):
+            shares = associate(cells, average(cells, shares))
+        return shares
 
 
 class ConvMlp(nn.Module):

@@ -1,0 +1,137 @@
+"""Figures of panels: one at the photograph's own resolution, or many on a sheet."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from pictures.panels import Panel
+
+FORMATS = ("png", "pdf", "svg")
+WIDTH = 4.0  # of a panel, inches
+STRIP = 0.5  # below a panel, for its scale, inches
+HEAD = 0.3  # above it, for its title
+MARGIN = 0.12
+SHEET_PIXELS = 480  # width of a panel on a sheet
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text
+    "pdf.fonttype": 42,
+    "axes.linewidth": 0.5,
+}
+
+
+def single(panel: Panel, caption: str = "") -> Figure:
+    """Return a figure of one panel; a pixel of the PNG is one of the photograph's."""
+    height, width = panel.pixels.shape[:2]
+    return _grid([[panel]], [caption], max(width / WIDTH, 100.0), WIDTH * height / width)
+
+
+def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
+    """Return a contact sheet: for each photograph a caption, itself, and beside it a line of panels for each stage."""
+    lines: list[list[Panel | None]] = []
+    heads: list[str] = []
+    for panels, caption in zip(rows, captions, strict=True):
+        first = len(lines)
+        for _, stage in groupby((panel for panel in panels if panel.stage), lambda panel: panel.stage):
+            lines.append([None, *stage])
+        lines[first][0] = next((panel for panel in panels if not panel.stage), None)
+        heads += [caption, *[""] * (len(lines) - first - 1)]
+    tallest = max(panel.pixels.shape[0] / panel.pixels.shape[1] for panels in rows for panel in panels)
+    return _grid(lines, heads, SHEET_PIXELS / WIDTH, WIDTH * min(tallest, 1.5))
+
+
+def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi: float, height: float) -> Figure:
+    """Place panels of a height in inches, line by line, a caption above those lines that have one."""
+    columns = max(len(line) for line in lines)
+    heads = [HEAD if caption else 0.0 for caption in captions]
+    total = sum(heads) + len(lines) * (HEAD + height + STRIP) + MARGIN
+    with mpl.rc_context(STYLE):
+        figure = Figure((columns * (WIDTH + MARGIN) + MARGIN, total), dpi=dpi)
+        FigureCanvasAgg(figure)
+        across, down = figure.get_size_inches()
+        y = total
+        for line, caption, head in zip(lines, captions, heads, strict=True):
+            if caption:
+                figure.text(MARGIN / across, (y - 0.22) / down, caption, weight="bold", size=11)
+            y -= head + HEAD + height
+            for i, panel in enumerate(line):
+                if panel is None:
+                    continue
+                x = MARGIN + i * (WIDTH + MARGIN)
+                axes = figure.add_axes((x / across, y / down, WIDTH / across, height / down))
+                draw(axes, panel)
+                if panel.scale:
+                    strip = figure.add_axes(
+                        ((x + 0.42 * WIDTH) / across, (y - 0.14) / down, 0.4 * WIDTH / across, 0.08 / down)
+                    )
+                    _scale(figure, strip, panel)
+            y -= STRIP
+        return figure
+
+
+def draw(axes: Axes, panel: Panel) -> None:
+    """Draw a panel's pixels, lines, frame, mark, title and legend."""
+    height, width = panel.pixels.shape[:2]
+    axes.imshow(panel.pixels, extent=(0, width, height, 0), interpolation="auto", aspect="equal")
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.set_title(panel.title, size=9, pad=4)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    left, top, right, bottom = panel.seen
+    frame = Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=0.6, edgecolor="0.2")
+    axes.add_patch(frame)
+    if len(panel.lines):
+        for colour, thickness in (("black", 1.0), ("white", 0.5)):
+            lines = LineCollection(list(panel.lines), colors=colour, linewidths=thickness, capstyle="projecting")
+            lines.set_clip_path(frame)
+            axes.add_collection(lines, autolim=False)
+    if panel.mark:
+        around = [patheffects.withStroke(linewidth=3.5, foreground="black")]
+        axes.plot(*panel.mark, "+", color="white", markersize=11, markeredgewidth=1.6, path_effects=around)
+    if panel.legend:
+        handles = [Patch(facecolor=colour, label=text) for text, colour in panel.legend]
+        legend = axes.legend(
+            handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=len(handles), frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_size(7.5)
+
+
+def _scale(figure: Figure, axes: Axes, panel: Panel) -> None:
+    scale = panel.scale
+    assert scale is not None
+    mappable = ScalarMappable(Normalize(scale.low, scale.high), scale.colours)
+    bar = figure.colorbar(mappable, cax=axes, orientation="horizontal", extend=scale.beyond, extendfrac=0.04)
+    bar.outline.set_linewidth(0.4)
+    bar.locator = MaxNLocator(3)
+    bar.update_ticks()
+    bar.ax.tick_params(labelsize=7, length=2, width=0.4, pad=1.5)
+    axes.text(-0.05, 0.5, scale.label, transform=axes.transAxes, ha="right", va="center", size=7)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the file's suffix; the same figure gives the same bytes."""
+    dates = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "retoken"}):
+        figure.savefig(path, metadata=dates[path.suffix])
+
+
+def as_pixels(figure: Figure) -> np.ndarray:
+    """Return a figure as uint8 (H, W, 3), e.g. for TensorBoard."""
+    with mpl.rc_context(STYLE):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,75 @@
+"""A photograph and the part of it that a model sees, so that maps can be laid where they belong."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+RESAMPLING = {True: Image.Resampling.BICUBIC, False: Image.Resampling.NEAREST}
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """Pixels as they were taken, and where the square lies that the model was given.
+
+    `box` is its left, top, right and bottom in pixels of the photograph; it may stick out (evaluation in border mode).
+    `side` is its size in pixels of the model's input.
+    """
+
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    box: tuple[float, float, float, float]
+    side: int
+    name: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    @property
+    def seen(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the whole pixels that the model sees."""
+        height, width = self.size
+        left, top, right, bottom = (round(edge) for edge in self.box)
+        return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+
+    def window(self) -> tuple[slice, slice]:
+        """Return the rows and columns that the model sees."""
+        left, top, right, bottom = self.seen
+        return slice(top, bottom), slice(left, right)
+
+    def lay(self, values: np.ndarray, patch: int, smooth: bool = False) -> np.ndarray:
+        """Enlarge a map (h, w), of tokens of patch × patch input pixels, to the pixels that the model sees.
+
+        smooth: bicubic between the tokens' centres; else every pixel has its token's value. Gives float32, or int32 for numbers.
+        """
+        kind = np.int32 if values.dtype.kind == "i" else np.float32
+        left, top, right, bottom = self.seen
+        area = (*self.tokens(left, top, patch), *self.tokens(right, bottom, patch))
+        height, width = values.shape
+        area = (max(area[0], 0.0), max(area[1], 0.0), min(area[2], width), min(area[3], height))
+        image = Image.fromarray(np.ascontiguousarray(values.astype(kind)))
+        return np.asarray(image.resize((right - left, bottom - top), RESAMPLING[smooth], box=area))
+
+    def tokens(self, x: float, y: float, patch: int) -> tuple[float, float]:
+        """Return a place of the photograph in tokens of the model's grid, from left and top."""
+        left, top, right, bottom = self.box
+        across, down = self.side / patch / (right - left), self.side / patch / (bottom - top)
+        return (x - left) * across, (y - top) * down
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return a place of the photograph as fractions of what the model sees; ValueError if it lies outside."""
+        left, top, right, bottom = self.seen
+        if not (left <= x < right and top <= y < bottom):
+            raise ValueError(
+                f"{self.name}: the model does not see pixel {x:g},{y:g}; it sees x from {left} to {right - 1} and y from "
+                f"{top} to {bottom - 1}"
+            )
+        a, b, c, d = self.box
+        return (x - a) / (c - a), (y - b) / (d - b)
+
+    def from_tokens(self, points: np.ndarray, patch: int) -> np.ndarray:
+        """Return points (..., 2), given as x and y in tokens, in pixels of the photograph."""
+        left, top, right, bottom = self.box
+        scale = np.array([(right - left), (bottom - top)]) * patch / self.side
+        return points * scale + np.array([left, top])
