@@ -13,6 +13,7 @@ import config
 from data.build import Data, build_data
 from engine.agreement import Agreement, Wish
 from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
+from engine.curves import check_wandb
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.interruption import PreemptedError
@@ -24,6 +25,7 @@ from engine.randomness import seed_process
 from engine.run import RunDirectory, this_start
 from engine.saver import Saver
 from engine.state import TrainState
+from gallery import Gallery
 from models.build import build_model
 from resume import check_same_run, find_teacher, restore
 
@@ -68,6 +70,12 @@ class Session:
     loop: Loop
     teacher: Teacher | None
     agreement: Agreement
+    gallery: Gallery
+
+    def open_log(self) -> None:
+        """Begin the files of the run directory, or go on in them where the run stands."""
+        how, plain = self.cfg.LOG, yaml.safe_load(config.dump(self.cfg))
+        self.log.open(self.run.path, self.state.update, how.TENSORBOARD, self.state.closed, how.WANDB, plain)
 
     def check(self, wish: Wish) -> None:
         """Raise what ends the run if the processes agreed on it."""
@@ -102,6 +110,7 @@ def build(
     log, run = saver.log, saver.run
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
+    check_wandb(cfg.LOG.WANDB)
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
@@ -127,12 +136,13 @@ def build(
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes), data.stage.train, precision, processes, teacher)
     agreement = Agreement(processes, lambda: wish(saver, interrupted()))
-    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement)
+    gallery = Gallery(cfg.LOG.PICTURES_EVERY, cfg.EVAL.EVERY, data.stage, data.classes, cfg.AUG.LABEL_SMOOTHING, log)
+    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement, gallery)
     if writes and not state.complete:
         run.create(config.dump(cfg))
         start = this_start(processes.world, state.update, processes.device)
         run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
-        log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
+        session.open_log()
     return session
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from rich import box
@@ -196,7 +197,12 @@ class View:
             cells = Text("eval", DIM), bar(done, of), counted(f"{which} batch", done, of), time_left(each * (of - done))
         else:
             count = counted("update", self.done, self.updates)
-            cells = Text("epoch", DIM), bar(self.done, self.updates), count, time_left(self.pace.left(self.updates - self.done))
+            cells = (
+                Text("epoch", DIM),
+                bar(self.done, self.updates),
+                count,
+                time_left(self.pace.left(self.updates - self.done)),
+            )
         grid.add_row(*cells)
         return grid
 
@@ -340,7 +346,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """Draw values as blocks from the lowest to the highest; more than fit are averaged over neighbours."""
     if len(values) > width:
         edges = [i * len(values) // width for i in range(width + 1)]
-        values = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(values, default=0.0), max(values, default=0.0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((value - low) * scale)] for value in values)

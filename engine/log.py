@@ -231,7 +231,9 @@ class Log:
         except OSError as error:
             if not self.lost:
                 self.lost = True
-                self.console.print(f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False, soft_wrap=True)
+                self.console.print(
+                    f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False, soft_wrap=True
+                )
 
 
 def _is_kept(line: str, last: int, last_of_kind: dict[str, int]) -> bool:
