@@ -4,6 +4,7 @@ Part of train.py. The main process draws them; the log keeps them as PNGs in the
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ SHOWN = 4  # validation images
 FIRST, COLUMNS = 16, 8  # images of the first batch, and of a row of them
 SIDE = 160, 224  # smallest and largest side of an image of the first batch, as drawn
 GAP, TEXT = 8, 13  # pixels
+UNFIT = re.compile(r"[^\w-]+")  # for a file's name
 CAPTION = 2 * (TEXT + 3)
 
 
@@ -130,9 +132,9 @@ class Gallery:
 def pictures_of(
     model: Backbone, shown: Sequence[Batch], stage: DeviceStage, precision: Precision, classes: Sequence[str]
 ) -> list[tuple[str, Image.Image]]:
-    """Return named sheets of what a model in evaluation mode looks at in images, a row or more for each of them."""
+    """Return a sheet, with a name, of what a model in evaluation mode looks at in each image."""
     from pictures.figures import as_pixels, sheet
-    from pictures.panels import Panel, original, panels
+    from pictures.panels import original, panels
     from pictures.photograph import Photograph
 
     device = stage.device
@@ -145,16 +147,15 @@ def pictures_of(
     with precision.autocast():
         logits, maps = look(model, images)
     answers = logits.float().softmax(1).max(1)
-    rows: list[list[Panel]] = []
-    captions = []
+    found = []
     for i in range(len(batch)):
         image = batch.images[i].permute(1, 2, 0).cpu().numpy()
-        side = image.shape[0]
-        photo = Photograph(image, (0, 0, side, side), side, classes[int(labels[i])])
-        rows.append([original(photo), *(panel for found in maps for panel in panels(found, i, photo))])
-        answer = classes[int(answers.indices[i])]
-        captions.append(f"{photo.name}: {answer} {100 * float(answers.values[i]):.1f} %")
-    return [("model", Image.fromarray(as_pixels(sheet(rows, captions))))]
+        side, label, answer = image.shape[0], classes[int(labels[i])], classes[int(answers.indices[i])]
+        photo = Photograph(image, (0, 0, side, side), side, label)
+        row = [original(photo), *(panel for one in maps for panel in panels(one, i, photo))]
+        caption = f"{label}: {answer} {100 * float(answers.values[i]):.1f} %"
+        found.append((f"{i + 1}_{UNFIT.sub('_', label)}", Image.fromarray(as_pixels(sheet([row], [caption])))))
+    return found
 
 
 def as_pictures(images: Tensor, stage: DeviceStage) -> list[Image.Image]:

@@ -27,7 +27,8 @@ from tools.runs import ABSENT, manifest_differences
 
 PAGE = Path(__file__).parent / "page"
 QUALITY = 88  # of pictures as JPEG, where that is smaller
-HEIGHT = 4000  # pixels of a picture in the page
+SIDE = 1600  # pixels of a picture's longer side in the page
+LISTED = 12  # entries of a list
 DATA_URI = "data:image/{};base64,{}"
 
 
@@ -284,22 +285,25 @@ def picture(path: Path) -> dict[str, Any]:
     """Return a picture with its data in the page: as it is, or as a JPEG where that is smaller."""
     stored = path.read_bytes()
     image = Image.open(io.BytesIO(stored)).convert("RGB")
-    image.thumbnail((HEIGHT, HEIGHT))
+    small = max(image.size) <= SIDE
+    image.thumbnail((SIDE, SIDE))
     packed = io.BytesIO()
     image.save(packed, "JPEG", quality=QUALITY, subsampling=0)
-    kind, found = ("jpeg", packed.getvalue()) if packed.tell() < len(stored) else ("png", stored)
+    kind, found = ("png", stored) if small and len(stored) <= packed.tell() else ("jpeg", packed.getvalue())
     epoch = path.parent.name.removeprefix("epoch_")
     after = f", after epoch {int(epoch)}" if epoch.isdecimal() else ""
-    titles = {
-        "first_batch": "The first batch, as the model gets it",
-        "model": "What the model makes of validation images",
-    }
+    number, _, label = path.stem.partition("_")
+    title = (
+        f"What the model makes of an image of the class {label}"
+        if number.isdecimal()
+        else "The first batch, as the model gets it"
+    )
     return {
         "uri": DATA_URI.format(kind, base64.b64encode(found).decode()),
-        "caption": f"{titles.get(path.stem, path.stem.replace('_', ' '))}{after}",
+        "caption": f"{title}{after}",
         "width": image.width,
         "height": image.height,
-        "large": image.width > 900,
+        "large": not number.isdecimal(),
     }
 
 
@@ -323,8 +327,9 @@ def _value(value: Any) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = f"{len(value)}: {', '.join(map(str, value[:12]))}" if isinstance(value, list) else str(value)
-    return f"{text}, ..." if isinstance(value, list) and len(value) > 12 else text
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(map(str, value[:LISTED])) + (f", ... ({len(value):,})" if len(value) > LISTED else "")
 
 
 def _write(file: Path, text: str) -> None:

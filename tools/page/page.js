@@ -177,7 +177,11 @@
   function point(chart, px, py) {
     const s = chart.scale;
     const wanted = s.from + ((px - s.left) / (s.width - s.left - s.right)) * (s.to - s.from);
-    const rows = s.lines.map((line) => ({ line, i: nearest(line.xs, wanted) })).filter(({ line, i }) => line.values[i] !== null);
+    const reach = (s.to - s.from) * 0.04; // a line that ended long before has nothing to say
+    const rows = s.lines.map((line) => ({ line, i: nearest(line.xs, wanted) })).filter(({ line, i }) => {
+      const inside = wanted >= line.xs[0] && wanted <= line.xs[line.xs.length - 1];
+      return line.values[i] !== null && (inside || Math.abs(line.xs[i] - wanted) < reach);
+    });
     chart.marks.replaceChildren();
     if (!rows.length) { chart.tip.hidden = true; return; }
     const at = rows.reduce((best, row) => {
@@ -200,9 +204,10 @@
     }
     chart.tip.replaceChildren(table);
     chart.tip.hidden = false;
-    const room = chart.card.clientWidth, offset = chart.svg.offsetLeft + px;
+    const box = chart.svg.getBoundingClientRect(), card = chart.card.getBoundingClientRect();
+    const room = card.width, offset = box.left - card.left + px;
     chart.tip.style.left = `${offset + chart.tip.offsetWidth + 24 > room ? Math.max(4, offset - chart.tip.offsetWidth - 14) : offset + 14}px`;
-    chart.tip.style.top = `${chart.svg.offsetTop + Math.min(py + 10, 90)}px`;
+    chart.tip.style.top = `${box.top - card.top + Math.min(py + 10, 90)}px`;
   }
 
   function listen(chart) {
@@ -269,6 +274,7 @@
   view.smooth = slider.value / 100;
   slider.oninput = () => { view.smooth = slider.value / 100; drawAll(); };
   document.getElementById("whole").onclick = () => { view.from = view.to = null; drawAll(); };
+  for (const figure of document.querySelectorAll("figure.zooms")) figure.onclick = () => figure.classList.toggle("large");
   const root = document.documentElement;
   document.getElementById("theme").onclick = () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; };
   let drawn = 0;
