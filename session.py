@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class Session:
             "img_size": self.cfg.DATA.IMG_SIZE,
             "mean": list(self.cfg.DATA.MEAN),
             "std": list(self.cfg.DATA.STD),
+            **({"evaluation": asdict(self.data.transform)} if self.data.transform else {}),
             "parameters": sum(p.numel() for p in self.state.model.parameters()),
             "seed": self.cfg.TRAIN.SEED,
             "data": self.data.fingerprint,

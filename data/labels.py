@@ -5,6 +5,7 @@ ImageNet-V2 numbers its folders 0 .. 999, ImageNet-A and -R hold 200 of the 1000
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping, Sequence
 
 from timm.data import ImageNetInfo
@@ -12,6 +13,7 @@ from timm.data import ImageNetInfo
 from data.folder import read_class_index
 
 IMAGENET = 1000
+WORDNET_ID = re.compile(r"n\d{8}")
 NAMED = 3  # how many wrong folders an error names
 
 
@@ -19,6 +21,21 @@ NAMED = 3  # how many wrong folders an error names
 def imagenet_wnids() -> tuple[str, ...]:
     """Return the WordNet ids of ImageNet-1k's classes in their standard order."""
     return tuple(ImageNetInfo().label_names())
+
+
+@functools.cache
+def _descriptions() -> dict[str, str]:
+    """Return what the classes of ImageNet's full list are called, by WordNet id."""
+    return {
+        name: info.label_name_to_description(name)
+        for info in (ImageNetInfo("imagenet-22k"), ImageNetInfo())
+        for name in info.label_names()
+    }
+
+
+def readable_names(names: Sequence[str]) -> list[str]:
+    """Return the first English word or phrase for names that are WordNet ids, the names themselves otherwise."""
+    return [_descriptions().get(name, name).split(",")[0] if WORDNET_ID.fullmatch(name) else name for name in names]
 
 
 def class_names(known: Sequence[str], class_index: str, num_classes: int) -> dict[str, list[str]]:

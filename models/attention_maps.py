@@ -82,7 +82,7 @@ def _(attention: HybridScaleAttention, x: Tensor, significance: Tensor | None, a
 @read.register
 def _(attention: SelfGuidedAttention, x: Tensor, significance: Tensor, at: Place | None) -> Iterator[Reading]:
     B, H, W, _ = x.shape
-    lengths = [run.weight.shape[1] for run in attention.runs]
+    lengths = [len(run.weight[0]) for run in attention.runs]  # type: ignore[index]
     numbers, level = merge_plan(H * W, lengths)
     order = significance.reshape(B, -1).argsort(1)
     regions = torch.empty_like(order).scatter_(1, order, numbers.to(x.device).expand(B, -1))  # (B, N)

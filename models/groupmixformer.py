@@ -41,13 +41,14 @@ class Aggregator(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
+        self.dim = dim
         self.depthwise = SharedDepthwiseConv(dim, kernel_size)
         self.pointwise = Conv1x1(dim, dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, 3W, S), q, k and v of a pixel side by side
         B, H, W, _ = qkv.shape
-        return batch_norm(self.norm, self.pointwise(self.depthwise(qkv).reshape(B, H, 3 * W, self.norm.num_features)))
+        return batch_norm(self.norm, self.pointwise(self.depthwise(qkv).reshape(B, H, 3 * W, self.dim)))
 
 
 class PlainSegment(nn.Module):
@@ -55,11 +56,12 @@ class PlainSegment(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        self.dim = dim
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, 3W, S)
         B, H, W, _ = qkv.shape
-        return batch_norm(self.norm, qkv.reshape(B, H, 3 * W, self.norm.num_features))
+        return batch_norm(self.norm, qkv.reshape(B, H, 3 * W, self.dim))
 
 
 class Bypass(nn.Module):

@@ -81,7 +81,7 @@ def last_blocks(model: Backbone) -> list[Position]:
     found = []
     for i, stage in enumerate(model.stages, 1):
         last = len(stage.blocks)  # type: ignore[arg-type]
-        guided = [j for j, block in enumerate(stage.blocks, 1) if isinstance(block.attn, SelfGuidedAttention)]  # type: ignore[union-attr, arg-type]
+        guided = [j for j, block in enumerate(stage.blocks, 1) if isinstance(block.attn, SelfGuidedAttention)]  # type: ignore[arg-type]
         found += [(i, guided[-1] - 1), (i, guided[-1])] if guided else [(i, last)]
     return found
 
@@ -123,4 +123,4 @@ def _token(at: Place, height: int, width: int, patch: int) -> tuple[int, int]:
 
 def _attention(model: Backbone, position: Position) -> nn.Module:
     stage, block = position
-    return model.stages[stage - 1].blocks[block - 1].attn  # type: ignore[union-attr, index, return-value]
+    return model.stages[stage - 1].blocks[block - 1].attn  # type: ignore[union-attr, index]

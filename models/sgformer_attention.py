@@ -28,6 +28,7 @@ class PlainAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.softmax_scale: float | None = None  # D^-0.5; 1 where it is in the weights (models/fold.py)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.position = LocalPosition(dim)
         self.proj = nn.Linear(dim, dim)
@@ -35,7 +36,8 @@ class PlainAttention(nn.Module):
     def forward(self, x: Tensor, significance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.qkv(x).flatten(1, 2).chunk(3, -1)
         heads = self.num_heads
-        y_BKND = F.scaled_dot_product_attention(to_heads(q, heads), to_heads(k, heads), to_heads(v, heads))
+        q, k, v = to_heads(q, heads), to_heads(k, heads), to_heads(v, heads)
+        y_BKND = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
         return self.proj(y_BKND.transpose(1, 2).reshape(x.shape) + self.position(x)), None
 
 
@@ -50,6 +52,7 @@ class HybridScaleAttention(nn.Module):
         if num_heads % 2:
             raise ValueError(f"num_heads={num_heads} must be even: half of the heads are global, half local")
         self.dim, self.num_heads, self.reduction, self.guides = dim, num_heads, reduction, guides
+        self.softmax_scale: float | None = None
         self.qkv = nn.Linear(dim, 2 * dim)  # rows: global q, local q, k, v, each of C/2
         self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
         self.reduce_norm = LayerNorm(dim)
@@ -61,8 +64,9 @@ class HybridScaleAttention(nn.Module):
         heads = self.num_heads // 2
         q, local_qkv = self.qkv(x).split((self.dim // 2, 3 * self.dim // 2), -1)
         k, v = self.reduced_kv(self._cells(x)).chunk(2, -1)
-        y_BKND, p_BKNM = attend(to_heads(q.flatten(1, 2), heads), to_heads(k, heads), to_heads(v, heads))
-        y, p = window_attention(local_qkv, heads)
+        q, k, v = to_heads(q.flatten(1, 2), heads), to_heads(k, heads), to_heads(v, heads)
+        y_BKND, p_BKNM = attend(q, k, v, scale=self.softmax_scale)
+        y, p = window_attention(local_qkv, heads, self.softmax_scale)
         both = torch.cat([y_BKND.transpose(1, 2), y.flatten(1, 2)], 2)  # (B, N, K, D), heads [global, local]
         significance = significance_map(p_BKNM, p, x, self.reduction) if self.guides else None
         return self.proj(both.reshape(x.shape) + self.position(x)), significance
@@ -78,6 +82,7 @@ class SelfGuidedAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, reduction: int):
         super().__init__()
         self.num_heads = num_heads
+        self.softmax_scale: float | None = None
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.runs = nn.ModuleList(nn.Linear(length, 1) for length in RUNS[reduction])
@@ -88,7 +93,8 @@ class SelfGuidedAttention(nn.Module):
         tokens = run_tokens(sort_tokens(x, significance), [(run.weight, run.bias) for run in self.runs])
         q, heads = self.q(x).flatten(1, 2), self.num_heads
         k, v = self.kv(tokens).chunk(2, -1)
-        y_BKND = F.scaled_dot_product_attention(to_heads(q, heads), to_heads(k, heads), to_heads(v, heads))
+        q, k, v = to_heads(q, heads), to_heads(k, heads), to_heads(v, heads)
+        y_BKND = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
         return self.proj(y_BKND.transpose(1, 2).reshape(x.shape) + self.position(x)), None
 
 
@@ -109,12 +115,14 @@ def to_heads(x: Tensor, num_heads: int) -> Tensor:  # (B, N, C) -> (B, K, N, D)
 
 
 @register_notrace_function
-def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend with q (..., N, D) to k, v (..., M, D), but not to what is `hidden`; return also the probabilities (..., N, M).
 
-    The probabilities are float32 or wider.
+    The probabilities are float32 or wider. scale: D^-0.5 if it is not given.
     """
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     flat_q, flat_k = q.flatten(0, -3), k.flatten(0, -3).transpose(1, 2)
     logits = torch.baddbmm(q.new_zeros(1, 1, 1), flat_q, flat_k, beta=0, alpha=scale)
     logits = logits.unflatten(0, q.shape[:-2])
@@ -125,7 +133,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> tup
 
 
 @register_notrace_function
-def window_attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def window_attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Attend inside 7×7 windows: (B, H, W, 3*K*D), rows q, k, v -> (B, H, W, K, D).
 
     Return also the mean probability (B, H, W) of each token, over the heads and the queries of its window, without gradient.
@@ -136,12 +144,12 @@ def window_attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     x = x.unflatten(3, (3, num_heads, -1)).unflatten(2, (w, SIDE)).unflatten(1, (h, SIDE))  # (B, h, S, w, S, 3, K, D)
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, h * w, num_heads, SIDE * SIDE, -1)
     if (h * SIDE, w * SIDE) == (H, W):
-        y, p = attend(q, k, v)
+        y, p = attend(q, k, v, scale=scale)
         mean = p.detach().mean((2, 3))  # (B, h*w, T)
     else:
         real = fill_up(qkv.new_ones(1, H, W, 1, dtype=torch.bool), SIDE)
         real = real.view(h, SIDE, w, SIDE).transpose(1, 2).reshape(h * w, 1, SIDE * SIDE, 1)
-        y, p = attend(q, k, v, hidden=~real.transpose(2, 3))
+        y, p = attend(q, k, v, hidden=~real.transpose(2, 3), scale=scale)
         mean = (p.detach() * real).sum((2, 3)) / (num_heads * real.sum(2)[..., 0])  # (B, h*w, T)
     y = y.unflatten(3, (SIDE, SIDE)).unflatten(1, (h, w)).permute(0, 1, 4, 2, 5, 3, 6)  # (B, h, S, w, S, K, D)
     y = y.reshape(B, h * SIDE, w * SIDE, num_heads, -1)[:, :H, :W]

@@ -77,13 +77,15 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
+        self.softmax_scale: float | None = None  # D^-0.5; 1 where it is in the weights (models/fold.py)
         self.qkv = Conv1x1(dim, 3 * dim)  # rows by head, within it q, k, v
         self.proj = Conv1x1(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).reshape(B, H * W, self.num_heads, 3, C // self.num_heads).unbind(3)
-        y_BKND = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y_BKND = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
         return self.proj(y_BKND.transpose(1, 2).reshape(B, H, W, C))
 
 
@@ -139,7 +141,7 @@ class Block(nn.Module):
         self.cpe = DepthwiseConv(dim, 3)
         self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = SuperTokenAttention(dim, num_heads, cell, num_iters) if cell > 1 else Attention(dim, num_heads)
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim)
         self.mlp = ConvMlp(dim, MLP_RATIO * dim)
         self.drop_path = DropPath(drop_path)
         self.scaled = scaled

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from math import ceil
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +25,8 @@ STRIP = 0.5  # below a panel, for its scale, inches
 HEAD = 0.3  # above it, for its title
 MARGIN = 0.12
 SHEET_PIXELS = 480  # width of a panel on a sheet
+SMALL = 1000  # pixels; a narrower photograph is enlarged by a whole factor, for lines and text to be fine
+COLUMNS = 4  # panels beside the photograph, if a stage has no more
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -34,36 +37,39 @@ STYLE = {
 
 
 def single(panel: Panel, caption: str = "") -> Figure:
-    """Return a figure of one panel; a pixel of the PNG is one of the photograph's."""
-    height, width = panel.pixels.shape[:2]
-    return _grid([[panel]], [caption], max(width / WIDTH, 100.0), WIDTH * height / width)
+    """Return a figure of one panel; in a PNG a pixel of the photograph is one pixel, or k×k if it is a small one."""
+    width = panel.pixels.shape[1]
+    return _grid([[panel]], [caption], width * max(1, ceil(SMALL / width)) / WIDTH)
 
 
 def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
-    """Return a contact sheet: for each photograph a caption, itself, and beside it a line of panels for each stage."""
+    """Return a contact sheet: for each photograph a caption, itself, and beside it the panels, stages by lines."""
     lines: list[list[Panel | None]] = []
     heads: list[str] = []
     for panels, caption in zip(rows, captions, strict=True):
         first = len(lines)
-        for _, stage in groupby((panel for panel in panels if panel.stage), lambda panel: panel.stage):
-            lines.append([None, *stage])
-        lines[first][0] = next((panel for panel in panels if not panel.stage), None)
+        lines.append([next((panel for panel in panels if not panel.stage), None)])
+        for _, group in groupby((panel for panel in panels if panel.stage), lambda panel: panel.stage):
+            stage = list(group)
+            if len(lines[-1]) > 1 and len(lines[-1]) + len(stage) > 1 + COLUMNS:
+                lines.append([None])
+            lines[-1] += stage
         heads += [caption, *[""] * (len(lines) - first - 1)]
-    tallest = max(panel.pixels.shape[0] / panel.pixels.shape[1] for panels in rows for panel in panels)
-    return _grid(lines, heads, SHEET_PIXELS / WIDTH, WIDTH * min(tallest, 1.5))
+    return _grid(lines, heads, SHEET_PIXELS / WIDTH)
 
 
-def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi: float, height: float) -> Figure:
-    """Place panels of a height in inches, line by line, a caption above those lines that have one."""
+def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi: float) -> Figure:
+    """Place panels line by line, a caption above those lines that have one."""
     columns = max(len(line) for line in lines)
     heads = [HEAD if caption else 0.0 for caption in captions]
-    total = sum(heads) + len(lines) * (HEAD + height + STRIP) + MARGIN
+    sizes = [_sizes([panel for panel in line if panel]) for line in lines]
+    total = sum(heads) + sum(HEAD + height + strip for height, strip in sizes)
     with mpl.rc_context(STYLE):
         figure = Figure((columns * (WIDTH + MARGIN) + MARGIN, total), dpi=dpi)
         FigureCanvasAgg(figure)
         across, down = figure.get_size_inches()
         y = total
-        for line, caption, head in zip(lines, captions, heads, strict=True):
+        for line, caption, head, (height, strip) in zip(lines, captions, heads, sizes, strict=True):
             if caption:
                 figure.text(MARGIN / across, (y - 0.22) / down, caption, weight="bold", size=11)
             y -= head + HEAD + height
@@ -71,15 +77,18 @@ def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi:
                 if panel is None:
                     continue
                 x = MARGIN + i * (WIDTH + MARGIN)
-                axes = figure.add_axes((x / across, y / down, WIDTH / across, height / down))
-                draw(axes, panel)
+                draw(figure.add_axes((x / across, y / down, WIDTH / across, height / down)), panel)
                 if panel.scale:
-                    strip = figure.add_axes(
-                        ((x + 0.42 * WIDTH) / across, (y - 0.14) / down, 0.4 * WIDTH / across, 0.08 / down)
-                    )
-                    _scale(figure, strip, panel)
-            y -= STRIP
+                    place = (x + 0.42 * WIDTH) / across, (y - 0.14) / down, 0.4 * WIDTH / across, 0.08 / down
+                    _scale(figure, figure.add_axes(place), panel)
+            y -= strip
         return figure
+
+
+def _sizes(line: Sequence[Panel]) -> tuple[float, float]:
+    """Return the height in inches of a line of panels, and of what goes below them."""
+    height = WIDTH * min(max(panel.pixels.shape[0] / panel.pixels.shape[1] for panel in line), 1.5)
+    return height, STRIP if any(panel.scale or panel.legend for panel in line) else MARGIN
 
 
 def draw(axes: Axes, panel: Panel) -> None:
@@ -103,11 +112,17 @@ def draw(axes: Axes, panel: Panel) -> None:
         axes.plot(*panel.mark, "+", color="white", markersize=11, markeredgewidth=1.6, path_effects=around)
     if panel.legend:
         handles = [Patch(facecolor=colour, label=text) for text, colour in panel.legend]
-        legend = axes.legend(
-            handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.005), ncols=len(handles), frameon=False
+        axes.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.005),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=7.5,
+            handlelength=1.0,
+            handletextpad=0.5,
+            columnspacing=1.2,
         )
-        for text in legend.get_texts():
-            text.set_size(7.5)
 
 
 def _scale(figure: Figure, axes: Axes, panel: Panel) -> None:

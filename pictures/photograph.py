@@ -21,6 +21,16 @@ class Photograph:
     side: int
     name: str = ""
 
+    @classmethod
+    def framed(
+        cls, pixels: np.ndarray, size: tuple[int, int], crop: tuple[int, int, int, int], name: str = ""
+    ) -> "Photograph":
+        """Return a photograph that was resized to `size` (height, width) and then cropped (top, left, height, width)."""
+        down, across = pixels.shape[0] / size[0], pixels.shape[1] / size[1]
+        top, left, height, width = crop
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        return cls(pixels, box, height, name)
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width."""

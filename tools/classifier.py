@@ -1,0 +1,219 @@
+"""A file of weights made ready to answer: the model, how images become its input, what its classes are called."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from arguments import Parser, check_which
+from data.decode import UnreadableImageError, decode
+from data.folder import SUFFIXES
+from data.labels import class_names, readable_names
+from data.transforms import EvalTransform
+from models.build import check_name, is_retoken, retoken_models, takes_img_size
+from models.identify import identify
+from models.weights import classifier_names, fit, load_weights
+from tools.convert import convert
+
+RANDOM_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode and all that is needed to ask it."""
+
+    name: str
+    model: nn.Module
+    transform: EvalTransform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str]  # as the file names them
+    readable: list[str]  # as a person does
+    facts: dict[str, Any]
+    source: str
+    notes: tuple[str, ...] = ()  # what was assumed
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Return the normalised evaluation crop, float32 (3, S, S), of an image, uint8 (3, H, W)."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (self.transform(image).float() / 255 - mean) / std
+
+    def describe(self) -> str:
+        """Return what answers, in a line."""
+        return f"{self.name} from {self.source}, {len(self.classes)} classes, {self.transform.describe()}"
+
+    def label(self, index: int) -> str:
+        """Return what a class is called, with its own name where that is another."""
+        name, readable = self.classes[index], self.readable[index]
+        return readable if name == readable else f"{readable} ({name})"
+
+
+def add_checkpoint_options(parser: Parser) -> None:
+    """Add the options that `load_classifier` takes."""
+    parser.add_argument("--model", metavar="NAME", default="", help="what the file holds, if it does not say")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="which weights of a file that holds both (raw)")
+    parser.add_argument("--size", metavar="PIXELS", type=int, help="side of the model's input (the checkpoint's)")
+    parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="crop as a share of the resized image (same)")
+    parser.add_argument("--class-index", metavar="FILE", default="", help="names of the classes, in label order")
+
+
+def load_classifier(
+    path: Path | None,
+    model: str = "",
+    weights: str | None = None,
+    size: int | None = None,
+    crop_pct: float | None = None,
+    class_index: str = "",
+) -> Classifier:
+    """Load a file of any layout that models/weights.py lists; without one, `model` gets random weights.
+
+    The evaluation crop is the one that the file states, else timm's default for the model. Raises ValueError with the
+    remedy for a file that cannot be read or does not fit, and for classes of another number.
+    """
+    if model:
+        check_name(model, "--model")
+    if path is None:
+        if not model:
+            raise ValueError("give a checkpoint, or --model NAME for random weights")
+        source, tensors = "random weights", None
+        facts: dict[str, Any] = {"num_classes": RANDOM_CLASSES}
+    else:
+        tensors, facts = load_weights(path, weights or "raw")
+        check_which(facts, weights, str(path))
+        source = str(path)
+        model = _which_model(model, facts, tensors, source)
+        tensors, facts = _fitted(model, tensors, facts, source)
+    transform, notes = _transform(model, facts, size, crop_pct)
+    net = _build(model, facts, transform.crop, tensors, source)
+    names = _class_names(facts, class_index)
+    own = net.pretrained_cfg
+    return Classifier(
+        model,
+        net.eval(),
+        transform,
+        tuple(facts.get("mean", own["mean"])),  # type: ignore[index]
+        tuple(facts.get("std", own["std"])),  # type: ignore[index]
+        names,
+        readable_names(names),
+        facts,
+        source,
+        tuple(notes),
+    )
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """List image files: those named, and those in the folders named and below, sorted.
+
+    Raises ValueError for a path that does not exist, and if there is no image at all.
+    """
+    found: list[Path] = []
+    for path in (Path(text).expanduser() for text in paths):
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.exists():
+            found.append(path)
+        else:
+            folder = path.parent if path.parent.is_dir() else Path()
+            near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
+            raise ValueError(f"{path} does not exist{f'; did you mean {folder / near[0]}?' if near else ''}")
+    if not found:
+        raise ValueError(
+            f"there is no image in {', '.join(paths)}; these suffixes are looked for: {' '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode an image file to uint8 (3, H, W); UnreadableImageError says what is wrong with it."""
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UnreadableImageError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
+    return decode(data, str(path))
+
+
+def _which_model(asked: str, facts: dict[str, Any], tensors: dict[str, Tensor], source: str) -> str:
+    """Return the name of the model that a file holds."""
+    known = facts.get("model", "")
+    if asked and known and asked != known:
+        raise ValueError(f"--model is {asked}, but {source} holds a {known}; leave --model out")
+    if asked or known:
+        check_name(asked or known, "--model" if asked else f"the model of {source}")
+        return asked or known
+    found = identify(tensors)
+    if found is None or found.share < 1:
+        near = f"; {found}" if found else ""
+        raise ValueError(
+            f"{source} does not say which model it holds{near}; name it with --model ({', '.join(retoken_models())})"
+        )
+    return found.name
+
+
+def _fitted(
+    model: str, tensors: dict[str, Tensor], facts: dict[str, Any], source: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights under our names, and facts with the number of classes."""
+    if is_retoken(model):
+        done = convert(tensors, facts, model, published=False, source=source)
+        if not done.facts["num_classes"]:
+            raise ValueError(f"{source} holds no classifier; only whole models can answer")
+        return done.tensors, done.facts
+    head = next((tensors[f"{name}.weight"] for name in _heads(model) if f"{name}.weight" in tensors), None)
+    if head is None:
+        raise ValueError(f"{source} holds no classifier of a {model}; check --model")
+    return tensors, {**facts, "num_classes": head.shape[0]}
+
+
+def _class_names(facts: dict[str, Any], class_index: str) -> list[str]:
+    try:
+        lists = class_names(facts.get("classes", []), class_index, facts["num_classes"])
+    except ValueError as error:
+        raise ValueError(str(error).replace("DATA.CLASS_INDEX", "--class-index")) from error
+    return list(lists.values())[-1]  # --class-index, if it is given
+
+
+def _heads(model: str) -> tuple[str, ...]:
+    with torch.device("meta"):
+        return classifier_names(timm.create_model(model))
+
+
+def _transform(
+    model: str, facts: dict[str, Any], size: int | None, crop_pct: float | None
+) -> tuple[EvalTransform, list[str]]:
+    """Return the evaluation crop, and what was assumed of it."""
+    if size is not None and size < 1:
+        raise ValueError(f"--size {size}: give a number of pixels, 1 or more")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"--crop-pct {crop_pct:g} must lie in 0 .. 1, e.g. 0.875")
+    stated = facts.get("evaluation")
+    notes = []
+    if stated:
+        known = EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
+    else:
+        own = timm.get_pretrained_cfg(model)
+        side = facts.get("img_size", own.input_size[-1])
+        known = EvalTransform(side, math.floor(side / own.crop_pct))
+        if "layout" in facts and crop_pct is None:
+            notes.append(
+                f"the file does not say how images are cropped: timm's default, {own.crop_pct:g} of the shorter side"
+            )
+    crop = size or known.crop
+    resize = round(known.resize * crop / known.crop)
+    if crop_pct is not None:
+        resize = math.floor(crop / crop_pct)
+    return EvalTransform(crop, resize, known.interpolation, known.mode, known.fill), notes
+
+
+def _build(model: str, facts: dict[str, Any], size: int, tensors: dict[str, Tensor] | None, source: str) -> nn.Module:
+    arguments: dict[str, Any] = {"img_size": size} if takes_img_size(model) else {}
+    net = timm.create_model(model, num_classes=facts["num_classes"], **arguments)
+    if tensors is not None:
+        net.load_state_dict(fit(net, tensors, source, remedy="check --model and --size"))
+    return net

@@ -1,0 +1,194 @@
+"""Take a trained model elsewhere: ONNX, torch.export, timm and the Hugging Face hub, the authors' downstream code.
+
+    python -m tools.export output/NAME/best_raw.safetensors --format onnx --out model.onnx --fold
+    python -m tools.export output/NAME/best_raw.safetensors --format timm --out model/
+
+    onnx         a file for onnxruntime and the like; takes any number of normalised images (B, 3, SIZE, SIZE)
+    torch        a program of torch.export (.pt2) for the same; needs torch, but not this repository
+    timm         a folder for timm.create_model("local-dir:FOLDER"), and "hf-hub:..." once it is uploaded
+    published    a .pth with the authors' names, for their detection and segmentation code
+
+What was written is read back and compared with the model on random images; the difference is printed, and a file that differs by
+more than the bound is not left behind.
+"""
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from arguments import Parser
+from engine.checkpoint import write_atomically
+from models.backbone import Backbone
+from models.fold import fold
+from tools.classifier import Classifier, add_checkpoint_options, load_classifier
+from tools.export_formats import write_onnx, write_program, write_published, write_timm
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "published": ".pth"}
+BATCHES = (1, 3)  # images of the comparisons
+BOUND = 1e-4  # largest difference, as a share of the logits' norm
+TIES = 0.02  # of SG-Former in other float32 arithmetic: tokens of nearly the same significance may change places
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = export_parser()
+    args = parser.parse_args(argv)
+    screen = Console(highlight=False, soft_wrap=True)
+    try:
+        out = check_out(Path(args.out), args.format)
+        check_packages(args.format)
+        if args.fold and args.format not in ("onnx", "torch"):
+            raise ValueError(
+                f"--fold changes the weights, which --format {args.format} writes for other code; leave it out"
+            )
+        if args.opset is not None and args.format != "onnx":
+            raise ValueError(f"--opset has no effect with --format {args.format}; leave it out")
+        classifier = load_classifier(
+            Path(args.checkpoint), args.model, args.weights, args.size, args.crop_pct, args.class_index
+        )
+        screen.print(classifier.describe(), markup=False)
+        for note in classifier.notes:
+            screen.print(f"note: {note}", markup=False)
+        model = folded(classifier, screen) if args.fold else classifier.model
+        export(classifier, model, args.format, out, args.opset, screen)
+    except (ValueError, OSError) as error:
+        parser.fail(error)
+    except DifferenceError as error:
+        parser.stop(error)
+    return 0
+
+
+def export_parser() -> Parser:
+    """Return the parser of this command."""
+    parser = Parser("Write a trained model for other programs, and check what was written.")
+    parser.prog = "python -m tools.export"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best_*.safetensors, update-*.pt or a published file")
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write")
+    parser.add_argument("--out", metavar="PATH", required=True, help="file to write; for timm a folder")
+    parser.add_argument("--fold", action="store_true", help="multiply BatchNorm and other constants into the weights")
+    parser.add_argument("--opset", metavar="N", type=int, help="ONNX operator set (torch's default)")
+    add_checkpoint_options(parser)
+    return parser
+
+
+class DifferenceError(Exception):
+    """What was written does not compute what the model does."""
+
+
+def check_out(out: Path, kind: str) -> Path:
+    """Return where to write; ValueError if that cannot be."""
+    suffix = FORMATS[kind]
+    if suffix and out.suffix != suffix:
+        raise ValueError(f"--out {out}: --format {kind} writes a {suffix} file; name it {out.with_suffix(suffix)}")
+    if suffix and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file in it, e.g. {out / ('model' + suffix)}")
+    if not suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is there already; give a new or an empty folder")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it, or name another one")
+    return out
+
+
+def check_packages(kind: str) -> None:
+    """Raise ValueError with the remedy if a package that a format needs is missing."""
+    from importlib.util import find_spec
+
+    needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "timm": ("huggingface_hub",)}.get(kind, ())
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--format {kind} needs {', '.join(missing)}; run pip install {' '.join(missing)}")
+
+
+def folded(classifier: Classifier, screen: Console) -> nn.Module:
+    """Return a folded copy of the model, compared with it in float64 on random images."""
+    if not isinstance(classifier.model, Backbone):
+        raise ValueError(f"--fold knows SG-Former, GroupMixFormer and STViT, not {classifier.name}; leave it out")
+    plain = copy.deepcopy(classifier.model).double()
+    other = copy.deepcopy(plain)
+    done = fold(other)
+    images = random_images(BATCHES[-1], classifier.transform.crop).double()
+    with torch.no_grad():
+        want, got = plain(images), other(images)
+    what = ", ".join(f"{count} x {name}" for name, count in done.items())
+    screen.print(f"folded {what}: largest difference in float64 {(got - want).abs().max():.1e}", markup=False)
+    if difference(got, want) > 1e-9:
+        raise DifferenceError(f"the folded model differs by {difference(got, want):.1e} of the logits' norm in float64")
+    return other.float()
+
+
+def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset: int | None, screen: Console) -> None:
+    """Write a model and say how far what was read back is from it. Raises DifferenceError, and leaves nothing, if too far."""
+    bound = BOUND
+
+    def checked(path: Path, write: Callable[[Path], Callable[[Tensor], Tensor]]) -> None:
+        for line in compare(model, write(path), classifier.transform.crop, bound):
+            screen.print(line, markup=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch of its own deprecated parts, while it exports
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        if kind == "onnx":
+            bound = TIES if classifier.name.startswith("sgformer") else BOUND
+            write_atomically(out, lambda path: checked(path, lambda p: write_onnx(classifier, model, p, opset)))
+        elif kind == "torch":
+            write_atomically(out, lambda path: checked(path, lambda p: write_program(classifier, model, p)))
+        elif kind == "published":
+            write_atomically(out, lambda path: checked(path, lambda p: write_published(classifier, p)))
+        else:
+            checked(out, lambda path: write_timm(classifier, path))
+    for line in how_to_use(classifier, kind, out):
+        screen.print(line, markup=False)
+
+
+def compare(model: nn.Module, other: Callable[[Tensor], Tensor], size: int, bound: float) -> list[str]:
+    """Compare what was read back with the model, at several batch sizes; raise DifferenceError if it is too far off."""
+    said = []
+    for batch in BATCHES:
+        images = random_images(batch, size)
+        with torch.no_grad():
+            want, got = model(images), other(images)
+        off = difference(got, want)
+        said.append(
+            f"batch of {batch}: largest difference {(got - want).abs().max():.1e}, {off:.1e} of the logits' norm (bound {bound:g})"
+        )
+        if not off <= bound:
+            raise DifferenceError(f"what was written computes something else; {said[-1]}")
+    return said
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm."""
+    return float((got - want).norm() / want.norm())
+
+
+def random_images(batch: int, size: int) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def how_to_use(classifier: Classifier, kind: str, out: Path) -> list[str]:
+    """Say what can be done with a file."""
+    size = classifier.transform.crop
+    mean, std = ([round(value, 4) for value in values] for values in (classifier.mean, classifier.std))
+    takes = f"takes (B, 3, {size}, {size}), float32, RGB in 0..1 less mean {mean}, divided by {std}; gives logits"
+    use: dict[str, list[str]] = {
+        "onnx": [f"{out}: {takes}; classes and crop are in its metadata"],
+        "torch": [f"{out}: {takes}", f'    model = torch.export.load("{out}").module()'],
+        "published": [f"{out}: the authors' names, for their code"],
+        "timm": [
+            f"{out}: config.json, model.safetensors, README.md",
+            f'    import models, timm; timm.create_model("local-dir:{out}", pretrained=True)',
+            f'    hf upload USER/NAME {out}    then: timm.create_model("hf-hub:USER/NAME", pretrained=True)',
+        ],
+    }
+    return use[kind]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The four formats that tools/export.py writes; each function writes a model and returns what was read back from the file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from models.build import is_retoken
+from models.weights import fit, load_weights
+from tools.classifier import Classifier
+from tools.convert import ENTRIES, with_published_names
+
+Answer = Callable[[Tensor], Tensor]
+BATCH = ({0: torch.export.Dim.DYNAMIC},)
+INPUT, OUTPUT = "images", "logits"
+ABOUT = "Weights trained with Retoken. The architecture is registered with timm by `import models` of that repository."
+
+
+def write_onnx(classifier: Classifier, model: nn.Module, path: Path, opset: int | None = None) -> Answer:
+    """Write an ONNX file whose batch may have any size, with the facts that a user needs as metadata."""
+    import onnxruntime
+
+    size = classifier.transform.crop
+    try:
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, size, size),),
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            dynamic_shapes=BATCH,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=opset,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{classifier.name} could not be exported to ONNX ({first[:200]})") from error
+    assert program is not None
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in facts(classifier).items()})
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def answer(images: Tensor) -> Tensor:
+        (logits,) = session.run([OUTPUT], {INPUT: images.numpy()})
+        return torch.from_numpy(logits)
+
+    return answer
+
+
+def write_program(classifier: Classifier, model: nn.Module, path: Path) -> Answer:
+    """Write a program of torch.export whose batch may have any size."""
+    size = classifier.transform.crop
+    program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=BATCH)
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={"retoken.json": json.dumps(facts(classifier))})
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def write_published(classifier: Classifier, path: Path) -> Answer:
+    """Write a .pth with the authors' parameter names, laid out as their code loads it."""
+    if not is_retoken(classifier.name):
+        raise ValueError(f"{classifier.name} has no published names; choose another --format")
+    net = classifier.model
+    theirs = with_published_names(net, net.state_dict())  # type: ignore[arg-type]
+    torch.save({ENTRIES.get(type(net).__name__, "model"): theirs}, path)
+    other = _empty(classifier)
+    weights, _ = load_weights(path)
+    other.load_state_dict(fit(other, weights, str(path)))
+    return other.eval()
+
+
+def write_timm(classifier: Classifier, folder: Path) -> Answer:
+    """Write a folder that timm loads with local-dir: and, uploaded, with hf-hub:."""
+    transform = classifier.transform
+    save_for_hf(
+        classifier.model,
+        str(folder),
+        model_config={
+            "num_classes": len(classifier.classes),
+            "label_names": classifier.classes,
+            "label_descriptions": dict(zip(classifier.classes, classifier.readable, strict=True)),
+        },
+        model_args={"img_size": transform.crop} if is_retoken(classifier.name) else None,
+        data_config={
+            "input_size": (3, transform.crop, transform.crop),
+            "mean": classifier.mean,
+            "std": classifier.std,
+            "interpolation": transform.interpolation,
+            "crop_pct": transform.crop / transform.resize if transform.resize else 1.0,
+            "crop_mode": transform.mode if transform.resize else "squash",
+        },
+        safe_serialization=True,
+    )
+    (folder / "README.md").write_text(card(classifier), encoding="utf-8")
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def facts(classifier: Classifier) -> dict[str, Any]:
+    """Return what a user of an exported file has to know."""
+    transform = classifier.transform
+    return {
+        "model": classifier.name,
+        "classes": classifier.classes,
+        "names": classifier.readable,
+        "mean": list(classifier.mean),
+        "std": list(classifier.std),
+        "evaluation": {"crop": transform.crop, "resize": transform.resize, "interpolation": transform.interpolation}
+        | {"mode": transform.mode},
+    }
+
+
+def card(classifier: Classifier) -> str:
+    """Return a model card for the Hugging Face hub."""
+    accuracy = classifier.facts.get("top1")
+    result = f"Top-1 on its validation images: {accuracy:.3f} %.\n\n" if accuracy is not None else ""
+    return (
+        "---\nlibrary_name: timm\ntags:\n- image-classification\n- timm\n---\n\n"
+        f"# {classifier.name}\n\n{ABOUT}\n\n{result}"
+        f"{len(classifier.classes)} classes; {classifier.transform.describe()}.\n\n"
+        '    import models, timm\n    model = timm.create_model("hf-hub:USER/NAME", pretrained=True)\n'
+    )
+
+
+def _empty(classifier: Classifier) -> nn.Module:
+    """Return another model of the same kind, of other weights."""
+    arguments = {"num_classes": len(classifier.classes), "img_size": classifier.transform.crop}
+    return timm.create_model(classifier.name, **arguments)

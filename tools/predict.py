@@ -1,0 +1,157 @@
+"""Name what is on photographs: the best classes of a checkpoint's model, for files and for folders of them.
+
+    python -m tools.predict output/NAME/best_raw.safetensors cat.jpg holiday/
+    python -m tools.predict output/NAME/best_raw.safetensors holiday/ --csv holiday.csv --top 3
+
+Images are cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at least one image
+was named. 1: none could be read. 2: there is a mistake in the command.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from arguments import Parser
+from data.decode import UnreadableImageError
+from engine.tables import TABLES, check_target, write_table
+from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
+
+THREADS = 8  # that decode
+SHOWN = 20  # unreadable files that are listed
+
+
+@dataclass
+class Answers:
+    """What was answered: for each readable image its best classes, best first, and their probabilities."""
+
+    paths: list[str] = field(default_factory=list)
+    labels: list[list[int]] = field(default_factory=list)
+    probabilities: list[list[float]] = field(default_factory=list)
+    unreadable: list[UnreadableImageError] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = predict_parser()
+    args = parser.parse_args(argv)
+    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        for flag, number in (("--top", args.top), ("--batch-size", args.batch_size)):
+            if number < 1:
+                raise ValueError(f"{flag} {number} must be 1 or more")
+        table = check_target("--csv", args.csv, TABLES) if args.csv else None
+        images = find_images(args.images)
+        classifier = load_classifier(
+            Path(args.checkpoint), args.model, args.weights, args.size, args.crop_pct, args.class_index
+        )
+        device = choose_device(args.device)
+    except ValueError as error:
+        parser.fail(error)
+    top = min(args.top, len(classifier.classes))
+    screen.print(classifier.describe(), markup=False, style="dim")
+    for note in classifier.notes:
+        screen.print(f"note: {note}", markup=False)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task("images", total=len(images))
+        answers = predict(
+            classifier, images, top, args.batch_size, device, lambda count: progress.update(task, advance=count)
+        )
+    if table:
+        write_table(table, columns(classifier, answers, top))
+        screen.print(f"{len(answers.paths)} images: {table}", markup=False)
+    else:
+        print("\n".join(lines(classifier, answers)))
+    for missed in answers.unreadable[:SHOWN]:
+        screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
+    if len(answers.unreadable) > SHOWN:
+        screen.print(f"not read: {len(answers.unreadable) - SHOWN} more")
+    return 0 if answers.paths else 1
+
+
+def predict_parser() -> Parser:
+    """Return the parser of this command."""
+    parser = Parser("Name what is on photographs with the model of a checkpoint.")
+    parser.prog = "python -m tools.predict"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best_*.safetensors, update-*.pt or a published file")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="image files and folders of them, with what is below"
+    )
+    parser.add_argument("--top", metavar="N", type=int, default=5, help="best classes to name (5)")
+    parser.add_argument("--csv", metavar="FILE", help="write a table, .csv or .parquet, instead of printing")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images per forward pass (32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
+    add_checkpoint_options(parser)
+    return parser
+
+
+def choose_device(asked: str) -> torch.device:
+    """Return the device that was asked for; ValueError for a GPU that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; leave it out, or check the driver with nvidia-smi")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def predict(
+    classifier: Classifier,
+    images: Sequence[Path],
+    top: int,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], object] = lambda count: None,
+) -> Answers:
+    """Answer for each image; `advance` hears how many more are done."""
+    answers = Answers()
+    model = classifier.model.to(device)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(images), batch_size):
+            paths = images[start : start + batch_size]
+            prepared = list(pool.map(lambda path: _prepare(classifier, path), paths))
+            good = [(path, x) for path, x in zip(paths, prepared, strict=True) if isinstance(x, Tensor)]
+            answers.unreadable += [x for x in prepared if isinstance(x, UnreadableImageError)]
+            if good:
+                probabilities = model(torch.stack([x for _, x in good]).to(device)).float().softmax(1)
+                best = probabilities.topk(top)
+                answers.paths += [str(path) for path, _ in good]
+                answers.labels += best.indices.tolist()
+                answers.probabilities += best.values.tolist()
+            advance(len(paths))
+    return answers
+
+
+def _prepare(classifier: Classifier, path: Path) -> Tensor | UnreadableImageError:
+    try:
+        return classifier.prepare(read_image(path))
+    except UnreadableImageError as error:
+        return error
+
+
+def lines(classifier: Classifier, answers: Answers) -> Iterator[str]:
+    """Write answers for a person: the image, then a class a line."""
+    for path, labels, probabilities in zip(answers.paths, answers.labels, answers.probabilities, strict=True):
+        yield path
+        for label, probability in zip(labels, probabilities, strict=True):
+            yield f"  {100 * probability:5.1f} %  {classifier.label(label)}"
+
+
+def columns(classifier: Classifier, answers: Answers, top: int) -> dict[str, list[str] | list[float]]:
+    """Write answers as a table: the image, then class, name and probability for each rank."""
+    table: dict[str, list[str] | list[float]] = {"image": answers.paths}
+    named = classifier.readable != classifier.classes
+    for rank in range(top):
+        table[f"class_{rank + 1}"] = [classifier.classes[labels[rank]] for labels in answers.labels]
+        if named:
+            table[f"name_{rank + 1}"] = [classifier.readable[labels[rank]] for labels in answers.labels]
+        table[f"probability_{rank + 1}"] = [round(values[rank], 6) for values in answers.probabilities]
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

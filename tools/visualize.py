@@ -1,0 +1,195 @@
+"""Show what a model looks at in photographs of one's own: the pictures that are its own, for a paper.
+
+    python -m tools.visualize --checkpoint output/NAME/best_raw.safetensors photo.jpg --out pictures
+    python -m tools.visualize --checkpoint SG-Former-S.pth photo.jpg --out pictures --at 310,240 --format pdf
+
+    SG-Former        significance of the tokens, which tokens were merged into one
+    STViT            super tokens, and the attention that pixels receive through them
+    GroupMixFormer   how much each group's keys gather from each token
+    --at             instead of these: the attention of the token at a place of the photograph
+
+Maps are laid where the evaluation crop lies, at the photograph's own resolution. docs/inside.md says what each of them is.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from arguments import Parser
+from data.decode import UnreadableImageError
+from models.backbone import Backbone
+from models.look import Position, all_blocks, check_blocks, last_blocks, look
+from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
+
+PAGE = 4  # photographs on a page of the contact sheet
+FORMATS = ("png", "pdf", "svg")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = visualize_parser()
+    args = parser.parse_args(argv)
+    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        check_matplotlib()
+        images = find_images(args.images)
+        classifier = load_classifier(
+            Path(args.checkpoint) if args.checkpoint else None,
+            args.model,
+            args.weights,
+            args.size,
+            args.crop_pct,
+            args.class_index,
+        )
+        if not isinstance(classifier.model, Backbone):
+            raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
+        blocks = parse_blocks(args.blocks, classifier.model)
+        place = parse_place(args.at) if args.at else None
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        screen.print(classifier.describe(), markup=False, style="dim")
+        for note in classifier.notes:
+            screen.print(f"note: {note}", markup=False)
+        todo = track(images, "drawing", console=screen, transient=True, disable=not screen.is_terminal)
+        written, unreadable = draw_all(classifier, todo, blocks, place, args.smooth, out, args.format)
+    except (ValueError, OSError) as error:
+        parser.fail(error)
+    for missed in unreadable:
+        screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
+    print("\n".join(map(str, written)))
+    return 0 if written else 1
+
+
+def visualize_parser() -> Parser:
+    """Return the parser of this command."""
+    parser = Parser("Show what a model looks at in photographs.")
+    parser.prog = "python -m tools.visualize"
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="image files and folders of them, with what is below"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights of any layout; without, --model's are random")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the pictures, made if it is not there")
+    parser.add_argument("--at", metavar="X,Y", help="show the attention of this pixel of the photograph; or 40%%,60%%")
+    parser.add_argument(
+        "--blocks", metavar="S.B", nargs="+", default=["last"], help="stage.block, from 1; last (of each stage), or all"
+    )
+    parser.add_argument("--smooth", action="store_true", help="interpolate between tokens instead of showing each")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, default=["png"], help="png; pdf and svg have vector lines"
+    )
+    add_checkpoint_options(parser)
+    return parser
+
+
+def check_matplotlib() -> None:
+    """Raise ValueError with the remedy if matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401  takes a second
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib, which is not installed; run pip install matplotlib") from error
+
+
+def parse_blocks(texts: Sequence[str], model: Backbone) -> list[Position]:
+    """Return the blocks that were asked for; ValueError for one that the model lacks."""
+    known = {"last": last_blocks, "all": all_blocks}
+    found: list[Position] = []
+    for text in texts:
+        stage, _, block = text.partition(".")
+        if text in known:
+            found += known[text](model)
+        elif stage.isdecimal() and block.isdecimal():
+            found.append((int(stage), int(block)))
+        else:
+            raise ValueError(f"--blocks {text} is not understood; give stage.block, e.g. 3.2, or last, or all")
+    return check_blocks(model, found)
+
+
+def parse_place(text: str) -> tuple[float, float, bool]:
+    """Return x, y and whether they are shares of the photograph rather than pixels."""
+    parts = text.split(",")
+    shares = all(part.strip().endswith("%") for part in parts)
+    try:
+        x, y = (float(part.strip().removesuffix("%") if shares else part) for part in parts)
+    except ValueError as error:
+        raise ValueError(
+            f"--at {text} is not understood; give pixels, e.g. 310,240, or shares, e.g. 40%,60%"
+        ) from error
+    return (x / 100, y / 100, True) if shares else (x, y, False)
+
+
+def draw_all(
+    classifier: Classifier,
+    images: Iterable[Path],
+    blocks: Sequence[Position],
+    place: tuple[float, float, bool] | None,
+    smooth: bool,
+    out: Path,
+    formats: Sequence[str],
+) -> tuple[list[Path], list[UnreadableImageError]]:
+    """Write a folder of pictures for each photograph and contact sheets; return the sheets and what could not be read."""
+    from pictures.figures import save, sheet, single
+    from pictures.panels import Panel
+
+    rows: list[list[Panel]] = []
+    captions: list[str] = []
+    unreadable = []
+    names: set[str] = set()
+    for path in images:
+        try:
+            image = read_image(path)
+        except UnreadableImageError as error:
+            unreadable.append(error)
+            continue
+        panels, caption = draw(classifier, image, path, blocks, place, smooth)
+        name = path.stem if path.stem not in names else path.name
+        name = name if name not in names else f"{len(names)}_{name}"
+        names.add(name)
+        folder = out / name
+        folder.mkdir(exist_ok=True)
+        for panel in panels:
+            for kind in formats:
+                save(single(panel, caption), folder / f"{panel.name}.{kind}")
+        rows.append(panels)
+        captions.append(f"{path.name}: {caption}")
+    written = []
+    for start in range(0, len(rows), PAGE):
+        page = "" if len(rows) <= PAGE else f"_{start // PAGE + 1}"
+        for kind in formats:
+            written.append(out / f"sheet{page}.{kind}")
+            save(sheet(rows[start : start + PAGE], captions[start : start + PAGE]), written[-1])
+    return written, unreadable
+
+
+def draw(
+    classifier: Classifier,
+    image: Tensor,
+    path: Path,
+    blocks: Sequence[Position],
+    place: tuple[float, float, bool] | None,
+    smooth: bool,
+) -> tuple[list, str]:
+    """Return the panels of a photograph, uint8 (3, H, W), and the model's answer."""
+    from pictures.panels import original, panels
+    from pictures.photograph import Photograph
+
+    height, width = image.shape[1:]
+    photo = Photograph.framed(image.permute(1, 2, 0).numpy(), *classifier.transform.geometry(height, width), path.name)
+    mark = at = None
+    if place:
+        mark = (place[0] * width, place[1] * height) if place[2] else place[:2]
+        at = photo.place(*mark)
+    logits, maps = look(classifier.model, classifier.prepare(image)[None], at, blocks)
+    best = logits.softmax(1).max(1)
+    caption = f"{classifier.readable[int(best.indices)]} {100 * float(best.values):.1f} %"
+    drawn = [original(photo, mark)]
+    for found in maps:
+        drawn += panels(found, 0, photo, mark, smooth)
+    return drawn, f"{caption}  ·  {classifier.name}, {classifier.transform.crop} px"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
