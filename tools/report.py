@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{out} cannot be written ({error.strerror}); choose another file with --out") from error
     except ValueError as error:
         parser.fail(error)
-    print(f"{out}  ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(f"{out}  ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
