@@ -14,7 +14,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from engine.live import Pace, View, duration, sparkline
+from engine.live import Pace, View
+from engine.live_parts import duration, sparkline
 from engine.log import Log
 from engine.loop import Step
 from tests.conftest import ROOT
@@ -83,6 +84,14 @@ def test_view_shows_an_evaluation_in_place_of_the_epoch():
     assert "update" not in text
     made.note_result("ema", 62.0, 2)
     assert made.evaluating is None
+    made.stop()
+
+
+def test_view_of_a_run_that_continues_with_an_evaluation():
+    made = View(Console(file=io.StringIO(), width=80, height=30, force_terminal=True), "run")
+    assert list(made.track(range(2), 2, "evaluate raw")) == [0, 1]
+    made.stop()
+    assert "raw batch 2/2" in "\n".join(drawn(made))
 
 
 def test_view_continues_the_curves_of_a_run():
