@@ -5,6 +5,7 @@ Main process only.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,7 +34,8 @@ class Log:
     def __init__(self, main: bool, dali: bool = False):
         """`dali`: whether DALI decodes already, so that no hint need name it."""
         self.main, self.dali = main, dali
-        self.console = Console(highlight=False)
+        # Where stdout is no terminal there is no view, whatever FORCE_COLOR makes rich believe.
+        self.console = Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
         self.view: View | None = None  # on a terminal, once a run directory is open
         self.folder: Path | None = None
         self.file: IO[str] | None = None
@@ -102,7 +104,7 @@ class Log:
         if not self.main:
             return
         stamp = time.strftime("%H:%M:%S")
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.console.print(text, style=style, markup=False, soft_wrap=True)
         else:
             self.console.print(f"{stamp} {text}", markup=False, soft_wrap=True)
@@ -200,7 +202,7 @@ class Log:
             image.save(path)
         for curves in self.curves:
             with self._surviving(curves.name):
-                curves.picture(name.split("/")[-1], np.asarray(image.convert("RGB")), update)
+                curves.picture(f"pictures/{path.stem}", np.asarray(image.convert("RGB")), update)
 
     def _row(
         self, row: dict[str, Any], update: int, prefix: str = "train", curves: dict[str, float] | None = None

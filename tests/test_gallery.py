@@ -177,7 +177,7 @@ def test_a_run_keeps_its_pictures_and_shows_them_in_tensorboard(small_cfg, tmp_p
     assert [str(path.relative_to(run)) for path in (run / "pictures").rglob("*.png")] == ["pictures/first_batch.png"]
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    (shown,) = events.Images("first_batch")
+    (shown,) = events.Images("pictures/first_batch")
     with Image.open(run / "pictures" / "first_batch.png") as kept:
         assert (shown.width, shown.height) == kept.size
     (text,) = events.Tensors("config/text_summary")

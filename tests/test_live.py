@@ -19,6 +19,7 @@ from engine.live_parts import duration, sparkline
 from engine.log import Log
 from engine.loop import Step
 from tests.conftest import ROOT
+from tools.terminal import Screen
 
 STEP = Step(2, 250, 50, 2.3456, 2.4, 1.23, 9.1e-4, 2510.2, 0.25)
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -154,22 +155,10 @@ def test_log_lines_scroll_above_the_view_and_the_view_goes(tmp_path):
 
 
 def screen(output):
-    """What a terminal shows in the end: a few control codes are enough for what rich writes."""
-    lines, row, column = [""], 0, 0
-    for code, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", output):
-        if text:
-            line = lines[row].ljust(column)
-            lines[row], column = line[:column] + text + line[column + len(text) :], column + len(text)
-        elif code == "\n":
-            row, column = row + 1, 0
-            lines += [""] * (row == len(lines))
-        elif code == "\r":
-            column = 0
-        elif code.endswith("A"):
-            row = max(row - int(code[2:-1] or 1), 0)
-        elif code.endswith("K"):
-            lines[row] = ""
-    return [line.rstrip() for line in lines if line.strip()]
+    """What a terminal shows in the end."""
+    shown = Screen()
+    shown.feed(output)
+    return [line for line in shown.plain if line]
 
 
 def test_a_terminal_that_becomes_narrower_is_cleared_of_folded_lines():
@@ -221,9 +210,32 @@ def test_ctrl_c_leaves_a_clean_terminal(small_cfg, tmp_path):
     assert written.count("\x1b[?25l") <= written.count("\x1b[?25h")
 
 
-def test_nothing_of_the_view_reaches_a_file(tmp_path):
-    log, out = Log(main=True), io.StringIO()
-    log.console = Console(file=out, highlight=False)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_worker_has_no_part_in_the_view(monkeypatch):
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    made = view(80)
+    made.start()
+    assert sys.stderr is not err
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (sys.stdout, sys.stderr) == (out, err) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    made.stop()
+    assert (sys.stdout, sys.stderr) == (out, err)
+
+
+def test_nothing_of_the_view_reaches_a_file(tmp_path, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take a file for a terminal
+    log = Log(main=True)
     log.open(tmp_path, 0, tensorboard=False)
     log.begin_epoch(0, 3, 0, 20)
     log.step(replace(STEP, epoch=0, update_in_epoch=10), 3, 20)

@@ -60,7 +60,7 @@ def test_a_run_is_shown_and_continued_under_one_id(small_cfg, tmp_path, wandb):
         prefix = "train" if row["kind"] == "train" else f"eval_{row['weights']}"
         for name in ("loss",) if row["kind"] == "train" else ("loss", "top1", "top5"):
             assert told[row["update"], f"{prefix}/{name}"] == row[name]
-    assert told[0, "first_batch"][::2] == ("image", "uint8")
+    assert told[0, "pictures/first_batch"][::2] == ("image", "uint8")
 
     (run / "checkpoints" / "update-00000012.pt").unlink()  # as after a power cut
     assert run_here(small_cfg, tmp_path, *opts) == 0
