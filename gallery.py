@@ -115,9 +115,8 @@ class Gallery:
         try:
             yield
         except (RuntimeError, ValueError, OSError) as error:
-            self.log.warn(
-                f"{what} cannot be drawn ({type(error).__name__}: {str(error).splitlines()[0][:200]}); going on without"
-            )
+            why = " ".join(str(error).split())[:200]
+            self.log.warn(f"{what} cannot be drawn ({type(error).__name__}: {why}); going on without")
 
     def _shares(self, target: Tensor) -> str:
         """Write a soft target as its classes and their shares, the smoothing undone."""
