@@ -1,5 +1,6 @@
-# install   a virtual environment with everything    demo   draw pictures, train on them, show the accuracy
+# install   a virtual environment with everything    demo   draw pictures, train on them, write a report
 # test      the whole suite                          lint   ruff and mypy          format   rewrite in place
+# screenshots   the pictures of docs/images, anew (trains small models: minutes to an hour)
 #
 # In an environment of your own: make test VENV=/path/to/env       (its bin/python is used, missing packages are added)
 # Another interpreter or torch:  make install PYTHON=python3.12 TORCH='torch==2.11.*'
@@ -10,7 +11,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.retoken-installed
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format screenshots clean
 
 install: $(STAMP)
 
@@ -25,6 +26,7 @@ $(STAMP): requirements.txt requirements-dev.txt | $(BIN)/python
 demo: install
 	$(BIN)/python -m data.demo output/demo-data
 	$(BIN)/python train.py --cfg configs/demo.yaml --data-path output/demo-data
+	$(BIN)/python -m tools.report output/demo
 
 # In WORKERS processes at once, each file in one of them: most tests wait for processes that they start.
 test: install
@@ -38,6 +40,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+screenshots: install
+	$(BIN)/python -m tools.screenshots
 
 clean:
 	rm -rf output .pytest_cache .ruff_cache .mypy_cache

@@ -274,6 +274,11 @@ _C.LOG = CfgNode()
 _C.LOG.EVERY = 50
 # Write TensorBoard events into the run directory.
 _C.LOG.TENSORBOARD = True
+# Project of Weights & Biases that the run is shown in (pip install wandb); "" is off.
+_C.LOG.WANDB = ""
+# Draw the first batch, and every so many epochs what the model makes of a few validation images, if it can show that
+# (at the evaluation that is due then or next, and at the last); 0 draws nothing.
+_C.LOG.PICTURES_EVERY = 10
 
 
 def defaults() -> CfgNode:

@@ -98,6 +98,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "DIST.TIMEOUT": (1, 1e6),
     "DIST.BUCKET_MB": (0.01, 1e4),
     "LOG.EVERY": (1, 1e9),
+    "LOG.PICTURES_EVERY": (0, 1e6),
 }
 
 TO_MIN_LR = ("cosine", "tanh", "poly")  # the schedules that end at SCHEDULE.MIN_LR

@@ -14,6 +14,7 @@ from data.build import Data, build_data
 from engine.agreement import Agreement, Wish
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.compilation import Compilation
+from engine.curves import check_wandb
 from engine.distill import Teacher
 from engine.distributed import Processes
 from engine.interruption import PreemptedError
@@ -25,6 +26,7 @@ from engine.randomness import seed_process
 from engine.run import RunDirectory, this_start
 from engine.saver import Saver
 from engine.state import TrainState
+from gallery import Gallery
 from models.apex_norm import use_apex_norms
 from models.build import build_model, checkpoint_blocks
 from resume import check_same_run, find_teacher, restore
@@ -78,7 +80,13 @@ class Session:
     loop: Loop
     teacher: Teacher | None
     agreement: Agreement
+    gallery: Gallery
     compilation: Compilation | None = None
+
+    def open_log(self) -> None:
+        """Begin the files of the run directory, or go on in them where the run stands."""
+        how, plain = self.cfg.LOG, yaml.safe_load(config.dump(self.cfg))
+        self.log.open(self.run.path, self.state.update, how.TENSORBOARD, self.state.closed, how.WANDB, plain)
 
     def check(self, wish: Wish) -> None:
         """Raise what ends the run if the processes agreed on it."""
@@ -114,6 +122,7 @@ def build(
     log, run = saver.log, saver.run
     torch.backends.cudnn.benchmark = cfg.TRAIN.BENCHMARK
     torch.backends.cudnn.deterministic = not cfg.TRAIN.BENCHMARK
+    check_wandb(cfg.LOG.WANDB)
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
@@ -145,7 +154,9 @@ def build(
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes, cfg), data.stage.train, precision, processes, teacher)
     agreement = Agreement(processes, lambda: wish(saver, interrupted()))
-    session = Session(cfg, processes, log, run, saver, data, precision, state, loop, teacher, agreement, compilation)
+    gallery = Gallery(cfg.LOG.PICTURES_EVERY, cfg.EVAL.EVERY, data.stage, data.classes, cfg.AUG.LABEL_SMOOTHING, log)
+    parts = data, precision, state, loop, teacher, agreement, gallery, compilation
+    session = Session(cfg, processes, log, run, saver, *parts)
     if not (args.eval or args.dry_run or state.complete):
         processes.on_main(lambda: open_run(session))
     return session
@@ -157,7 +168,7 @@ def open_run(s: Session) -> None:
     try:
         s.run.create(config.dump(s.cfg))
         s.run.record_start(s.facts(), {**start, "config": yaml.safe_load(config.dump(s.cfg))})
-        s.log.open(s.run.path, s.state.update, s.cfg.LOG.TENSORBOARD, s.state.closed)
+        s.open_log()
     except OSError as error:
         raise s.run.cannot_write(error) from error
 

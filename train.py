@@ -142,6 +142,7 @@ def train(s: Session) -> int:
     else:
         INTERRUPTION.defer()
         announce(s)
+        s.gallery.catch_first_batch(s.loop, s.state)
         try:
             s.check(s.agreement.settle())
             while not s.state.complete:
@@ -187,7 +188,7 @@ def train_epoch(s: Session) -> None:
         go_back(error, state, s.loop, s.data.stream, s.saver, s.processes)
         save(s)
         s.saver.wait()  # a run that is killed from here on does not go back a second time
-        log.open_again(s.run.path, state.update, s.cfg.LOG.TENSORBOARD, state.closed)
+        log.open_again(s.run.path, s.open_log)
     log.end_epoch()
 
 
@@ -199,6 +200,8 @@ def end_epoch(s: Session) -> None:
     if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
         save(s)
         best = note_results(s, evaluate_all(s), epoch)
+        if s.gallery.is_due(epoch + 1, state.trained):
+            s.gallery.draw(state.weights()[s.cfg.RECIPE.HEADLINE], s.precision, epoch + 1, state.update)
     state.closed = state.update
     save(s, best)
 
@@ -252,7 +255,8 @@ def evaluate_all(s: Session) -> dict[str, Accuracy]:
     results: dict[str, Accuracy] = {}
     for which, model in s.state.weights().items():
         watched = s.agreement.watch(s.data.val, len(s.data.val), s.check)
-        batches = s.log.track(watched, len(s.data.val), f"evaluate {which}")
+        kept = s.gallery.watch(watched, -(-s.data.val.num_images // s.processes.world))
+        batches = s.log.track(kept, len(s.data.val), f"evaluate {which}")
         results[which] = evaluate(
             model,
             batches,

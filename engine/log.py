@@ -1,29 +1,30 @@
-"""What a run says: bars on a terminal, plain lines in a log, rows in metrics.jsonl, curves in TensorBoard. Main process only."""
+"""What a run says: a live view on a terminal, plain lines in a log, rows in metrics.jsonl, curves and pictures elsewhere.
+
+Main process only.
+"""
 
 import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from engine.curves import Curves, TensorBoard, WandB
 from engine.evaluate import Accuracy
+from engine.live import View
 from engine.loop import Step
 
 T = TypeVar("T")
+PICTURES = "pictures"  # folder of a run directory
 STALL = 0.1  # share of the time spent waiting for data from which on a hint is due
 
 
@@ -33,28 +34,40 @@ class Log:
     def __init__(self, main: bool, dali: bool = False):
         """`dali`: whether DALI decodes already, so that no hint need name it."""
         self.main, self.dali = main, dali
-        self.console = Console(highlight=False, soft_wrap=True)
+        # Where stdout is no terminal there is no view, whatever FORCE_COLOR makes rich believe.
+        self.console = Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+        self.view: View | None = None  # on a terminal, once a run directory is open
+        self.folder: Path | None = None
         self.file: IO[str] | None = None
         self.early: list[str] = []  # lines said before there was a file
         self.metrics: IO[str] | None = None
-        self.events: Any = None
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
+        self.curves: list[Curves] = []
         self.hinted: int | None = None  # the epoch of the last hint that data are late; -1 before any
         self.lost = False  # whether a line could not be written
 
-    def open(self, folder: Path, update: int, tensorboard: bool, closed: int | None = None) -> None:
+    def open(
+        self,
+        folder: Path,
+        update: int,
+        tensorboard: bool,
+        closed: int | None = None,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Begin, or continue after `update` updates, the files of a run directory.
 
         Rows of metrics.jsonl behind that position belong to updates that will be done again, and are dropped; so are
-        evaluations after update `closed` (by default `update`).
+        evaluations after update `closed` (by default `update`). `wandb` is a project of Weights & Biases, "" for none; raises
+        ValueError if that does not start. `config` is shown beside the curves.
         """
         if not self.main:
             return
+        self.folder = folder
         self.file = (folder / "log.txt").open("a", buffering=1)
         self.file.writelines(self.early)
         self.early.clear()
         path = folder / "metrics.jsonl"
+        rows: list[str] = []
         if path.exists():
             limits = {"eval": update if closed is None else closed}
             rows = [line for line in path.read_text().splitlines() if _is_kept(line, update, limits)]
@@ -63,34 +76,44 @@ class Log:
             temporary.replace(path)
         self.metrics = path.open("a", buffering=1)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            self.curves.append(TensorBoard(folder, update))
+        if wandb:
+            self.curves.append(WandB(folder, wandb, config or {}))
+        if config:
+            for curves in self.curves:
+                with self._surviving(curves.name):
+                    curves.text("config", json.dumps(config, indent=2), update)
+        if self.console.is_interactive:
+            self.view = View(self.console, folder.name)
+            self.view.replay(map(json.loads, rows))
 
-            self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
-
-    def open_again(self, folder: Path, update: int, tensorboard: bool, closed: int) -> None:
-        """Go on after an earlier update: a run has gone back to a checkpoint."""
+    def open_again(self, folder: Path, begin: Callable[[], None]) -> None:
+        """Close, and open with `begin` in the middle of a run: one that went back to a checkpoint. A failure costs lines only."""
         self.close()
         with self._surviving(str(folder)):
-            self.open(folder, update, tensorboard, closed)
+            begin()
 
     def close(self) -> None:
-        """Stop the bar and close the files."""
+        """Take the view away and close the files."""
         self.end_epoch()
-        for stream in (self.file, self.metrics, self.events):
+        if self.view:
+            self.view.stop()
+        for stream in (self.file, self.metrics, *self.curves):
             with suppress(OSError):  # said when it was written
                 if stream is not None:
                     stream.close()
-        self.file = self.metrics = self.events = None
+        self.file = self.metrics = self.view = None
+        self.curves = []
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line, and keep it in log.txt."""
         if not self.main:
             return
         stamp = time.strftime("%H:%M:%S")
-        if self.console.is_terminal:
-            self.console.print(text, style=style, markup=False)
+        if self.console.is_interactive:
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
         else:
-            self.console.print(f"{stamp} {text}", markup=False)
+            self.console.print(f"{stamp} {text}", markup=False, soft_wrap=True)
         self._keep(f"{stamp} {text}")
 
     def warn(self, text: str) -> None:
@@ -99,33 +122,25 @@ class Log:
 
     def begin_epoch(self, epoch: int, epochs: int, done: int, updates: int) -> None:
         """Show an epoch's progress, `done` of `updates` being behind it already."""
-        if not (self.main and self.console.is_terminal):
-            return
-        columns = (
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
-        )
-        self.progress = Progress(TextColumn("{task.description}"), *columns, console=self.console, transient=True)
-        self.progress.start()
-        self.task = self.progress.add_task(f"epoch {epoch + 1}/{epochs}", total=updates, completed=done, facts="")
+        if self.view:
+            self.view.begin_epoch(epoch, epochs, done, updates)
 
     def advance(self) -> None:
         """Move the bar by an update."""
-        if self.progress is not None and self.task is not None:
-            self.progress.advance(self.task)
+        if self.view:
+            self.view.advance()
 
     def end_epoch(self) -> None:
-        """Take the bar away."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        """Note that the updates of the epoch are over, or that they stop."""
+        if self.view:
+            self.view.end_epoch()
 
     def track(self, batches: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield the batches, moving a bar on a terminal."""
-        if not (self.main and self.console.is_terminal):
+        if self.view:
+            yield from self.view.track(batches, total, label)
+            return
+        if not (self.main and self.console.is_interactive):
             yield from batches
             return
         columns = (
@@ -148,8 +163,9 @@ class Log:
         if step.skipped:
             facts += f"  skipped, not finite: {step.skipped}, {step.skipped_in_run} in the run"
         line = f"epoch {step.epoch + 1}/{epochs}  update {step.update_in_epoch}/{updates_per_epoch}  {facts}"
-        if self.progress is not None and self.task is not None and step.update_in_epoch < updates_per_epoch:
-            self.progress.update(self.task, facts=facts)
+        if self.view:
+            self.view.note_step(step)
+        if self.view and step.update_in_epoch < updates_per_epoch:
             self._keep(f"{time.strftime('%H:%M:%S')} {line}")
         else:
             self.say(line)
@@ -175,10 +191,24 @@ class Log:
         self.say(
             f"epoch {epoch + 1}  {which:<3}  {accuracy}{'  best' if best else ''}", style="green" if best else None
         )
+        if self.view:
+            self.view.note_result(which, accuracy.top1, epoch)
         numbers = {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
         counts = {"correct1": accuracy.correct1, "correct5": accuracy.correct5, "images": accuracy.images}
         row = {"kind": "eval", "weights": which, "epoch": epoch, "update": update, **numbers, **counts, "best": best}
         self._row({**row, "seconds": accuracy.seconds}, update, f"eval_{which}", numbers)
+
+    def picture(self, name: str, image: Image.Image, update: int) -> None:
+        """Keep a picture, by a name like epoch_010/merged: as a PNG in the run directory, and beside the curves."""
+        if self.folder is None:
+            return
+        path = self.folder / PICTURES / f"{name}.png"
+        with self._surviving(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        for curves in self.curves:
+            with self._surviving(curves.name):
+                curves.picture(f"pictures/{path.stem}", np.asarray(image.convert("RGB")), update)
 
     def _row(
         self, row: dict[str, Any], update: int, prefix: str = "train", curves: dict[str, float] | None = None
@@ -186,11 +216,10 @@ class Log:
         if self.metrics is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._write(self.metrics, json.dumps(finite) + "\n")
-        if self.events is not None:
-            with self._surviving("tensorboard"):
-                for name, value in (curves or row).items():
-                    if isinstance(value, float):
-                        self.events.add_scalar(f"{prefix}/{name}", value, update)
+        named = {f"{prefix}/{name}": value for name, value in (curves or row).items() if isinstance(value, float)}
+        for target in self.curves:
+            with self._surviving(target.name):
+                target.scalars(named, update)
 
     def _keep(self, line: str) -> None:
         if self.file is not None:
@@ -210,7 +239,9 @@ class Log:
         except OSError as error:
             if not self.lost:
                 self.lost = True
-                self.console.print(f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False)
+                self.console.print(
+                    f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False, soft_wrap=True
+                )
 
 
 def _is_kept(line: str, last: int, last_of_kind: dict[str, int]) -> bool:

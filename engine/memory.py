@@ -1,5 +1,7 @@
-"""What a training run will hold in memory, estimated before it starts."""
+"""What a training run will hold in memory, estimated before it starts, and what a process has held."""
 
+import resource
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -156,3 +158,12 @@ class Alive(TorchDispatchMode):
 def gib(number: int) -> str:
     """Write a number of bytes for a person."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def peak() -> str:
+    """Say how much this process has held at most: of the GPU it uses, else of main memory. Does not wait for the device."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        of = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"{gib(torch.cuda.max_memory_allocated())} of {gib(of)}"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -3,7 +3,7 @@
 output/<name>/
     config.yaml                      the resolved config
     manifest.json                    commit, packages, hardware, data, classes; one entry a start
-    log.txt  metrics.jsonl  tensorboard/
+    log.txt  metrics.jsonl  tensorboard/  pictures/
     checkpoints/update-<number>.pt   everything needed to continue; the newest are kept
     best_raw.safetensors  best_ema.safetensors
     diverged.json                    if updates were not finite too often: images, losses, norms

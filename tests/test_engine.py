@@ -201,15 +201,17 @@ def test_log_drops_rows_of_updates_that_will_be_repeated(tmp_path):
     assert [json.loads(r)["update"] for r in rows[:-1]] == [5, 10, 15, 20, 25]
 
 
-def test_log_writes_plain_lines_to_a_file_and_a_bar_to_a_terminal(tmp_path):
+def test_log_writes_plain_lines_to_a_file_and_a_view_to_a_terminal(tmp_path):
     for terminal in (False, True):
         log, out = Log(main=True), io.StringIO()
         log.console = Console(file=out, force_terminal=terminal, width=150, highlight=False)
+        log.open(tmp_path, 0, tensorboard=False)
         log.begin_epoch(0, 3, 0, 20)
         log.step(STEP, 3, 20)
         log.advance()
         log.end_epoch()
         log.result("raw", Accuracy(1, 2, 4, 1.0, 1.0), 0, 10, True)
+        log.close()
         assert ("update 10/20" in out.getvalue()) != terminal
         assert "top-1 25.000 (1/4)" in out.getvalue()
         assert ("\x1b" in out.getvalue()) == terminal

@@ -19,6 +19,7 @@ ENTRY = {
         "report",
         "resume",
         "divergence",
+        "gallery",
     ),
     *("pictures", "tools", "benchmarks"),
 }

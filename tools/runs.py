@@ -99,15 +99,16 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> Run:
-    """Read a run directory. Raises ValueError if it does not exist or has no rows."""
+def read_run(path: Path, may_be_empty: bool = False) -> Run:
+    """Read a run directory. Raises ValueError if it does not exist, or has no rows and `may_be_empty` is false."""
     if not path.is_dir():
         raise ValueError(f"run directory {path} does not exist{_near(path)}")
     metrics = path / "metrics.jsonl"
-    if not metrics.is_file():
+    may_be_empty = may_be_empty and (path / "config.yaml").is_file()
+    if not (metrics.is_file() or may_be_empty):
         raise ValueError(f"{path} holds no metrics.jsonl, it is no run directory{_near(path)}")
     train, evals = {}, {}
-    lines = metrics.read_text().splitlines()
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_constant=lambda _: None)
@@ -121,7 +122,7 @@ def read_run(path: Path) -> Run:
                 raise ValueError(
                     f"{metrics}, line {number} is no row of metrics: {line[:80]!r}; mend or delete it"
                 ) from error
-    if not (train or evals):
+    if not (train or evals or may_be_empty):
         raise ValueError(f"{metrics} has no rows yet: the run has not come to its first report{_near(path)}")
     return Run(path, _read_tree(path / "config.yaml"), _read_tree(path / "manifest.json"), train, evals)
 

@@ -1,0 +1,129 @@
+"""Draw the pictures of docs/images anew: the live view, the report, what models look at. From the demo data set only.
+
+    python -m tools.screenshots            (make screenshots)
+
+Trains the demo twice and two small models briefly, on a terminal of its own; ten minutes to an hour on two cores. What was
+trained under --work is taken as it is. Needs a headless Chromium and matplotlib.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+
+from arguments import Parser
+from data.demo import draw_dataset
+from tools import report
+from tools.browser import MISSING, find_browser, screenshot
+from tools.run_facts import RunFacts
+from tools.terminal import record, screen_when
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS, ROWS = 100, 24
+LIMIT = 300_000  # bytes of an image in the repository
+SHEET = 1400  # pixels of the width of what a model looks at
+BRIEFLY = ("--opts", "TRAIN.EPOCHS", "3", "SCHEDULE.WARMUP_EPOCHS", "0.5")
+RUNS: dict[str, tuple[str, ...]] = {  # run directory: arguments of train.py
+    "demo": ("--cfg", "configs/demo.yaml"),
+    "demo-mixed": ("--cfg", "configs/demo.yaml", "--tag", "mixed", "--opts", "AUG.MIX_PROB", "1.0"),
+    "sgformer_small_64": ("--cfg", "configs/sgformer/small_64.yaml", *BRIEFLY),
+    "stvit_small_64": ("--cfg", "configs/stvit/small_64.yaml", *BRIEFLY),
+}
+LOOKS = {"demo": "groupmixformer", "sgformer_small_64": "sgformer", "stvit_small_64": "stvit"}
+PICTURE = "spiral"  # the class whose first validation picture is looked at
+SIZE = 224  # pixels that it is looked at in
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = Parser("Draw the pictures of docs/images anew, from the demo data set.")
+    parser.prog = "python -m tools.screenshots"
+    parser.add_argument(
+        "--work", metavar="DIR", default="output/screenshots", help="data and runs (output/screenshots)"
+    )
+    parser.add_argument("--out", metavar="DIR", default="docs/images", help="where the pictures go (docs/images)")
+    args = parser.parse_args(argv)
+    work, out = Path(args.work), Path(args.out)
+    try:
+        if find_browser() is None:
+            raise ValueError(MISSING)
+        out.mkdir(parents=True, exist_ok=True)
+        draw_dataset(work / "data")
+        for name in RUNS:
+            train(work, name)
+        (out / "live.svg").write_text(live(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"))
+        pages(work, out)
+        first = work / "demo-mixed" / "pictures" / "first_batch.png"
+        keep(Image.open(first), out / "first_batch.png")
+        for name, family in LOOKS.items():
+            look(work, name, out / f"look_{family}.jpg")
+    except (ValueError, OSError, subprocess.SubprocessError) as error:
+        parser.fail(error)
+    for path in sorted(out.iterdir()):
+        print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
+    return 0
+
+
+def train(work: Path, name: str) -> None:
+    """Train a run on a terminal, unless it was."""
+    if (work / name / "done").is_file() and (work / f"{name}.terminal").is_file():
+        return
+    shutil.rmtree(work / name, ignore_errors=True)
+    Console().print(f"training {work / name} ...", markup=False)
+    places = ("--data-path", str(work / "data"), "--output", str(work))
+    argv = [sys.executable, str(ROOT / "train.py"), *places, *RUNS[name]]
+    if record(argv, work / f"{name}.terminal", COLUMNS, ROWS, os.environ):
+        raise ValueError(f"{' '.join(argv)} failed; {work / name}.terminal holds what it said")
+
+
+def live(recorded: Path, moment: str) -> str:
+    """Draw a moment of a recorded training, when the text of the screen matches."""
+    pattern = re.compile(moment, re.S)
+    found = screen_when(recorded.read_bytes().decode(), "╯", lambda text: bool(pattern.search(text)))
+    return found.svg(COLUMNS, ROWS, "python train.py --cfg configs/demo.yaml --data-path output/demo-data")
+
+
+def pages(work: Path, out: Path) -> None:
+    """Photograph the report of one run, by day and on a telephone, and of two by night."""
+    one, two = ([RunFacts.read(work / name) for name in names] for names in (["demo"], ["demo", "demo-mixed"]))
+    for name, runs, width, height, theme in (
+        ("report", one, 1280, 1560, "light"),
+        ("report_two_runs", two, 1280, 1560, "dark"),
+        ("report_phone", one, 500, 1100, "light"),
+    ):
+        page, shot = work / f"{name}.html", work / f"{name}.png"
+        page.write_text(report.render(runs))
+        if said := screenshot(page, shot, width, height, theme):
+            raise ValueError(f"{page}: the browser complains: {'; '.join(said)}")
+        keep(Image.open(shot), out / f"{name}.png")
+
+
+def look(work: Path, name: str, out: Path) -> None:
+    """Show what a trained model looks at in a validation picture."""
+    photo, folder = min((work / "data" / "val" / PICTURE).glob("*.jpg")), work / f"look_{name}"
+    weights = ("--checkpoint", str(work / name / "best_raw.safetensors"), "--size", str(SIZE))
+    argv = [sys.executable, "-m", "tools.visualize", str(photo), *weights, "--out", str(folder)]
+    subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    image = Image.open(folder / "sheet.png").convert("RGB")
+    keep(image.resize((SHEET, round(image.height * SHEET / image.width)), Image.Resampling.LANCZOS), out)
+
+
+def keep(image: Image.Image, path: Path) -> None:
+    """Write an image as small as it can be: a PNG of 256 colours, a JPEG. Raises ValueError if it is too large all the same."""
+    image = image.convert("RGB")
+    if path.suffix == ".png":
+        image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    else:
+        image.save(path, quality=85, optimize=True)
+    if path.stat().st_size > LIMIT:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {LIMIT:,}; draw it smaller")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""A program on a terminal of its own: what it writes is recorded, and any moment of it can be drawn.
+
+Only what rich writes is understood: text, colours, carriage returns, line feeds, moves upward, erased lines.
+"""
+
+import errno
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.ansi import AnsiDecoder
+from rich.console import Console
+
+PIECE = re.compile(r"(\x1b\[\?[0-9;]*[hl])|\x1b\[(\d*)([AK])|(\r)|(\n)|((?:\x1b\[[0-9;]*m|[^\x1b\r\n])+)")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+FONT = re.compile(r"@font-face \{[^}]*\}\s*")  # rich's pictures name a font on a server
+
+
+class Screen:
+    """The lines that a terminal shows, with their colours."""
+
+    def __init__(self) -> None:
+        self.lines, self.row = [""], 0
+
+    def feed(self, output: str) -> None:
+        """Take a part of the output that ends between two control codes."""
+        for _, number, move, _, feed, text in (match.groups(default="") for match in PIECE.finditer(output)):
+            if text:
+                self.lines[self.row] += text
+            elif feed:
+                self.row += 1
+                self.lines += [""] * (self.row == len(self.lines))
+            elif move == "A":
+                self.row = max(self.row - int(number or 1), 0)
+            elif move == "K":
+                self.lines[self.row] = ""
+
+    @property
+    def plain(self) -> list[str]:
+        """The lines without colours, those below the last text left out."""
+        return [COLOUR.sub("", line).rstrip() for line in self._shown]
+
+    @property
+    def _shown(self) -> list[str]:
+        last = max((i for i, line in enumerate(self.lines) if COLOUR.sub("", line).strip()), default=-1)
+        return self.lines[: last + 1]
+
+    def svg(self, columns: int, rows: int, title: str) -> str:
+        """Draw the last `rows` lines, those that are too long folded, as a terminal window."""
+        console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
+        lines = [line for text in AnsiDecoder().decode("\n".join(self._shown)) for line in text.wrap(console, columns)]
+        for line in lines[-rows:]:
+            console.print(line)
+        console.file.close()
+        return FONT.sub("", console.export_svg(title=title))
+
+
+def record(argv: Sequence[str], out: Path, columns: int, rows: int, env: Mapping[str, str]) -> int:
+    """Run a program on a terminal of this size; write all of its output to `out`, return its exit status."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    unset = {"COLUMNS", "LINES", "NO_COLOR"}
+    environment = {key: value for key, value in env.items() if key not in unset} | {"TERM": "xterm-256color"}
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    with out.open("wb") as file:
+        while True:
+            try:
+                piece = os.read(ours, 1 << 16)
+            except OSError as error:
+                if error.errno != errno.EIO:  # which is how Linux says that the other end is closed
+                    raise
+                piece = b""
+            if not piece:
+                break
+            file.write(piece)
+    os.close(ours)
+    return process.wait()
+
+
+def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> Screen:
+    """Return the first screen, of those on which `end` was written last, whose text is wanted; the last of them if none is.
+
+    Raises ValueError if `end` was never written.
+    """
+    screen, found = Screen(), False
+    parts = output.split(end)
+    for part in parts[:-1]:
+        screen.feed(part + end)
+        found = True
+        if wanted("\n".join(screen.plain)):
+            return screen
+    if not found:
+        raise ValueError(f"the output never shows {end!r}")
+    return screen
