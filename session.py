@@ -24,7 +24,7 @@ from engine.randomness import seed_process
 from engine.run import RunDirectory, this_start
 from engine.saver import Saver
 from engine.state import TrainState
-from models.build import build_model
+from models.build import build_model, own_file
 from resume import check_same_run, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
@@ -47,6 +47,7 @@ FREE = (
     "DIST",
     "LOG",
     "MODEL.INIT",
+    "MODEL.MODULE",  # the file may lie elsewhere; the manifest notes its digest
     "MODEL.INIT_WEIGHTS",
     "DISTILL.TEACHER_WEIGHTS",  # what is in the file must be the same
 )
@@ -131,7 +132,7 @@ def build(
     if writes and not state.complete:
         run.create(config.dump(cfg))
         start = this_start(processes.world, state.update, processes.device)
-        run.record_start(session.facts(), {**start, "config": yaml.safe_load(config.dump(cfg))})
+        run.record_start(session.facts(), {**start, **own_file(cfg), "config": yaml.safe_load(config.dump(cfg))})
         log.open(run.path, state.update, cfg.LOG.TENSORBOARD, state.closed)
     return session
 

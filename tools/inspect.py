@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 
 from arguments import Parser
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
+from models.own_file import import_models
 
 RUNS = 7  # timed forward passes, after one that is not
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)  # torch 2.11 lacks it
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("give the names of models, or --all")
         if min(args.size) < 1:
             raise ValueError(f"--size {min(args.size)}: give sizes of 1 pixel or more")
+        if args.module:
+            import_models(args.module, "--module")
         names = retoken_models() if args.all else args.names
         for name in names:
             check_name(name, "NAME")
@@ -92,6 +95,7 @@ def inspect_parser() -> Parser:
     parser.prog = "python -m tools.inspect"
     parser.add_argument("names", metavar="NAME", nargs="*", help="models of Retoken or timm")
     parser.add_argument("--all", action="store_true", help="all of Retoken's")
+    parser.add_argument("--module", metavar="FILE", help="file or module that registers models of your own")
     parser.add_argument("--size", metavar="PIXELS", type=int, nargs="+", default=[224, 384], help="sides of the image")
     parser.add_argument("--no-latency", dest="latency", action="store_false", help="do not run the models: quick")
     return parser
