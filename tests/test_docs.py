@@ -26,6 +26,7 @@ import config
 import eval as eval_script
 import train as train_script
 from config_files import keys
+from engine.plan import accumulation
 
 from .conftest import draw_folder
 from .documented import PAGES, ROOT, Command, anchors, commands, fragments, links, read
@@ -204,9 +205,10 @@ def parse(main, whole=True):
     assert argparse.ArgumentParser.error is error
 
 
-def train(words: list[str], desk: Desk, run: bool) -> str:
+def train(words: list[str], desk: Desk, run: bool, processes: int = 1) -> str:
     args = arguments.train_parser().parse_args([desk.here(word) for word in words])
-    arguments.resolve(args, arguments.TRAIN_FLAGS)
+    cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
+    accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes)
     if not run:
         return "checked"
     argv = [desk.here(word) for word in words]
@@ -218,7 +220,7 @@ def train(words: list[str], desk: Desk, run: bool) -> str:
     return "run"
 
 
-def evaluate(words: list[str], desk: Desk, run: bool) -> str:
+def evaluate(words: list[str], desk: Desk, run: bool, processes: int = 1) -> str:
     argv = [desk.here(word) for word in words]
     args = arguments.eval_parser().parse_args(argv)
     arguments.resolve(args, arguments.EVAL_FLAGS)
@@ -246,16 +248,14 @@ def unique(desk: Desk) -> str:
 
 def torchrun(command: Command, desk: Desk) -> str:
     """Parse torchrun's options and the script's."""
-    words = [word if word.strip("$") == word or not word.startswith("$") else "1" for word in command.words[1:]]
+    words = ["1" if word.startswith("$SLURM") else word for word in command.words[1:]]
     if not any(word.endswith(".py") for word in words):
         words.append("train.py")
         torchrun_parser().parse_args(words)
         return "checked"
     args = torchrun_parser().parse_args(words)
-    inner = Command(
-        command.line, ("python", args.training_script, *args.training_script_args), "torchrun", command.whole
-    )
-    return python(inner, desk)
+    script = {"train.py": train, "eval.py": evaluate}[args.training_script]
+    return script(args.training_script_args, desk, False, int(args.nproc_per_node) * int(args.nnodes.split(":")[0]))
 
 
 def srun(command: Command, desk: Desk) -> str:
@@ -276,9 +276,14 @@ def launch(command: Command, desk: Desk) -> str:
     }
     done = subprocess.run(command.words, cwd=ROOT, env=env | {"PYTHON": "/bin/echo"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    started = done.stdout.splitlines()[-1].split()
+    started = done.stdout.splitlines()[-1].split()  # what echo has printed: python's arguments
     script = next(i for i, word in enumerate(started) if word.endswith(("train.py", "eval.py")))
-    return (evaluate if started[script].endswith("eval.py") else train)(started[script + 1 :], desk, False)
+    words = [
+        *started[started.index("torch.distributed.run") + 1 : script],
+        Path(started[script]).name,
+        *started[script + 1 :],
+    ]
+    return torchrun(Command(command.line, ("torchrun", *words)), desk)
 
 
 def sbatch(command: Command, desk: Desk) -> str:
@@ -305,7 +310,9 @@ def sbatch(command: Command, desk: Desk) -> str:
     own.add_argument("cfg")
     own.add_argument("rest", nargs=argparse.REMAINDER)
     given = own.parse_args(args.rest)
-    return train(["--cfg", given.cfg, *given.rest], desk, False)
+    per_node = int(args.ntasks_per_node or args.gpus_per_node)
+    assert per_node == int(args.gpus_per_node)
+    return train(["--cfg", given.cfg, *given.rest], desk, False, int(args.nodes) * per_node)
 
 
 def make(command: Command, desk: Desk) -> str:
