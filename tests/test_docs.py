@@ -7,6 +7,7 @@ validated. `pytest tests/test_docs.py -rP` lists which was which.
 """
 
 import argparse
+import ast
 import contextlib
 import importlib
 import json
@@ -15,7 +16,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ class Desk:
     path: Path
     places: dict[str, str]  # what stands in the documentation, and here
     run: Path
+    seen: set[tuple[str, ...]] = field(default_factory=set)  # dry runs that need not be repeated
 
     def here(self, word: str) -> str:
         """Return what stands here for a word of a documented command."""
@@ -147,6 +149,9 @@ def test_commands_work(page, desk, monkeypatch):
 def python(command: Command, desk: Desk) -> str:
     """Run a script or module, or have its parser read the arguments."""
     words = list(command.words[1:])
+    if words[0] == "-c":
+        compile(words[1], str(command), "exec")
+        return "compiled"
     if words[0] == "-m":
         words.pop(0)
     name = words.pop(0).removesuffix(".py").replace("/", ".")
@@ -209,9 +214,11 @@ def train(words: list[str], desk: Desk, run: bool, processes: int = 1) -> str:
     args = arguments.train_parser().parse_args([desk.here(word) for word in words])
     cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes)
-    if not run:
+    if not run or tuple(words) in desk.seen:
         return "checked"
     argv = [desk.here(word) for word in words]
+    if args.dry_run:
+        desk.seen.add(tuple(words))
     if args.data_path:
         argv = with_opts(
             argv, args.cfg, *([] if args.output or args.cfg.startswith("mine/") else ["OUTPUT", unique(desk)])
@@ -367,6 +374,15 @@ def test_keys_exist(page):
     assert not faults, faults
 
 
+def test_flags_named_here_beside_those_of_others_exist():
+    parsers = (arguments.train_parser(), arguments.eval_parser())
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+    rows = [line.split("|") for _, line in read(ROOT / "docs/migrating.md")[1] if line.startswith("| `")]
+    named = {flag for row in rows for flag in re.findall(r"`(--[\w-]+)", row[2])}
+    assert len(rows) > 100
+    assert named - known == set()
+
+
 @page
 def test_blocks_of_code_work(page, desk, monkeypatch):
     monkeypatch.chdir(desk.path)
@@ -394,3 +410,36 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{target} is not there"
         if anchor:
             assert anchor in anchors(file), f"{target}: no such heading; there are {sorted(anchors(file))}"
+
+
+def test_site_is_complete_and_needs_no_network(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material not installed: pip install mkdocs-material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(PAGES)  # and 404.html, and the files that pages link to
+    for file in pages:
+        assert not re.search(r'<(script|img|link)[^>]+(src|href)="https?:', file.read_text()), file
+
+
+def test_quoted_messages_are_those_of_the_program():
+    program = said_by_the_program()
+    missing = []
+    for block in read(ROOT / "docs/troubleshooting.md")[0]:
+        if block.language == "text":
+            pieces = [piece.strip() for line in block.lines for piece in line.split("…")]
+            missing += [piece for piece in pieces if len(piece) > 3 and piece not in program]
+    assert missing == []
+
+
+def said_by_the_program() -> str:
+    """Return all strings of the program, what is filled in left out."""
+    said = []
+    for path in [*ROOT.glob("*.py"), *(p for name in ("data", "engine", "models") for p in (ROOT / name).glob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    return "\0".join(said)
