@@ -1,6 +1,7 @@
 # install   a virtual environment with everything    demo   draw pictures, train on them, write a report
 # test      the whole suite                          lint   ruff and mypy          format   rewrite in place
 # screenshots   the pictures of docs/images, anew (trains small models: minutes to an hour)
+# docs      the documentation as a site in output/site
 #
 # In an environment of your own: make test VENV=/path/to/env       (its bin/python is used, missing packages are added)
 # Another interpreter or torch:  make install PYTHON=python3.12 TORCH='torch==2.11.*'
@@ -11,7 +12,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.retoken-installed
 
-.PHONY: install demo test lint format screenshots clean
+.PHONY: install demo test lint docs format screenshots clean
 
 install: $(STAMP)
 
@@ -36,6 +37,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "output/site/index.html is the documentation; mkdocs serve adds its search"
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -52,8 +52,10 @@ _C.RECIPE.HEADLINE = "raw"
 _C.PUBLISHED = CfgNode()
 
 _C.MODEL = CfgNode()
-# Any registered name of models/ (groupmixformer_mobile, ...) or of timm.
+# Any registered name of models/ (groupmixformer_mobile, ...), of timm or of MODULE.
 _C.MODEL.NAME = "groupmixformer_mobile"
+# A file (mine/net.py) or module (package.net) to import first, which registers models of one's own: docs/extending.md.
+_C.MODEL.MODULE = ""
 # 0 takes the number from the data; any other number must equal it.
 _C.MODEL.NUM_CLASSES = 0
 # Dropout before the classifier.

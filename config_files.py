@@ -13,6 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 RESOLVED = "resolved"  # stands under PUBLISHED in a dump
+OF_ANY_LENGTH = ("OPTIM.BETAS", "SCHEDULE.MILESTONES")  # lists of numbers; others have as many entries as their default
 
 
 def keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -171,11 +172,11 @@ def _unknown(cfg: CfgNode, name: str, source: str) -> str:
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     wanted = type(default)
     if isinstance(default, list):
-        if not default and isinstance(value, list | tuple):  # of any length, of numbers
+        if name in OF_ANY_LENGTH and isinstance(value, list | tuple):
             return [_coerce(v, 0.0, f"{name}[{i}]", source) for i, v in enumerate(value)]
         if isinstance(value, list | tuple) and (len(value) == len(default)):
             return [_coerce(v, d, f"{name}[{i}]", source) for i, (v, d) in enumerate(zip(value, default, strict=True))]
-        shape = f"of {len(default)} like {default}" if default else "of numbers, e.g. [150, 225]"
+        shape = "of numbers, e.g. [150, 225]" if name in OF_ANY_LENGTH else f"of {len(default)} like {default}"
         raise ValueError(f"{name} in {source} must be a list {shape}, got {value!r}")
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

@@ -134,6 +134,8 @@ def validate(cfg: CfgNode) -> None:
     for name in ("NAME", "TAG"):
         if "/" in cfg[name] or cfg[name] in (".", ".."):
             raise ValueError(f"{name} is one folder name, got {cfg[name]!r}; use OUTPUT for the path")
+    if (module := cfg.MODEL.MODULE) and not (module.endswith(".py") or all(map(str.isidentifier, module.split(".")))):
+        raise ValueError(f"MODEL.MODULE={module!r} is neither a file, mine/net.py, nor a module, package.net; give one")
     if 0 < cfg.EVAL.CROP_PCT < SMALLEST_CROP_PCT:
         raise ValueError(
             f"EVAL.CROP_PCT={cfg.EVAL.CROP_PCT:g} must be 0 (off) or lie between {SMALLEST_CROP_PCT:g} and 1; "

@@ -28,7 +28,7 @@ from engine.saver import Saver
 from engine.state import TrainState
 from gallery import Gallery
 from models.apex_norm import use_apex_norms
-from models.build import build_model, checkpoint_blocks
+from models.build import build_model, checkpoint_blocks, own_file
 from resume import check_same_run, find_teacher, restore
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
@@ -58,6 +58,7 @@ FREE = (
     "DIST.STATIC_GRAPH",
     "LOG",
     "MODEL.INIT",
+    "MODEL.MODULE",  # the file may lie elsewhere; the manifest notes its digest
     "MODEL.INIT_WEIGHTS",
     "MODEL.KERNELS",
     "DISTILL.TEACHER_WEIGHTS",  # what is in the file must be the same
@@ -167,7 +168,7 @@ def open_run(s: Session) -> None:
     start = this_start(s.processes.world, s.state.update, s.processes.device)
     try:
         s.run.create(config.dump(s.cfg))
-        s.run.record_start(s.facts(), {**start, "config": yaml.safe_load(config.dump(s.cfg))})
+        s.run.record_start(s.facts(), {**start, **own_file(s.cfg), "config": yaml.safe_load(config.dump(s.cfg))})
         s.open_log()
     except OSError as error:
         raise s.run.cannot_write(error) from error

@@ -14,7 +14,7 @@ Usage: launch_scripts/torchrun.sh [-g PROCESSES] [-n NODES -r RANK -a ADDRESS [-
   -p  port on node 0 (default: \$MASTER_PORT, else 20000 + \$SLURM_JOB_ID % 10000, else 29500)
 
   launch_scripts/torchrun.sh configs/groupmixformer/tiny_224.yaml --data-path DIR
-  launch_scripts/torchrun.sh -n 2 -r 0 -a HOST configs/groupmixformer/tiny_224.yaml --data-path DIR   # and -r 1 on the other
+  launch_scripts/torchrun.sh -n 2 -r 0 -a HOST -g 8 configs/groupmixformer/tiny_224.yaml --data-path DIR --batch-size 32  # and -r 1 on the other
 
 \$PYTHON names the interpreter (default: .venv/bin/python, else python3).
 END

@@ -7,12 +7,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg_value, model_entrypoint
+from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
 from models.backbone import Backbone, Stage
 from models.kernels import use_kernels
+from models.own_file import digest, import_models
 from models.weights import adapt, classifier_names, fit, load_weights
 from timeline import parse_optional
 
@@ -20,6 +21,8 @@ from timeline import parse_optional
 def build_model(cfg: Any, num_classes: int) -> nn.Module:
     """Build cfg.MODEL.NAME with its drop rates and kernels, for cfg.DATA.IMG_SIZE where the model asks for a size."""
     name = cfg.MODEL.NAME
+    if cfg.MODEL.MODULE:
+        import_models(cfg.MODEL.MODULE)
     check_name(name)
     if cfg.TIMELINE.IMG_SIZE and takes_img_size(name) and not is_retoken(name):
         raise ValueError(f"TIMELINE.IMG_SIZE: {name} is built for one image size; set it to '' or take another model")
@@ -63,6 +66,14 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
         raise ValueError(f"{key}: {name} has no gradient checkpointing; set it to 0") from error
+
+
+def own_file(cfg: Any) -> dict[str, str]:
+    """Return the file of cfg.MODEL.MODULE and its SHA-256, for the manifest; nothing without one."""
+    if not cfg.MODEL.MODULE:
+        return {}
+    file, _ = import_models(cfg.MODEL.MODULE)
+    return {"model_file": file, "model_file_sha256": digest(file)}
 
 
 def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
@@ -121,7 +132,12 @@ def is_retoken(name: str) -> bool:
 
 def takes_img_size(name: str) -> bool:
     """Say whether a model is built for an image size: ours, and those of timm whose default config fixes it."""
-    return is_retoken(name) or bool(get_pretrained_cfg_value(name, "fixed_input_size"))
+    return is_retoken(name) or bool(_default(name, "fixed_input_size"))
+
+
+def _default(name: str, key: str) -> Any:
+    """Return what a model's default_cfgs say, None where it has none."""
+    return getattr(get_pretrained_cfg(name), key, None)
 
 
 def _use_kernels(model: nn.Module, device: str) -> None:
@@ -136,7 +152,7 @@ def _use_kernels(model: nn.Module, device: str) -> None:
 
 
 def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
-    known = get_pretrained_cfg_value(name, "num_classes")
+    known = _default(name, "num_classes")
     if known != num_classes:
         raise ValueError(_other_classes(f"DISTILL.TEACHER={name!r} pretrained", known, num_classes))
     try:

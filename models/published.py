@@ -169,7 +169,9 @@ def constants(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_published(model: Published, names: Iterable[str]) -> bool:
-    """Say whether these names are rather the published ones than ours."""
+    """Say whether these names are rather the published ones than ours; a model without rules has none."""
+    if not model.published:
+        return False
     given = {name for name in names if not name.endswith(COUNTER)}
     own = [name for name in model.state_dict() if not name.endswith(COUNTER)]
     theirs = {key for name in own for key in find_rule(model.published, name)[1]}

@@ -7,6 +7,7 @@ import pytest
 
 import arguments
 import config
+from config_files import OF_ANY_LENGTH
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "_base_" not in p.parts)
@@ -202,3 +203,11 @@ def test_error_of_a_library_shows_where_it_comes_from(capsys):
             with pytest.raises(SystemExit):
                 parser.fail(error)
         assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+def test_list_of_any_length_is_replaced_by_one_of_another_length(tmp_path):
+    file = write(tmp_path / "a.yaml", "OPTIM: {BETAS: [0.9, 0.99]}\nSCHEDULE: {MILESTONES: [30, 60]}\n")
+    cfg = config.load(file, ["OPTIM.BETAS", "[]", "SCHEDULE.MILESTONES", "[1, 2, 3]"])
+    assert (cfg.OPTIM.BETAS, cfg.SCHEDULE.MILESTONES) == ([], [1.0, 2.0, 3.0])
+    empty = {key for key in config.keys(config.defaults()) if config.get(config.defaults(), key) == []}
+    assert empty == set(OF_ANY_LENGTH)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from models.backbone import STRIDES, Backbone, Stage
 from models.published import Rule, from_published, is_published, to_published
 from tests.small_models import NAMES, scrambled, shrunken
 
@@ -102,3 +104,17 @@ def test_rule_ones_are_added_to_weights_only():
     (gamma,) = Rule("gamma", "gamma_1", ones=(0, 2, 3)).split("gamma", torch.zeros(5))
     assert gamma.shape == (1, 5, 1, 1)
     assert Rule("gamma", "gamma_1", ones=(0, 2, 3)).join("gamma", [gamma]).shape == (5,)
+
+
+def test_family_without_published_names_loads_its_own():
+    class Unpublished(Backbone):
+        to_nchw = staticmethod(lambda x: x)
+
+    def make():
+        stages = [Stage(nn.Identity(), [nn.Conv2d(4, 4, 1)]) for _ in STRIDES]
+        return Unpublished(nn.Conv2d(3, 4, 4, 4), stages, nn.BatchNorm2d(4), (4, 4, 4, 4), 4, num_classes=2)
+
+    source, target = scrambled(make()), make()
+    target.load_state_dict(source.state_dict())
+    assert all(torch.equal(target.state_dict()[key], tensor) for key, tensor in source.state_dict().items())
+    assert not is_published(target, source.state_dict())

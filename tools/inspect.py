@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 from arguments import Parser
 from engine.memory import estimate
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
+from models.own_file import import_models
 
 PARTS = ("output", "params M", "GMACs", "activations M")
 BATCH = 64  # images of the training step whose memory is estimated
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("give the names of models, or --all")
         if min(args.size) < 1:
             raise ValueError(f"--size {min(args.size)}: give sizes of 1 pixel or more")
+        if args.module:
+            import_models(args.module, "--module")
         names = retoken_models() if args.all else args.names
         if args.memory < 0:
             raise ValueError(f"--memory {args.memory}: give a number of images, or 0 to leave it out")
@@ -139,6 +142,7 @@ def inspect_parser() -> Parser:
     parser.prog = "python -m tools.inspect"
     parser.add_argument("names", metavar="NAME", nargs="*", help="models of Retoken or timm")
     parser.add_argument("--all", action="store_true", help="all of Retoken's")
+    parser.add_argument("--module", metavar="FILE", help="file or module that registers models of your own")
     parser.add_argument("--size", metavar="PIXELS", type=int, nargs="+", default=[224, 384], help="sides of the image")
     parser.add_argument("--stages", action="store_true", help="also a table of each model's stem, stages and head")
     parser.add_argument(

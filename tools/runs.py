@@ -32,6 +32,7 @@ START_FACTS = (
     "cores",
     "system",
     "python",
+    "model_file_sha256",
 )  # of the manifest's starts; also commit, packages
 ABSENT = "-"
 

@@ -1,0 +1,67 @@
+"""A model of one's own: a Python file or module outside this repository that registers it with timm (docs/extending.md)."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import timm
+from timm.models import model_entrypoint
+
+
+def import_models(where: str, key: str = "MODEL.MODULE") -> tuple[str, list[str]]:
+    """Import a file ("mine/net.py") or a module ("package.net"), once; return its file and the models it registers.
+
+    Raises ValueError, naming `key`, for what cannot be imported, registers no model, or takes the name of another one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Overwriting")  # timm's, for a name that another model has
+        try:
+            module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        except Exception as error:
+            raise ValueError(f"{key}={where!r} cannot be imported: {_describe(error)}") from error
+    own = [name for name in timm.list_models() if _is_from(model_entrypoint(name).__module__, module.__name__)]
+    if not own:
+        raise ValueError(f"{key}={where!r} registers no model; put timm's @register_model before a function in it")
+    return str(module.__file__), own
+
+
+def digest(file: str) -> str:
+    """Return what tells whether a model's file is the same: its SHA-256."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under a name that tells it from others, so that it is run once."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # timm looks it up there while it is run
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_from(module: str, own: str) -> bool:
+    return module == own or module.startswith(f"{own}.")
+
+
+def _describe(error: Exception) -> str:
+    """Return an error's kind and words, and the line that it comes from: of the user's file rather than of a library."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if not frame.filename.startswith("<") and "site-packages" not in frame.filename]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{'' if isinstance(error, SyntaxError) else place}"
