@@ -96,7 +96,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "CHECKPOINT.MAX_FAILURES": (1, 1e6),
     "DIST.START_TIMEOUT": (1, 1e6),
     "DIST.TIMEOUT": (1, 1e6),
-    "DIST.BUCKET_MB": (0.01, 1e4),
+    "DIST.BUCKET_MB": (1, 1e4),
     "LOG.EVERY": (1, 1e9),
     "LOG.PICTURES_EVERY": (0, 1e6),
 }

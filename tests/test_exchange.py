@@ -24,8 +24,8 @@ UPDATES = 3
 STATIC = ("DIST.STATIC_GRAPH", "true")
 VARIANTS = {  # images an update, options
     "plain": (8, ()),
-    "checkpointed": (8, ("TRAIN.CHECKPOINT_BLOCKS", "-1", "DIST.BUCKET_MB", "0.05")),
-    "static": (4, (*STATIC, "DIST.BUCKET_MB", "0.05")),
+    "checkpointed": (8, ("TRAIN.CHECKPOINT_BLOCKS", "-1", "DIST.BUCKET_MB", "1")),
+    "static": (4, (*STATIC, "DIST.BUCKET_MB", "1")),
     "static checkpointed": (4, (*STATIC, "TRAIN.CHECKPOINT_BLOCKS", "2")),
 }
 
