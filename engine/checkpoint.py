@@ -239,19 +239,29 @@ class Sealing(io.RawIOBase):
         self.file.write(data)
 
 
+def read_seal(path: Path) -> bytes:
+    """Return the checksum that a checkpoint says it has; nothing for one of format 1, a missing or an unreadable one."""
+    try:
+        with path.open("rb") as file:
+            return _end_of(file)
+    except OSError:
+        return b""
+
+
 def _is_sealed(path: Path, verify: bool) -> bool:
     """Return whether a file has a seal; if asked to `verify` it, raise DamagedError if it is not the file's."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END) - _SEAL_LENGTH
-        if size < 0:
-            return False
-        file.seek(size)
-        seal = file.read()
-        if not seal.startswith(_SEAL):
-            return False
-        if verify and seal != _seal_of(file, size):
+        seal = _end_of(file)
+        if seal and verify and seal != _seal_of(file, file.tell() - _SEAL_LENGTH):
             raise DamagedError(f"{path} is damaged: its checksum is not that of what was written")
-    return True
+    return bool(seal)
+
+
+def _end_of(file: IO[bytes]) -> bytes:
+    """Return the seal at the end of a file, or nothing; the file is left at its end."""
+    file.seek(max(file.seek(0, os.SEEK_END) - _SEAL_LENGTH, 0))
+    seal = file.read()
+    return seal if len(seal) == _SEAL_LENGTH and seal.startswith(_SEAL) else b""
 
 
 def _seal_of(file: IO[bytes], size: int) -> bytes:

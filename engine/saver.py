@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint import load_state, read_facts, remove_temporary, save_weights
+from engine.checkpoint import load_state, read_facts, read_seal, remove_temporary, save_weights
 from engine.distributed import Processes
 from engine.log import Log
 from engine.memory import gib
@@ -201,23 +201,28 @@ class Saver:
 def load_on_all(path: Path, processes: Processes, stored: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return what a checkpoint holds, on all processes; `stored` is that where the main process has read it already.
 
-    Only the main process compares the checksum, so that a thousand processes do not read the file twice. Raises ValueError on
-    all if it cannot be read, DamagedError if it is not what was written.
+    Only the main process compares the checksum with the content, so that a thousand processes do not read the file twice; the
+    others wait until theirs has the same one. Raises ValueError on all if it cannot be read, DamagedError if it is not what was
+    written; ValueError where it stays missing or another one.
     """
     found = [stored] if stored else []
 
-    def read() -> None:
+    def read() -> bytes:
         if not found:
             found.append(load_state(path))
+        return read_seal(path)
 
-    processes.on_main(read)
+    seal = processes.on_main(read)
     if processes.main:
         return found[0]
     deadline = time.monotonic() + APPEARS_S
-    while not path.exists() and time.monotonic() < deadline:
+    while not (same := path.exists() and read_seal(path) == seal) and time.monotonic() < deadline:
         time.sleep(0.2)
     try:
-        return load_state(path, verify=False)
+        state = load_state(path, verify=False)
+        if not same:
+            raise ValueError(f"{path} has another checksum here")
+        return state
     except ValueError as error:
         raise ValueError(
             f"{error}; process 0 has read it: its folder must lie on a file system that all nodes share"

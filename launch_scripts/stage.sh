@@ -21,7 +21,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 option_value() { :; }
 take_options "" "$@"; shift "$taken"
 [ $# -eq 2 ] || die "SOURCE and TARGET wanted, got $# arguments"
-source=$1 target=$2
+source=$(realpath -s "$1") target=$2
 [ -e "$source" ] || stop "$source does not exist on $(hostname)"
 while [[ $target == ?*/ ]]; do target=${target%/}; done
 mkdir -p "$(dirname "$target")"
@@ -36,11 +36,13 @@ if [ -f "$mark" ]; then
 fi
 rmdir "$target" 2>/dev/null || [ ! -e "$target" ] || stop "$target on $(hostname) is not a complete copy that this script made; remove it, or name another TARGET"
 part=$target.part # renamed when it is complete, so that a node that was cut off starts anew
+[ ! -e "$part" ] || chmod -R u+rwX "$part" # what came from a read-only folder is one, too
 rm -rf "$part"
 mkdir "$part"
 if [ -d "$source" ]; then command=(cp -a "$source/." "$part"); else command=(tar -xf "$source" -C "$part"); fi
 say_command "${command[@]}"
 "${command[@]}"
+chmod u+w "$part" # as SOURCE may not be
 echo "$source" >"$part/.complete"
 mv "$part" "$target"
 echo "$script: $target is ready on $(hostname)"

@@ -63,6 +63,9 @@ free_port() {
   stop "no free port for job $1: 2, 3, 4 and 5 x 10000 + $(($1 % 10000)) are all in use; set MASTER_PORT"
 }
 
+# Whether SLURM ends the whole job. Its TERM may reach this script a moment later than it ends the steps.
+is_cancelled() { sleep 2; [ "$termed" = 1 ]; }
+
 # The shell command $stage, once on each node of the job, before training.
 stage_nodes() {
   local command status=0
@@ -72,7 +75,7 @@ stage_nodes() {
   "${command[@]}" || status=$?
   case $status in
     0) return ;;
-    138 | 143) [ "$termed" = 1 ] || requeue_job "interrupted while it staged its data" ;; # by USR1, by TERM
+    138 | 143) is_cancelled || requeue_job "interrupted while it staged its data" ;; # by USR1, by TERM
   esac
   stop "staging failed"
 }
@@ -82,7 +85,7 @@ end_job() {  # STATUS
   echo "$script: ended with status $1 at $(date '+%F %T')"
   if [ -f "$run/done" ]; then
     rm -f "$run/requeues"
-  elif [ -f "$run/preempted" ] && [ "$termed" = 0 ]; then
+  elif [ -f "$run/preempted" ] && ! is_cancelled; then
     requeue_job preempted
   fi
   exit "$1"

@@ -239,6 +239,10 @@ try:
     print(load_on_all(Path("absent"), p, {"n": 8} if p.main else None)["n"])
 except ValueError as error:
     print(error)
+try:
+    print(load_on_all(Path(sys.argv[1], "whole" if p.main else "older"), p)["n"])
+except ValueError as error:
+    print(error)
 distributed.stop()
 """
 
@@ -249,15 +253,16 @@ ABSENT = (
 
 
 def test_checkpoint_is_verified_by_the_main_process_for_all(tmp_path):
-    for name in ("whole", "damaged"):
-        save_state(tmp_path / name, {"model": {}, "n": 7})
+    for name in ("whole", "damaged", "older"):
+        save_state(tmp_path / name, {"model": {}, "n": 6 if name == "older" else 7})
     content = bytearray((tmp_path / "damaged").read_bytes())
     content[-1] ^= 1
     (tmp_path / "damaged").write_bytes(content)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     first, second = launch(LOAD, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")], str(tmp_path))
-    assert first[:2] == (0, "7 1\nDamagedError 2\n0\n8\n"), first
-    assert second[:2] == (0, f"7 0\nDamagedError 0\n0\n{ABSENT}\n"), second
+    assert first[:2] == (0, "7 1\nDamagedError 2\n0\n8\n7\n"), first
+    other = f"{tmp_path / 'older'} has another checksum here{ABSENT[len('checkpoint absent does not exist') :]}"
+    assert second[:2] == (0, f"7 0\nDamagedError 0\n0\n{ABSENT}\n{other}\n"), second
 
 
 def test_errors_of_exchanges_are_told_from_others():

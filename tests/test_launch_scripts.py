@@ -176,6 +176,24 @@ def test_staging_copies_once_and_starts_anew_after_a_cut(tmp_path, packed):
     assert (again.returncode, "is complete" in again.stdout) == (0, True)
 
 
+def test_staging_copies_folders_that_may_only_be_read(tmp_path):
+    source, target, begun = tmp_path / "images", tmp_path / "target", tmp_path / "target.part/train"
+    for folder in (source / "train", begun):
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_text("pixels")
+    for folder in (source / "train", source, begun, begun.parent):
+        folder.chmod(0o555)
+    bound = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    if bound and not shutil.which(bound[0]):
+        pytest.skip("root may write everywhere; setpriv not installed: apt-get install util-linux")
+    command = [*bound, "launch_scripts/stage.sh", f"{source}/", target]
+    for said in ("is ready", "is complete"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout) == (0, True), done.stderr
+        command[-2] = str(command[-2]).rstrip("/")  # the same
+    assert {path.name for path in target.rglob("*")} == {"train", "a.jpg", ".complete"}
+
+
 def test_staging_keeps_off_folders_that_are_not_its_copy(tmp_path):
     source, other, target = (tmp_path / name for name in ("source", "other", "target"))
     for folder in (source, other, target):
@@ -207,6 +225,15 @@ def test_job_that_comes_back_without_progress_stays_out_of_the_queue_in_the_end(
     (tmp_path / "done").touch()
     shell(f"{stubs}; termed=0; end_job 0")
     assert not (tmp_path / "requeues").exists()
+
+
+def test_cancelled_job_stays_out_of_the_queue_though_its_steps_end_first(tmp_path):
+    (tmp_path / "preempted").touch()
+    stubs = f"run={tmp_path}; SLURM_JOB_ID=7 SLURM_NNODES=1 stage=true termed=0; trap 'termed=1' TERM; srun() {{ return 143; }}"
+    stubs += "; scontrol() { echo queued; }; stop() { echo stopped; exit 0; }"
+    for end in ("end_job 0", "stage_nodes"):
+        assert "queued" in shell(f"{stubs}; sleep() {{ :; }}; {end}")
+        assert "queued" not in shell(f"{stubs}; sleep() {{ kill -TERM $$; }}; {end}")
 
 
 def documented(start):

@@ -202,3 +202,13 @@ def test_mistake_is_an_error_with_a_remedy():
         look(model.train(), x)
     with pytest.raises(ValueError, match="has no maps"):
         look(timm.create_model("test_efficientnet").eval(), x)
+
+
+def test_group_of_several_heads_has_the_mean_of_their_weights():
+    torch.manual_seed(0)
+    attention, x = GroupMixAttention(40, 8).double().eval(), double(1, 3, 5, 40)  # two heads of 4 channels a group
+    q, k, _, _ = (part.flatten(1, 2)[0] for part in attention.mix(x))
+    for group, reading in enumerate(read(attention, x, None, (2, 1))):
+        heads = [slice(8 * group + 4 * i, 8 * group + 4 * i + 4) for i in range(2)]
+        weights = [(40 / 8) ** -0.5 * k[:, own].softmax(0) @ q[11, own] for own in heads]
+        torch.testing.assert_close(reading.values[0].flatten() / 15, (weights[0] + weights[1]) / 2)
