@@ -22,7 +22,7 @@ from engine.loop import Loop
 from engine.precision import Precision
 from engine.state import TrainState
 from models.backbone import Backbone
-from models.look import look
+from models.look import has_maps, look
 
 SHOWN = 4  # validation images
 FIRST, COLUMNS = 16, 8  # images of the first batch, and of a row of them
@@ -93,7 +93,7 @@ class Gallery:
                 self.log.picture(f"epoch_{epoch:04d}/{name}", picture, update)
 
     def _pictures(self, model: nn.Module, precision: Precision) -> list[tuple[str, Image.Image]]:
-        if not isinstance(model, Backbone):
+        if not has_maps(model):
             return []
         if find_spec("matplotlib") is None:
             if not self.quiet:

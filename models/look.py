@@ -8,7 +8,7 @@ Hooks keep what goes into the attentions and change nothing; they are gone when 
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def look(
     `last_blocks`. Raises ValueError for a model that has no such maps or is in training mode, a block that it lacks or a
     place outside.
     """
-    if not isinstance(model, Backbone):
+    if not has_maps(model):
         raise ValueError(f"{type(model).__name__} has no maps to show: SG-Former, GroupMixFormer and STViT have")
     if model.training:
         raise ValueError("a model in training mode would show maps of another forward pass; call model.eval() first")
@@ -69,6 +69,14 @@ def look(
             token = None if at is None else _token(at, images.shape[2], images.shape[3], patch)
             maps += [Map(*position, reading, patch) for reading in _read(model, position, taken, token)]
     return logits, maps
+
+
+def has_maps(model: nn.Module) -> TypeGuard[Backbone]:
+    """Say whether `look` can show a model: one whose blocks all have an attention that `read` knows."""
+    if not isinstance(model, Backbone):
+        return False
+    attentions = [getattr(block, "attn", None) for stage in model.stages for block in getattr(stage, "blocks", ())]
+    return bool(attentions) and all(read.dispatch(type(one)) is not read.dispatch(object) for one in attentions)
 
 
 def all_blocks(model: Backbone) -> list[Position]:

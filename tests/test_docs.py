@@ -95,7 +95,7 @@ def desk(tmp_path_factory):
             if block.title:
                 (path / block.title).parent.mkdir(exist_ok=True)
                 (path / block.title).write_text(block.text)
-    data = rename_as_imagenet(draw_folder(path / "pictures", 4, 2))
+    data = rename_as_imagenet(draw_folder(path / "photographs", 4, 2))
     (path / "real.json").write_text(json.dumps([[i // 2] for i in range(6)]))
     rows = [f"{file},{file.parent.name},{file.parent.parent.name}" for file in sorted(data.rglob("*.JPEG"))]
     (path / "TABLE.csv").write_text("\n".join(["file,label,split", *rows]))

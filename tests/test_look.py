@@ -6,7 +6,7 @@ import torch
 
 from models.attention_maps import merge_plan, read, super_tokens
 from models.groupmixformer import GroupMixAttention
-from models.look import all_blocks, last_blocks, look
+from models.look import all_blocks, has_maps, last_blocks, look
 from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention, run_tokens, sort_tokens
 from models.stvit import SuperTokenAttention, associate, to_cells
 from tests.small_models import SMALLEST, images, scrambled, shrunken
@@ -212,3 +212,14 @@ def test_group_of_several_heads_has_the_mean_of_their_weights():
         heads = [slice(8 * group + 4 * i, 8 * group + 4 * i + 4) for i in range(2)]
         weights = [(40 / 8) ** -0.5 * k[:, own].softmax(0) @ q[11, own] for own in heads]
         torch.testing.assert_close(reading.values[0].flatten() / 15, (weights[0] + weights[1]) / 2)
+
+
+def test_models_whose_attentions_are_unknown_have_no_maps():
+    model = shrunken("stvit_small")
+    assert has_maps(model)
+    model.stages[1].blocks[0].attn = torch.nn.Identity()
+    assert not has_maps(model)
+    del model.stages[1].blocks[0].attn
+    assert not has_maps(model)
+    with pytest.raises(ValueError, match="no maps to show"):
+        look(model.eval(), torch.zeros(1, 3, 64, 64))

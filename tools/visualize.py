@@ -22,7 +22,7 @@ from torch import Tensor
 from arguments import Parser
 from data.decode import UnreadableImageError
 from models.backbone import Backbone
-from models.look import Position, all_blocks, check_blocks, last_blocks, look
+from models.look import Position, all_blocks, check_blocks, has_maps, last_blocks, look
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
 
 PAGE = 4  # photographs on a page of the contact sheet
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.crop_pct,
             args.class_index,
         )
-        if not isinstance(classifier.model, Backbone):
+        if not has_maps(classifier.model):
             raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
         blocks = parse_blocks(args.blocks, classifier.model)
         place = parse_place(args.at) if args.at else None
