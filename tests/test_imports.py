@@ -21,7 +21,7 @@ ENTRY = {
         "divergence",
         "gallery",
     ),
-    *("tools", "benchmarks"),
+    *("pictures", "tools", "benchmarks"),
 }
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
@@ -47,6 +47,11 @@ def test_only_build_files_read_the_config(path):
     if path.name != "build.py":
         assert "yacs" not in imported(path)
         assert "cfg." not in path.read_text().replace("default_cfg.", "").replace("pretrained_cfg.", "")
+
+
+def test_pictures_need_models_only():
+    for path in (ROOT / "pictures").glob("*.py"):
+        assert imported(path) & ({*PACKAGES, *ENTRY} - {"models", "pictures"}) == set()
 
 
 def test_config_needs_no_torch():

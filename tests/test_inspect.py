@@ -1,5 +1,7 @@
 """tools.inspect: what it counts, and how it says it."""
 
+import json
+
 import pytest
 import torch
 from rich.console import Console
@@ -7,7 +9,7 @@ from rich.console import Console
 from models.build import retoken_models
 from tests.small_models import SMALLEST
 from tools import inspect
-from tools.inspect import Measures, as_columns, as_table, header, main, measure
+from tools.inspect import Measures, as_columns, as_table, header, main, measure, stages
 
 PUBLISHED = {"groupmixformer_mobile": (5.7, 1.4), "sgformer_small": (22.5, 4.8), "stvit_small": (25, 4.4)}  # M, G
 
@@ -39,9 +41,10 @@ def test_our_models_count_as_published(name):
 def test_columns_are_aligned_and_plain(capsys, monkeypatch):
     counted = []
 
-    def quick(name, sizes, latency):
+    def quick(name, sizes, latency, batch):
         counted.append(name)
-        return Measures(name, 5_700_000, dict.fromkeys(sizes, 1_234_000_000), 16_400_000, 12.3 if latency else None)
+        macs = dict.fromkeys(sizes, 1_234_000_000)
+        return Measures(name, 5_700_000, macs, 16_400_000, 12.3 if latency else None, batch * 2**24 or None)
 
     monkeypatch.setattr(inspect, "measure", quick)
     assert main(["--all"]) == 0
@@ -49,11 +52,11 @@ def test_columns_are_aligned_and_plain(capsys, monkeypatch):
     assert counted == retoken_models()
     assert len(lines) == 1 + 11 + 1
     assert lines[0].split("  ")[0] == "model"
-    assert "GMACs 224  GMACs 384  activations M 224  latency ms 224" in lines[0]
-    assert lines[1].split() == ["groupmixformer_base", "5.70", "1.23", "1.23", "16.4", "12"]
+    assert "GMACs 224  GMACs 384  activations M 224  latency ms 224  training GiB 224 x 64" in lines[0]
+    assert lines[1].split() == ["groupmixformer_base", "5.70", "1.23", "1.23", "16.4", "12", "1.00"]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "1 per multiply-add" in lines[-1]
-    assert main(["stvit_base", "--size", "32", "--no-latency"]) == 0
+    assert main(["stvit_base", "--size", "32", "--no-latency", "--memory", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["model", "params", "M", "GMACs", "32", "activations", "M", "32"]
     assert lines[1].split() == ["stvit_base", "5.70", "1.23", "16.4"]
@@ -66,6 +69,38 @@ def test_table_of_a_terminal_has_the_same_cells():
     assert "stvit_base" in capture.get()
     assert "latency ms 224" in capture.get()
     assert as_columns([["a", "b"], ["long", "1"]]) == ["a     b", "long  1"]
+
+
+@pytest.mark.parametrize("name", ["stvit_small", "test_vit"])
+def test_parts_add_up_to_the_model(name):
+    parts, whole = stages(name, 64), measure(name, [64], latency=False)
+    if name == "stvit_small":
+        assert [part.name for part in parts if part.name.startswith("stages")] == [f"stages.{i}" for i in range(4)]
+        assert sum(part.parameters for part in parts) == whole.parameters
+    assert sum(part.macs for part in parts) == whole.macs[64]
+    assert sum(part.activations for part in parts) == whole.activations
+    assert parts[-1].name == "head"
+    assert parts[-1].output == (1000,)
+
+
+def test_training_memory_is_that_of_the_report():
+    found = measure("test_efficientnet", [32], latency=False, batch=8)
+    weights = 4 * found.parameters
+    assert found.memory > 4 * weights  # weights, gradients, two moments, and something for the backward pass
+    assert measure("test_efficientnet", [32], latency=False, batch=16).memory > found.memory
+
+
+def test_markdown_and_json_hold_the_same_numbers(capsys):
+    argv = ["test_efficientnet", "--size", "32", "--no-latency", "--stages"]
+    assert main([*argv, "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| model | params M | GMACs 32 | activations M 32 | training GiB 32 x 64 |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |"
+    assert any(line.startswith("| test_efficientnet at 32 | output |") for line in lines)
+    assert main([*argv, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert f"{found['parameters'] / 1e6:.2f}" == lines[2].split(" | ")[1]
+    assert sum(part["parameters"] for part in found["parts"]) == found["parameters"]
 
 
 def test_latency_is_measured(monkeypatch):
@@ -81,6 +116,7 @@ def test_latency_is_measured(monkeypatch):
         ([], "or --all"),
         (["stvit_small", "--all"], "or --all"),
         (["stvit_small", "--size", "0"], "--size 0"),
+        (["stvit_small", "--memory", "-1"], "--memory -1"),
         (["--al"], "did you mean --all"),
         (["stvit_small", "--sizes", "3"], "did you mean --size"),
     ],

@@ -14,6 +14,7 @@ more than the bound is not left behind.
 
 import copy
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -142,7 +143,11 @@ def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset
         elif kind == "published":
             write_atomically(out, lambda path: checked(path, lambda p: write_published(classifier, p)))
         else:
-            checked(out, lambda path: write_timm(classifier, path))
+            try:
+                checked(out, lambda path: write_timm(classifier, path))
+            except DifferenceError:
+                shutil.rmtree(out)
+                raise
     for line in how_to_use(classifier, kind, out):
         screen.print(line, markup=False)
 

@@ -1,18 +1,21 @@
-"""Measure variants of the models: parameters, multiply-accumulates, activations, latency.
+"""Measure variants of the models: parameters, multiply-accumulates, activations, latency, memory.
 
     python -m tools.inspect --all
-    python -m tools.inspect stvit_base sgformer_small --size 224 384 512 --no-latency
+    python -m tools.inspect stvit_base sgformer_small --size 224 384 512 --no-latency --memory 0
+    python -m tools.inspect stvit_base --stages
 
 GMACs count each multiplication with its addition once, for one image, in matrix products (those of attention too) and
 convolutions; norms, softmax, activation functions and sums are not counted. Activations are the values that these operations
-put out, in millions. Latency is the median time of a forward pass of one image in float32 on the CPU.
+put out, in millions. Latency is the median time of a forward pass of one image in float32 on the CPU. Training memory is what a
+process holds for a micro-batch (--memory) under bfloat16 with AdamW: weights, gradients, moments, activations, no workspace.
 """
 
+import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
@@ -26,8 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 
 from arguments import Parser
+from engine.memory import estimate
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 
+PARTS = ("output", "params M", "GMACs", "activations M")
+BATCH = 64  # images of the training step whose memory is estimated
 RUNS = 7  # timed forward passes, after one that is not
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)  # torch 2.11 lacks it
 
@@ -41,6 +47,18 @@ class Measures:
     macs: dict[int, int]
     activations: int
     latency_ms: float | None
+    memory: int | None = None  # bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured of a stem, stage, neck or head, for one image."""
+
+    name: str
+    output: tuple[int, ...]  # shape, without the batch
+    parameters: int
+    macs: int
+    activations: int
 
 
 class ActivationCounter(TorchDispatchMode):
@@ -68,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(args.size) < 1:
             raise ValueError(f"--size {min(args.size)}: give sizes of 1 pixel or more")
         names = retoken_models() if args.all else args.names
+        if args.memory < 0:
+            raise ValueError(f"--memory {args.memory}: give a number of images, or 0 to leave it out")
         for name in names:
             check_name(name, "NAME")
     except ValueError as error:
@@ -76,14 +96,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo: Iterable[str] = names
     if progress.is_terminal and len(names) > 1:
         todo = track(names, "measuring", console=progress, transient=True)
-    rows = [row(measure(name, tuple(args.size), args.latency)) for name in todo]
-    if screen.is_terminal:
-        screen.print(as_table(header(args.size, args.latency), rows))
-        screen.print(legend(args.latency), style="dim")
-    else:
-        print("\n".join(as_columns([header(args.size, args.latency), *rows])))
-        print(legend(args.latency))
+    found = []
+    for name in todo:
+        parts = stages(name, args.size[0]) if args.stages else []
+        found.append((measure(name, tuple(args.size), args.latency, args.memory), parts))
+    if args.json:
+        print(
+            json.dumps(
+                [asdict(measures) | {"parts": [asdict(p) for p in parts]} for measures, parts in found], indent=2
+            )
+        )
+        return 0
+    titles, rows = header(args.size, args.latency, args.memory), [row(measures) for measures, _ in found]
+    say(screen, titles, rows, args.markdown)
+    print_legend(screen, legend(args.latency, args.memory))
+    for measures, parts in found if args.stages else ():
+        say(screen, [f"{measures.name} at {args.size[0]}", *PARTS], [part_row(part) for part in parts], args.markdown)
     return 0
+
+
+def say(screen: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
+    """Print rows as a table of a terminal, aligned columns or Markdown."""
+    if markdown:
+        print("\n".join(as_markdown(titles, rows)))
+    elif screen.is_terminal:
+        screen.print(as_table(titles, rows))
+    else:
+        print("\n".join(as_columns([titles, *rows])))
+
+
+def print_legend(screen: Console, text: str) -> None:
+    """Print what is counted, dimmed on a terminal."""
+    if screen.is_terminal:
+        screen.print(text, style="dim")
+    else:
+        print(text)
 
 
 def inspect_parser() -> Parser:
@@ -93,12 +140,19 @@ def inspect_parser() -> Parser:
     parser.add_argument("names", metavar="NAME", nargs="*", help="models of Retoken or timm")
     parser.add_argument("--all", action="store_true", help="all of Retoken's")
     parser.add_argument("--size", metavar="PIXELS", type=int, nargs="+", default=[224, 384], help="sides of the image")
+    parser.add_argument("--stages", action="store_true", help="also a table of each model's stem, stages and head")
+    parser.add_argument(
+        "--memory", metavar="N", type=int, default=BATCH, help=f"images of a training step; 0: skip ({BATCH})"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    form.add_argument("--json", action="store_true", help="print everything for programs")
     parser.add_argument("--no-latency", dest="latency", action="store_false", help="do not run the models: quick")
     return parser
 
 
-def measure(name: str, sizes: Sequence[int], latency: bool) -> Measures:
-    """Count a model at each size, without memory for its values; time it at the first size if asked for."""
+def measure(name: str, sizes: Sequence[int], latency: bool, batch: int = 0) -> Measures:
+    """Count a model at each size, without memory for its values; at the first, time it and estimate its memory if asked for."""
     macs: dict[int, int] = {}
     activations = []
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # everything goes as on the CPU, but nothing is computed
@@ -110,7 +164,57 @@ def measure(name: str, sizes: Sequence[int], latency: bool) -> Measures:
         macs[size] = flops.get_total_flops() // 2
         activations.append(counter.values)
     parameters = sum(p.numel() for p in first.parameters())
-    return Measures(name, parameters, macs, activations[0], time_forward(name, sizes[0]) if latency else None)
+    time_ms = time_forward(name, sizes[0]) if latency else None
+    memory = training_memory(name, sizes[0], batch) if batch else None
+    return Measures(name, parameters, macs, activations[0], time_ms, memory)
+
+
+def training_memory(name: str, size: int, batch: int) -> int:
+    """Estimate the bytes that a process holds to train on micro-batches of `batch` images."""
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    shape = (batch, 3, size, size)
+    return estimate(
+        build(name, size).train(), lambda m: torch.optim.AdamW(m.parameters()), False, shape, autocast
+    ).total
+
+
+def stages(name: str, size: int) -> list[Part]:
+    """Measure a model part by part, in the order in which they run; the parts are a model's children, stages one by one."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    model = empty(name, size, fake)
+    found: list[Part] = []
+    hooks = []
+    with fake, torch.no_grad(), ActivationCounter() as counter, FlopCounterMode(display=False) as flops:
+        for part, module in children(model):
+            before: list[int] = []
+
+            def begin(module: nn.Module, inputs: Any, before: list[int] = before) -> None:
+                before[:] = [flops.get_total_flops(), counter.values]
+
+            def end(module: nn.Module, inputs: Any, output: Any, part: str = part, before: list[int] = before) -> None:
+                shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
+                parameters = sum(p.numel() for p in module.parameters())
+                macs, activations = (flops.get_total_flops() - before[0]) // 2, counter.values - before[1]
+                if parameters or macs:
+                    found.append(Part(part, shape, parameters, macs, activations))
+
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        model(torch.empty(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a model, and in place of those that are lists or sequences theirs."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from ((f"{name}.{number}", part) for number, part in child.named_children())
+        else:
+            yield name, child
 
 
 def empty(name: str, size: int, fake: FakeTensorMode) -> nn.Module:
@@ -139,17 +243,33 @@ def time_forward(name: str, size: int) -> float:
     return statistics.median(times[1:])
 
 
-def header(sizes: Sequence[int], latency: bool) -> list[str]:
+def header(sizes: Sequence[int], latency: bool, batch: int = 0) -> list[str]:
     """Name the columns."""
     macs = [f"GMACs {size}" for size in sizes]
-    return ["model", "params M", *macs, f"activations M {sizes[0]}", *([f"latency ms {sizes[0]}"] if latency else [])]
+    more = [f"latency ms {sizes[0]}"] if latency else []
+    more += [f"training GiB {sizes[0]} x {batch}"] if batch else []
+    return ["model", "params M", *macs, f"activations M {sizes[0]}", *more]
 
 
 def row(measures: Measures) -> list[str]:
     """Write a variant's measures as cells."""
     macs = [f"{count / 1e9:.2f}" for count in measures.macs.values()]
     latency = [] if measures.latency_ms is None else [f"{measures.latency_ms:.0f}"]
-    return [measures.name, f"{measures.parameters / 1e6:.2f}", *macs, f"{measures.activations / 1e6:.1f}", *latency]
+    memory = [] if measures.memory is None else [f"{measures.memory / 2**30:.2f}"]
+    counts = [f"{measures.parameters / 1e6:.2f}", *macs, f"{measures.activations / 1e6:.1f}"]
+    return [measures.name, *counts, *latency, *memory]
+
+
+def part_row(part: Part) -> list[str]:
+    """Write a part's measures as cells."""
+    shape = " x ".join(map(str, part.output))
+    return [part.name, shape, f"{part.parameters / 1e6:.3f}", f"{part.macs / 1e9:.3f}", f"{part.activations / 1e6:.2f}"]
+
+
+def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Set rows as a Markdown table, numbers at the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -174,11 +294,12 @@ def as_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def legend(latency: bool) -> str:
+def legend(latency: bool, batch: int = 0) -> str:
     """Say what is counted, and where it was timed."""
     text = "GMACs: 1 per multiply-add, in matrix products (attention's too) and convolutions; activations: what these put out"
     threads = f"; latency: 1 image, float32, median of {RUNS} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-    return text + threads if latency else text
+    memory = f"; training: estimated for {batch} images, bfloat16, AdamW, without workspace"
+    return text + (threads if latency else "") + (memory if batch else "")
 
 
 if __name__ == "__main__":
