@@ -33,7 +33,7 @@ from arguments import Parser
 from benchmarks import record, roofline
 from benchmarks.contenders import Opponent, Ours, Step, parse_choices, parse_models, parse_opponent
 from benchmarks.record import Row
-from benchmarks.timing import Spread, in_turn, ratios
+from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
 from engine.memory import gib
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
@@ -137,7 +137,7 @@ class Bench:
                 progress.advance(task)
             steps[name] = step.of(mode)
             rows[name]["memory"] = memory
-        seconds = in_turn(steps, args.rounds, args.seconds, self.device, lambda: progress.advance(task))
+        seconds = in_turn(steps, args.rounds, args.seconds, self.device, lambda: progress.advance(task), args.clock)
         base = next((o.name for o in self.opponents if o.name in seconds), "ours")
         for name, times in seconds.items():
             found, against = Spread.of([args.batch / s for s in times]), ratios(seconds[base], times)
@@ -179,6 +179,9 @@ def make_parser(description: str) -> Parser:
     parser.add_argument("--size", type=int, default=224, help="side of the images (default 224)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default 7)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn, at least one step (default 1)")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="wall, or cpu: images per CPU-second of all threads"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory, for the floor (default: measured)")
     parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="for the floor (default: measured)")
@@ -219,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_positive(args, "batch", "size", "rounds")
         device = find_device(args.device)
+        if args.clock == "cpu" and device.type == "cuda":
+            raise ValueError("--clock cpu says nothing of a GPU; leave it out, or measure with --device cpu")
         models = parse_models(args.models)
         modes = parse_choices("--modes", args.modes, MODES)
         precisions = parse_choices("--precision", args.precision, PRECISIONS)

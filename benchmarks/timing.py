@@ -31,14 +31,17 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all threads, for a machine that others use too
+
+
+def timed(run: Callable[[], object], calls: int, device: torch.device, clock: str = "wall") -> float:
     """Return the seconds of one of so many calls."""
     synchronise(device)
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     for _ in range(calls):
         run()
     synchronise(device)
-    return (time.perf_counter() - start) / calls
+    return (CLOCKS[clock]() - start) / calls
 
 
 def in_turn(
@@ -47,6 +50,7 @@ def in_turn(
     seconds: float,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Return the seconds a call of each way, by round; a turn is as many calls as fill `seconds`.
 
@@ -56,7 +60,7 @@ def in_turn(
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:
-            found[name].append(timed(ways[name], calls[name], device))
+            found[name].append(timed(ways[name], calls[name], device, clock))
             advance()
     return found
 
