@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,11 @@ def facts(program: str, argv: Sequence[str] | None, packages: Sequence[str] = ("
         "commit": commit(),
         "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
     }
+
+
+def console() -> Console:
+    """Return a console, wide where its lines go to a file."""
+    return Console() if Console().is_terminal else Console(width=140)
 
 
 def table(columns: Columns, rows: Sequence[Row]) -> Table:

@@ -97,7 +97,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         model = build()
-        call = torch.compile(model) if name.endswith(", compiled") else model
+        call = torch.compile(model, backend=self.args.backend) if name.endswith(", compiled") else model
         step = Step(model, call, self.args.batch, self.args.size, precision)
         for _ in range(WARM_CALLS):
             step.of(mode)()
@@ -185,6 +185,7 @@ def make_parser(description: str) -> Parser:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory, for the floor (default: measured)")
     parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="for the floor (default: measured)")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default inductor)")
     parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
     parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
     return parser
@@ -197,11 +198,28 @@ def find_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_positive(args: Namespace, *flags: str) -> None:
-    """Raise ValueError for a number below 1, or a length of time below 0."""
-    for flag in flags:
+def check(args: Namespace) -> torch.device:
+    """Return the device that the shared flags ask for. Raises ValueError for values that cannot be."""
+    for flag in ("size", "rounds"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"--backend {args.backend}: torch.compile has {', '.join(known)}")
+    device = find_device(args.device)
+    if args.clock == "cpu" and device.type == "cuda":
+        raise ValueError("--clock cpu says nothing of a GPU; leave it out, or measure with --device cpu")
+    return device
+
+
+def facts(program: str, argv: Sequence[str] | None, bench: Bench) -> dict[str, Any]:
+    """Return what a reader must know of the measurements."""
+    args, threads = bench.args, torch.get_num_threads()
+    return {
+        **record.facts(program, argv),
+        "n": f"{args.rounds} rounds of at least {args.seconds:g} s, contenders in turn, {threads} threads",
+        "clock": "wall" if args.clock == "wall" else "CPU time of all threads: images/s are per CPU-second",
+        "floor": bench.about(),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,12 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--opponent", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="measure this model too"
     )
-    args, say = parser.parse_args(argv), Console()
+    args, say = parser.parse_args(argv), record.console()
     try:
-        check_positive(args, "batch", "size", "rounds")
-        device = find_device(args.device)
-        if args.clock == "cpu" and device.type == "cuda":
-            raise ValueError("--clock cpu says nothing of a GPU; leave it out, or measure with --device cpu")
+        if args.batch < 1:
+            raise ValueError(f"--batch {args.batch}: must be at least 1")
+        device = check(args)
         models = parse_models(args.models)
         modes = parse_choices("--modes", args.modes, MODES)
         precisions = parse_choices("--precision", args.precision, PRECISIONS)
@@ -234,12 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.fail(error)
     say.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
-    found: dict[str, Any] = record.facts("benchmarks/step.py", argv)
-    found["n"] = (
-        f"{args.rounds} rounds of at least {args.seconds:g} s, contenders in turn, {torch.get_num_threads()} threads"
-    )
-    found["images"] = f"{args.batch} of {args.size} x {args.size}"
-    found["floor"] = bench.about()
+    found = {**facts("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
     page = record.write(args.out or record.default_out("step"), "Steps", COLUMNS, found, rows, args.append)
     say.print(f"written to {page}")
     return 0
