@@ -31,18 +31,18 @@ if [ "$small" ]; then
     measured=(--batch 2 --size 64 --rounds 1 --seconds 0)
     trained=(--cfg configs/groupmixformer/mobile_64.yaml --batch 2 --updates 2 --rounds 1)
     memory=(--models groupmixformer_mobile --size 64 --gib 1)
-    pictures=16 compile=(--backend aot_eager)
+    pictures=16 compile=(--backend aot_eager --modes infer) scale=4
 else
     measured=(--batch 128 --rounds 5 --seconds 0.3)
     trained=(--cfg configs/stvit/small_224.yaml --batch 128 --updates 20 --rounds 5 --opts TRAIN.CLIP_GRAD 5.0)
     memory=(--models "$models" --gib 80)
-    pictures=64 compile=()
+    pictures=64 compile=(--modes train) scale=1
 fi
 step=("$PYTHON" benchmarks/step.py --models "$models" "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
 failed=0 began=$(date +%s)
 
 part() { # name, limit in seconds, command ...
-    local name=$1 limit=$2 start status
+    local name=$1 limit=$(($2 * scale)) start status
     shift 2
     case ,$parts, in *,"$name",*) ;; *) return ;; esac
     start=$(date +%s)
@@ -70,7 +70,7 @@ export -f pictures machine
 part machine 30 bash -c machine
 part step 90 "${step[@]}" --precision bf16 --out "$out/step"
 part trainer 60 "$PYTHON" benchmarks/trainer.py "${trained[@]}" --out "$out/trainer"
-part compile 150 "${step[@]}" --precision bf16 --compile all --modes train ${compile[@]+"${compile[@]}"} --out "$out/compile"
+part compile 150 "${step[@]}" --precision bf16 --compile all ${compile[@]+"${compile[@]}"} --out "$out/compile"
 [ -f benchmarks/kernels.py ] && part kernels 60 "$PYTHON" benchmarks/kernels.py ${small:+--small} --out "$out/kernels"
 part memory 50 "$PYTHON" benchmarks/memory.py "${memory[@]}" --out "$out/memory"
 part fp16 45 "${step[@]}" --precision fp16 --modes train --out "$out/fp16"
