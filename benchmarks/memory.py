@@ -84,12 +84,12 @@ def estimated(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
     """Reckon the largest micro-batch on fake tensors: what two batch sizes keep tells any."""
     net = model.build(size, torch.device("cpu"))
     autocast = Precision("off" if precision == "fp32" else precision, torch.device("cpu")).autocast
-    fixed = estimate(net, lambda m: torch.optim.AdamW(m.parameters()), True, (1, 3, size, size), autocast)
-    one, three = (Blocks(net).count((n, 3, size, size), autocast) for n in (1, 3))
+    fixed = estimate(net, lambda m: torch.optim.AdamW(m.parameters()), True, (2, 3, size, size), autocast)
+    two, four = (Blocks(net).count((n, 3, size, size), autocast) for n in (2, 4))
     rows = []
     for checkpointing in (False, True):
-        slope = (three[checkpointing] - one[checkpointing]) / 2
-        base = fixed.total - fixed.activations + one[checkpointing] - slope
+        slope = (four[checkpointing] - two[checkpointing]) / 2
+        base = fixed.total - fixed.activations + two[checkpointing] - 2 * slope
         batch = max(0, int((limit - base) // slope))
         rows.append({"checkpointing": checkpointing, "batch": batch, "bytes": round(base + batch * slope)})
         rows[-1]["bytes_an_image"] = round(slope)

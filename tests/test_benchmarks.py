@@ -104,7 +104,7 @@ class Layers(nn.Module):
 
     def forward(self, x):
         x = self.depthwise(self.conv(x))
-        tokens = x.flatten(2).transpose(1, 2)[:, None]
+        tokens = x.flatten(2).transpose(1, 2)[:, None].contiguous()  # as fused attention wants it
         y = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0]
         return self.linear(nn.functional.gelu(y))
 
