@@ -13,12 +13,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin would count
 
 import gc
-import json
 import multiprocessing
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +24,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import PIL
 import timm
 import torch
-import torchvision
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from arguments import Parser
+from benchmarks import record
 from data.dali_loader import DaliTrainLoader, check_dali
 from data.device import DeviceStage
 from data.folder import FolderSource, class_folders, scan
@@ -47,7 +41,6 @@ from data.transforms import TrainTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POLICY = "rand-m9-mstd0.5-inc1"
-RESULTS = Path(__file__).resolve().parent / "results"
 Contender = Callable[[], Iterator[int]]  # yields the images of each batch
 
 
@@ -218,53 +211,24 @@ NAMES = {
     "dali_cpu": "DATA.LOADER dali, CPU, uint8",
     "dali_gpu": "DATA.LOADER dali, GPU, uint8",
 }
-HEADER = (
-    "",
-    "images per CPU-second",
-    "lowest .. highest",
-    "ratio to timm, same output",
-    "lowest .. highest",
-    "images/s",
-)
+COLUMNS: record.Columns = {
+    "": lambda row: NAMES[row["name"]],
+    "images per CPU-second": lambda row: f"{row['images_per_cpu_second']:.0f}",
+    "lowest .. highest": lambda row: f"{row['lowest']:.0f} .. {row['highest']:.0f}",
+    "ratio to timm, same output": lambda row: f"{row['ratio']:.2f}",
+    "its lowest .. highest": lambda row: f"{row['ratio_lowest']:.2f} .. {row['ratio_highest']:.2f}",
+    "images/s": lambda row: f"{row['images_per_second']:.0f}",
+}
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row as text."""
-    return [
-        NAMES[row["name"]],
-        f"{row['images_per_cpu_second']:.0f}",
-        f"{row['lowest']:.0f} .. {row['highest']:.0f}",
-        f"{row['ratio']:.2f}",
-        f"{row['ratio_lowest']:.2f} .. {row['ratio_highest']:.2f}",
-        f"{row['images_per_second']:.0f}",
-    ]
-
-
-def write(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
-    """Write the result as JSON and Markdown."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
-    lines = [f"# Loaders, {facts['date']}, {facts['hardware']}", "", f"    {facts['command']}", ""]
-    lines += [f"{key}: {value}. " for key, value in facts.items() if key not in ("date", "hardware", "command")]
-    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def gather_facts(args: Any, source: FolderSource, images: int) -> dict[str, Any]:
+def gather_facts(args: Any, argv: Sequence[str] | None, source: FolderSource, images: int) -> dict[str, Any]:
     """Return what a reader must know to judge the numbers."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    options = f"--images {args.images} --rounds {args.rounds} --workers {args.workers} --size {args.size}"
+    typed = list(sys.argv[1:] if argv is None else argv)
+    shown = ["DIR" if word == str(args.data) else word for word in typed]
+    mean = sum(len(source.read(i)) for i in range(len(source))) / len(source) / 1e3
     return {
-        "date": time.strftime("%Y-%m"),
-        "hardware": f"{len(os.sched_getaffinity(0))} CPU cores{gpu}",
-        "command": f"python benchmarks/loader.py --data DIR {options}",
-        "commit": commit.stdout.strip(),
-        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
-        f"Pillow {PIL.__version__}, Python {platform.python_version()}",
-        "pictures": f"{len(source)} files, mean {sum(len(source.read(i)) for i in range(len(source))) / len(source) / 1e3:.0f} kB",
+        **record.facts("benchmarks/loader.py", shown, ("torchvision", "timm", "Pillow")),
+        "pictures": f"{len(source)} files, mean {mean:.0f} kB",
         "n": f"{args.rounds} rounds of {images} images, contenders in turn",
     }
 
@@ -288,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = find_source(args.data)
     contenders = Contenders(source, args.images, min(args.batch, len(source)), args.size, args.workers)
     names = [name for name in NAMES if not args.only or name in args.only or name.startswith("timm")]
-    say = Console()
+    say = record.console()
     try:
         check_dali("auto", torch.device("cpu"))
     except ValueError as error:
@@ -305,14 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rates[name].append(images / cpu)
                 walls[name].append(images / wall)
     rows = rows_of(rates, walls)
-    table = Table(*HEADER)
-    for row in rows:
-        table.add_row(*cells(row))
-    say.print(table)
-    facts = gather_facts(args, source, contenders.images)
-    out = args.out or RESULTS / f"{facts['date']}-loader"
-    write(rows, facts, out)
-    say.print(f"written to {out.with_suffix('.md')}")
+    say.print(record.table(COLUMNS, rows))
+    facts = gather_facts(args, argv, source, contenders.images)
+    out = args.out or record.RESULTS / f"{facts['date']}-loader"
+    say.print(f"written to {record.write(out, 'Loaders', COLUMNS, facts, rows, append=False)}")
     return 0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, batch_norm
+from models.layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, batch_norm, depthwise
 from models.layers import wide_softmax as softmax
 from models.published import Rule
 
@@ -31,9 +31,7 @@ class SharedDepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> same
-        kernel = self.weight.repeat(3, 1, 1, 1)
-        y = F.conv2d(qkv.permute(0, 3, 1, 2), kernel, padding=self.padding, groups=3 * self.groups)  # (B, 3S, H, W)
-        return y.permute(0, 2, 3, 1)
+        return depthwise(qkv, self.weight.repeat(3, 1, 1, 1), None)
 
 
 class Aggregator(nn.Module):
@@ -48,11 +46,12 @@ class Aggregator(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, 3W, S), q, k and v of a pixel side by side
         B, H, W, _ = qkv.shape
-        return batch_norm(self.norm, self.pointwise(self.depthwise(qkv).reshape(B, H, 3 * W, self.dim)))
+        proxies = self.pointwise(self.depthwise(qkv).reshape(B, H, 3 * W, self.dim))
+        return F.hardswish(batch_norm(self.norm, proxies))
 
 
 class PlainSegment(nn.Module):
-    """The segment that keeps single pixels: only normalised."""
+    """The segment that keeps single pixels: only normalised and activated."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -61,7 +60,7 @@ class PlainSegment(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, 3W, S)
         B, H, W, _ = qkv.shape
-        return batch_norm(self.norm, qkv.reshape(B, H, 3 * W, self.dim))
+        return F.hardswish(batch_norm(self.norm, qkv.reshape(B, H, 3 * W, self.dim)))
 
 
 class Bypass(nn.Module):
@@ -121,7 +120,7 @@ class GroupMixAttention(nn.Module):
         B, H, W, _ = x.shape
         part0, part1, part2, part3, part4 = self.qkv(x).split(3 * self.segment, -1)  # each (B, H, W, 3S)
         mixed = [segment(part) for segment, part in zip(self.segments, (part0, part1, part2, part3), strict=True)]
-        qkv = F.hardswish(torch.cat(mixed, -1)).reshape(B, H, W, 3, 4 * self.segment)
+        qkv = torch.cat(mixed, -1).reshape(B, H, W, 3, 4 * self.segment)
         q, k, v = qkv.unbind(3)
         return q, k, v, part4
 

@@ -1,6 +1,7 @@
 """Layers that two or more families share. All work on (B, H, W, C) maps."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,30 @@ class Conv1x1(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
+def trains_lowered(x: Tensor) -> bool:
+    """Say whether a product of `x` is trained on the CPU in less than float32."""
+    if not torch.is_grad_enabled() or x.device.type != "cpu":
+        return False
+    return torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """Convolve each channel of (B, H, W, C) with its own kernel of odd size, weight (C, 1, k, k).
+
+    Trained on the CPU in less than float32, kernels larger than 3×3 and strides work in float32: there the gradient of such
+    weights takes a quarter of the time, that of the input of a stride a fiftieth.
+    """
+    k, C = weight.shape[-1], weight.shape[0]
+    kind = x.dtype
+    wide = (k > 3 or stride > 1) and trains_lowered(x)
+    if wide:
+        x, weight, bias = x.float(), weight.float(), bias if bias is None else bias.float()
+    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, k // 2, groups=C)  # sees (B, C, H, W)
+    y = y.permute(0, 2, 3, 1)
+    return y.to(kind) if wide and kind != torch.float32 else y
+
+
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution of odd size k: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C)."""
 
@@ -31,7 +56,7 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the convolution sees (B, C, H, W)
+        return depthwise(x, self.weight, self.bias, self.stride[0])
 
 
 class ResidualDepthwiseConv(DepthwiseConv):
@@ -42,8 +67,7 @@ class ResidualDepthwiseConv(DepthwiseConv):
 
     def forward(self, x: Tensor) -> Tensor:
         itself = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight + itself, self.bias, padding=1, groups=self.groups)
-        return y.permute(0, 2, 3, 1)
+        return depthwise(x, self.weight + itself, self.bias)
 
 
 class GeluDepthwiseConv(ResidualDepthwiseConv):
@@ -91,6 +115,27 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+def lowered(x: Tensor) -> Tensor:
+    """Cast to autocast's type where it is on, once for all products that follow."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attend with q (B, K, N, D) to k, v (B, K, M, D): (B, K, N, D). scale: D^-0.5 if it is not given.
+
+    Trained on the CPU in less than float32, as products of matrices: there the gradient of PyTorch's own attention takes twice
+    as long. The softmax adds up in float32 in either.
+    """
+    if q.dtype == torch.float32 or not trains_lowered(q):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    p_BKNM = (q * scale @ k.transpose(2, 3)).softmax(3)
+    return p_BKNM @ v
 
 
 @register_notrace_function

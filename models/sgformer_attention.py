@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import DepthwiseConv, LayerNorm
+from models.layers import DepthwiseConv, LayerNorm, attend_all, lowered
 
 # B batch, C channels, H W grid, N = H*W tokens, K heads, D = C/K head channels, M reduced tokens
 # h w windows, S their side, T = S*S tokens of one
@@ -34,10 +34,11 @@ class PlainAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, significance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = lowered(x)
         q, k, v = self.qkv(x).flatten(1, 2).chunk(3, -1)
         heads = self.num_heads
         q, k, v = to_heads(q, heads), to_heads(k, heads), to_heads(v, heads)
-        y_BKND = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+        y_BKND = attend_all(q, k, v, self.softmax_scale)
         return self.proj(y_BKND.transpose(1, 2).reshape(x.shape) + self.position(x)), None
 
 
@@ -61,7 +62,7 @@ class HybridScaleAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, significance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        heads = self.num_heads // 2
+        x, heads = lowered(x), self.num_heads // 2
         q, local_qkv = self.qkv(x).split((self.dim // 2, 3 * self.dim // 2), -1)
         k, v = self.reduced_kv(self._cells(x)).chunk(2, -1)
         q, k, v = to_heads(q.flatten(1, 2), heads), to_heads(k, heads), to_heads(v, heads)
@@ -90,11 +91,12 @@ class SelfGuidedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, significance: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = lowered(x)
         tokens = run_tokens(sort_tokens(x, significance), [(run.weight, run.bias) for run in self.runs])
         q, heads = self.q(x).flatten(1, 2), self.num_heads
         k, v = self.kv(tokens).chunk(2, -1)
         q, k, v = to_heads(q, heads), to_heads(k, heads), to_heads(v, heads)
-        y_BKND = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+        y_BKND = attend_all(q, k, v, self.softmax_scale)
         return self.proj(y_BKND.transpose(1, 2).reshape(x.shape) + self.position(x)), None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, batch_norm
+from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, attend_all, batch_norm, lowered
 from models.neighbours import neighbours, overlap_add
 from models.published import Rule
 
@@ -22,14 +22,6 @@ MLP_RATIO = 4
 NECK_DIM = 1024
 LAYER_SCALE = 1e-6  # at initialisation
 EPS = 1e-12  # below the smallest float16: what it is added to is float32 or wider
-
-
-def lowered(x: Tensor) -> Tensor:
-    """Cast to autocast's type where it is on, once for all products that follow."""
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def to_cells(x: Tensor, size: int) -> Tensor:
@@ -85,7 +77,7 @@ class Attention(nn.Module):
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).reshape(B, H * W, self.num_heads, 3, C // self.num_heads).unbind(3)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y_BKND = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+        y_BKND = attend_all(q, k, v, self.softmax_scale)
         return self.proj(y_BKND.transpose(1, 2).reshape(B, H, W, C))
 
 

@@ -43,6 +43,22 @@ def test_compiled_training_is_one_graph_that_equals_eager(name):
 
 
 @pytest.mark.parametrize("name", SMALLEST)
+def test_compiled_training_under_autocast_equals_eager(name):
+    torch._dynamo.reset()
+    model, x = small(name).train(), images(2, 3, 64, 64)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    outputs = []
+    for net in (model, compiled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+        F.cross_entropy(logits.float(), torch.tensor([1, 2])).backward()
+        outputs.append([logits.detach().float(), torch.cat([p.grad.flatten() for p in model.parameters()])])
+    for want, got in zip(*outputs, strict=True):
+        assert (got - want).norm() <= 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("name", SMALLEST)
 def test_exported_program_survives_a_file_and_takes_any_batch(name, tmp_path):
     model = scrambled(small(name, img_size=SHAPE)).eval()
     program = torch.export.export(model, (images(2, 3, *SHAPE),), dynamic_shapes=BATCH)

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Measure what matters on one GPU, in under nine minutes, into one folder with a summary.md.
+#
+#   benchmarks/gpu.sh [--out DIR] [--models A,B] [--opponent SPEC] [--parts a,b] [--small]
+#
+# Every part has its own time limit, so that one that fails or hangs costs none of the others; the exit status is 1 if any
+# failed. --small runs everything in small on the CPU. Parts: machine step fp16 compile trainer memory kernels dali tests
+set -u
+cd "$(dirname "$0")/.." || exit 2
+PYTHON=${PYTHON:-python}
+out=output/benchmark-$(date +%Y%m%d-%H%M%S) models=sgformer_small,groupmixformer_tiny,stvit_small
+parts=machine,step,trainer,compile,kernels,memory,fp16,dali,tests small="" opponents=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --small) small=yes; shift; continue ;;
+        --out | --models | --parts | --opponent) ;;
+        *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
+    esac
+    [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
+    case $1 in
+        --out) out=$2 ;;
+        --models) models=$2 ;;
+        --parts) parts=$2 ;;
+        --opponent) opponents+=(--opponent "$2") ;;
+    esac
+    shift 2
+done
+mkdir -p "$out" || exit 2
+if [ "$small" ]; then
+    export CUDA_VISIBLE_DEVICES=""
+    measured=(--batch 2 --size 64 --rounds 1 --seconds 0)
+    trained=(--cfg configs/groupmixformer/mobile_64.yaml --batch 2 --updates 2 --rounds 1)
+    memory=(--models groupmixformer_mobile --size 64 --gib 1)
+    pictures=16 compile=(--backend aot_eager --modes infer) scale=4
+else
+    measured=(--batch 128 --rounds 5 --seconds 0.3)
+    trained=(--cfg configs/stvit/small_224.yaml --batch 128 --updates 20 --rounds 5 --opts TRAIN.CLIP_GRAD 5.0)
+    memory=(--models "$models" --gib 80)
+    pictures=64 compile=(--modes train) scale=1
+fi
+step=("$PYTHON" benchmarks/step.py --models "$models" "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
+failed=0 began=$(date +%s)
+
+part() { # name, limit in seconds, command ...
+    local name=$1 limit=$(($2 * scale)) start status
+    shift 2
+    case ,$parts, in *,"$name",*) ;; *) return ;; esac
+    start=$(date +%s)
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    { [ $status = 0 ] || [ "$name$status" = tests5 ]; } && said=done || { said="failed with status $status"; failed=1; }
+    [ $status = 124 ] && said="stopped after its limit of $limit s"
+    echo "$name: $said ($(($(date +%s) - start)) s)" | tee -a "$out/parts.txt"
+}
+
+pictures() { # the loaders, DALI's on the GPU too, on drawn pictures
+    "$PYTHON" -m data.demo "$out/pictures" --train "$pictures" --val 10 &&
+        "$PYTHON" benchmarks/loader.py --data "$out/pictures" --images $((pictures * 4)) --rounds 2 --batch "$pictures" \
+            --only decode torch_uint8 dali_cpu dali_gpu --out "$out/dali"
+}
+
+machine() {
+    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,clocks.mem --format=csv
+    "$PYTHON" -c 'from benchmarks import record; print(record.hardware(), record.commit())' && "$PYTHON" -m torch.utils.collect_env
+}
+
+: >"$out/parts.txt"
+export PYTHON out pictures
+export -f pictures machine
+part machine 30 bash -c machine
+part step 90 "${step[@]}" --precision bf16 --out "$out/step"
+part trainer 60 "$PYTHON" benchmarks/trainer.py "${trained[@]}" --out "$out/trainer"
+part compile 150 "${step[@]}" --precision bf16 --compile all ${compile[@]+"${compile[@]}"} --out "$out/compile"
+[ -f benchmarks/kernels.py ] && part kernels 60 "$PYTHON" benchmarks/kernels.py ${small:+--small} --out "$out/kernels"
+part memory 50 "$PYTHON" benchmarks/memory.py "${memory[@]}" --out "$out/memory"
+part fp16 45 "${step[@]}" --precision fp16 --modes train --out "$out/fp16"
+if "$PYTHON" -c 'import nvidia.dali' 2>/dev/null; then part dali 40 bash -c pictures; else echo "dali: not installed" >>"$out/parts.txt"; fi
+part tests 60 "$PYTHON" -m pytest -q -m gpu tests
+
+{
+    echo "# One GPU, $(date +%Y-%m)"
+    echo
+    sed 's/^/- /' "$out/parts.txt"
+    echo "- all: $(($(date +%s) - began)) s"
+    for name in machine step compile fp16 kernels trainer memory dali tests; do
+        [ -f "$out/$name.log" ] || continue
+        printf '\n## %s\n\n' "$name"
+        if [ -f "$out/$name.md" ]; then sed 's/^# /### /' "$out/$name.md"; else tail -n 25 "$out/$name.log" | sed 's/^/    /'; fi
+    done
+} >"$out/summary.md"
+echo "written to $out/summary.md"
+exit $failed

@@ -1,0 +1,184 @@
+"""Find the largest micro-batch that trains in a given memory, with and without gradient checkpointing.
+
+    python benchmarks/memory.py --models stvit_small,stvit_large --gib 80 --precision bf16
+
+On a GPU by trial: training steps under that limit, doubling, then halving the interval. Without one it is an estimate, and the
+result says so: the bytes that autograd keeps, reckoned on fake tensors as `train.py --dry-run` does, with weights, gradients, AdamW
+and EMA. The estimate leaves out what kernels need on the way and what the allocator loses; on the CPU it keeps LayerNorm's input in
+float32. Results go to benchmarks/results/.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from arguments import Parser
+from benchmarks import record
+from benchmarks.contenders import Ours, Step, parse_choices, parse_models
+from benchmarks.record import Row
+from benchmarks.step import PRECISIONS, find_device
+from engine.memory import activations, estimate, gib
+from engine.precision import Precision
+
+COLUMNS: record.Columns = {
+    "model": lambda row: row["model"],
+    "precision": lambda row: row["precision"],
+    "checkpointing": lambda row: "all blocks" if row["checkpointing"] else "none",
+    "largest micro-batch": lambda row: str(row["batch"]) if row["batch"] else "none fits",
+    "memory at it": lambda row: gib(row["bytes"]) if row["batch"] else "",
+    "an image more": lambda row: gib(row["bytes_an_image"]) if row.get("bytes_an_image") else "",
+}
+
+
+class Blocks:
+    """Counts apart what each block keeps for the backward pass, and what comes into it."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.kept, self.inputs = model, [], []  # type: tuple[nn.Module, list[int], list[int]]
+        self._seen: set[int] = set()
+        self._open: list[AbstractContextManager] = []
+
+    def _enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.inputs.append(sum(t.numel() * t.element_size() for t in inputs if isinstance(t, Tensor)))
+        self.kept.append(0)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        hooks.__enter__()
+        self._open.append(hooks)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.kept[-1] += storage.nbytes()
+        return tensor
+
+    def _leave(self, *unused: Any) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+    def count(
+        self, images: tuple[int, int, int, int], autocast: Callable[[], AbstractContextManager]
+    ) -> tuple[int, int]:
+        """Return the bytes kept without checkpointing, and with: the inputs of all blocks and what the largest keeps."""
+        blocks = [block for stage in getattr(self.model, "stages", ()) for block in getattr(stage, "blocks", ())]
+        handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
+        handles += [block.register_forward_hook(self._leave) for block in blocks]
+        outside = activations(self.model, images, autocast)
+        for handle in handles:
+            handle.remove()
+        return outside + sum(self.kept), outside + sum(self.inputs) + max(self.kept, default=0)
+
+
+def estimated(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
+    """Reckon the largest micro-batch on fake tensors: what two batch sizes keep tells any."""
+    net = model.build(size, torch.device("cpu"))
+    autocast = Precision("off" if precision == "fp32" else precision, torch.device("cpu")).autocast
+    fixed = estimate(net, lambda m: torch.optim.AdamW(m.parameters()), True, (2, 3, size, size), autocast)
+    two, four = (Blocks(net).count((n, 3, size, size), autocast) for n in (2, 4))
+    rows = []
+    for checkpointing in (False, True):
+        slope = (four[checkpointing] - two[checkpointing]) / 2
+        base = fixed.total - fixed.activations + two[checkpointing] - 2 * slope
+        batch = max(0, int((limit - base) // slope))
+        rows.append({"checkpointing": checkpointing, "batch": batch, "bytes": round(base + batch * slope)})
+        rows[-1]["bytes_an_image"] = round(slope)
+    return rows
+
+
+def trained(model: Ours, size: int, precision: str, checkpointing: bool, batch: int, device: torch.device) -> int:
+    """Train two steps; return the peak of memory."""
+    net = model.build(size, device)
+    net.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+    averaged = [p.detach().clone() for p in net.parameters()]  # as EMA holds
+    step = Step(net, net, batch, size, precision).of("train")
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    step()
+    del averaged
+    return torch.cuda.max_memory_reserved(device)
+
+
+def fits(model: Ours, size: int, precision: str, checkpointing: bool, batch: int, device: torch.device) -> int:
+    """Return the peak of memory in training, 0 if it did not suffice."""
+    try:
+        return trained(model, size, precision, checkpointing, batch, device)
+    except torch.OutOfMemoryError:
+        return 0
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def tried(model: Ours, size: int, precision: str, limit: int, device: torch.device, most: int) -> list[Row]:
+    """Find the largest micro-batch on a GPU by trial."""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+    rows = []
+    for checkpointing in (False, True):
+        good, peak, bad = 0, 0, most + 1
+        batch = min(16, most)
+        while good + max(1, good // 32) < bad:  # to three per cent
+            found = fits(model, size, precision, checkpointing, batch, device)
+            if found:
+                good, peak = batch, found
+            else:
+                bad = batch
+            batch = min(2 * good, most) if bad > most and good else (good + bad) // 2
+            if batch in (good, 0):
+                break
+        rows.append({"checkpointing": checkpointing, "batch": good, "bytes": peak})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = Parser("Find the largest micro-batch that trains in a given memory.")
+    parser.add_argument("--models", required=True, metavar="A,B", help="names of our models, with commas between")
+    parser.add_argument("--gib", type=float, required=True, metavar="GIB", help="memory of a GPU")
+    parser.add_argument("--precision", default="bf16", help="fp32, bf16, fp16, with commas between (default bf16)")
+    parser.add_argument("--size", type=int, default=224, help="side of the images (default 224)")
+    parser.add_argument("--most", type=int, default=4096, help="micro-batch to stop at on a GPU (default 4096)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
+    parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
+    args, say = parser.parse_args(argv), record.console()
+    try:
+        device, limit = find_device(args.device), round(args.gib * 2**30)
+        if limit <= 0 or args.size < 1 or args.most < 1:
+            raise ValueError(f"--gib {args.gib:g}, --size {args.size}, --most {args.most}: all must be positive")
+        if device.type == "cuda" and limit > torch.cuda.mem_get_info(device)[1]:
+            raise ValueError(f"--gib {args.gib:g}: this GPU has {gib(torch.cuda.mem_get_info(device)[1])}")
+        models, rows = parse_models(args.models), []
+        for model in models:
+            for precision in parse_choices("--precision", args.precision, PRECISIONS):
+                shared = {"model": model.name, "precision": precision, "size": args.size}
+                found = (
+                    tried(model, args.size, precision, limit, device, args.most)
+                    if device.type == "cuda"
+                    else estimated(model, args.size, precision, limit)
+                )
+                rows += [{**shared, **row} for row in found]
+    except ValueError as error:
+        parser.fail(error)
+    facts = record.facts("benchmarks/memory.py", argv)
+    by_trial = "by trial on this GPU, to 3%; memory is the peak reserved"
+    facts["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
+    facts["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
+    say.print(record.table(COLUMNS, rows))
+    page = record.write(args.out or record.default_out("memory"), "Memory", COLUMNS, facts, rows, args.append)
+    say.print(f"{facts['how']}; written to {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What a reader of a measurement must know, and the files it goes to: JSON to compute with, Markdown to read."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]  # title to the text of a row
+
+
+def processor() -> str:
+    """Name the CPU as the system does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return (names[0] if names else platform.processor()) + (" with AMX" if "amx_bf16" in flags else "")
+
+
+def hardware() -> str:
+    """Describe the machine: cores this process may use, processor, GPU."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{len(os.sched_getaffinity(0))} cores of {processor()}{gpu}"
+
+
+def commit() -> str:
+    """Return the commit measured, and whether files differed from it; "" outside a repository."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else ""
+    return git("rev-parse", "--short", "HEAD") + changed
+
+
+def command(program: str, argv: Sequence[str] | None) -> str:
+    """Write the command that was typed, for someone who types it again."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--append"]
+    return shlex.join(["python", program, *words])
+
+
+def facts(program: str, argv: Sequence[str] | None, packages: Sequence[str] = ("timm",)) -> dict[str, str]:
+    """Return date, hardware, command, commit and versions."""
+    versions = [f"torch {torch.__version__}", *(f"{name} {metadata.version(name)}" for name in packages)]
+    return {
+        "date": time.strftime("%Y-%m"),
+        "hardware": hardware(),
+        "command": command(program, argv),
+        "commit": commit(),
+        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
+    }
+
+
+def console() -> Console:
+    """Return a console, wide where its lines go to a file."""
+    return Console() if Console().is_terminal else Console(width=140)
+
+
+def table(columns: Columns, rows: Sequence[Row]) -> Table:
+    """Return the rows as a table for a terminal."""
+    shown = Table(*columns)
+    for row in rows:
+        shown.add_row(*(text(row) for text in columns.values()))
+    return shown
+
+
+def write(out: Path, title: str, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool) -> Path:
+    """Write facts and rows to `out`.json and .md, with `append` behind what is there; return the Markdown file."""
+    file, page = out.with_suffix(".json"), out.with_suffix(".md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(file.read_text())["runs"] if append and file.exists() else []
+    runs.append({"facts": dict(found), "rows": list(rows)})
+    file.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
+    lines = [f"# {title}, {found['date']}, {found['hardware']}"]
+    for run in runs:
+        lines += ["", f"    {run['facts']['command']}", ""]
+        told = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
+        lines += [f"{key}: {value}.  " for key, value in told]
+        lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(text(row) for text in columns.values()) + " |" for row in run["rows"]]
+    page.write_text("\n".join(lines) + "\n")
+    return page
+
+
+def default_out(name: str) -> Path:
+    """Return where a program's result goes if nothing else is said: benchmarks/results/<year-month>-<name>-<device>."""
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    return RESULTS / f"{time.strftime('%Y-%m')}-{name}-{device}"

@@ -1,0 +1,272 @@
+"""Measure the step of our models and of opponents: images/s and memory, in training and inference, all taking turns.
+
+    python benchmarks/step.py --models sgformer_small,stvit_small
+    python benchmarks/step.py --models stvit_small --compile --opponent timm.models.vision_transformer:deit_small_patch16_224
+    python benchmarks/step.py --models sgformer_small,stvit_small --opponent published=opponents:{model}
+
+A training step is forward, cross-entropy, backward and AdamW. An opponent is a callable that gives a model; `{model}` stands for the
+name it is measured against. Modules are also looked for in oracle/, which git ignores. Ratios are to the first opponent, round by
+round, or to our eager model without one. The floor is that of our model by a roofline (roofline.py); every share is of it.
+Memory: on a GPU the peak; on the CPU what a forward pass keeps for the backward pass. Results go to benchmarks/results/.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
+
+import gc
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from arguments import Parser
+from benchmarks import record, roofline
+from benchmarks.contenders import Opponent, Ours, Step, parse_choices, parse_models, parse_opponent
+from benchmarks.record import Row
+from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
+from engine.memory import gib
+
+MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
+WARM_CALLS = 2
+
+
+def rate(row: Row) -> str:
+    return row.get("failed") or f"{row['images_per_s']:.1f}"
+
+
+def spread_of(key: str, digits: int) -> Callable[[Row], str]:
+    return lambda row: f"{row[key][1]:.{digits}f} .. {row[key][2]:.{digits}f}" if key in row else ""
+
+
+COLUMNS: record.Columns = {
+    "model": lambda row: row["model"],
+    "step": lambda row: f"{row['mode']} {row['precision']}",
+    "contender": lambda row: row["contender"],
+    "images/s": rate,
+    "lowest .. highest": spread_of("rates", 1),
+    "ratio": lambda row: f"{row['ratio'][0]:.2f}" if "ratio" in row else "",
+    "its lowest .. highest": spread_of("ratio", 2),
+    "memory": lambda row: gib(row["memory"]) if row.get("memory") else "",
+    "floor, images/s": lambda row: f"{row['floor']:.0f} ({row['floor_added']:.0f})",
+    "share": lambda row: f"{row['images_per_s'] / row['floor']:.0%}" if "images_per_s" in row else "",
+}
+SHOWN = ("model", "step", "contender", "images/s", "ratio", "memory", "share")  # on a terminal
+
+
+class Bench:
+    """The measurements of one run of the program."""
+
+    def __init__(self, args: Namespace, opponents: Sequence[Opponent], device: torch.device, say: Console):
+        self.args, self.opponents, self.device, self.say = args, opponents, device, say
+        self.machines: dict[str, roofline.Machine] = {}
+
+    def contenders(self, model: Ours) -> dict[str, Callable[[], nn.Module]]:
+        """Return what builds each contender, ours first."""
+        ours = partial(model.build, self.args.size, self.device)
+        found: dict[str, Callable[[], nn.Module]] = {"ours": ours}
+        if self.args.compile:
+            found["ours, compiled"] = ours
+        for opponent in self.opponents:
+            found[opponent.name] = lambda opponent=opponent: opponent.build(model.name).to(self.device)  # type: ignore[misc]
+            if self.args.compile == "all":
+                found[f"{opponent.name}, compiled"] = found[opponent.name]
+        return found
+
+    def machine(self, precision: str) -> roofline.Machine:
+        """Return what the device can do, measured once."""
+        if precision not in self.machines:
+            self.machines[precision] = roofline.machine(self.device, precision, self.args.bandwidth, self.args.tflops)
+        return self.machines[precision]
+
+    def warm(self, name: str, build: Callable[[], nn.Module], mode: str, precision: str) -> tuple[Step, int]:
+        """Build a contender and call it; return it with the bytes it needs."""
+        gc.collect()
+        before = 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        model = build()
+        call = torch.compile(model, backend=self.args.backend) if name.endswith(", compiled") else model
+        step = Step(model, call, self.args.batch, self.args.size, precision)
+        for _ in range(WARM_CALLS):
+            step.of(mode)()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return step, torch.cuda.max_memory_allocated(self.device) - before
+        return step, step.kept_bytes() if mode == "train" else 0
+
+    def block(self, model: Ours, mode: str, precision: str, progress: Progress) -> list[Row]:
+        """Measure all contenders of a model in one mode and precision."""
+        args, contenders = self.args, self.contenders(model)
+        task = progress.add_task(f"{model.name} {mode} {precision}", total=len(contenders) * (args.rounds + 1))
+        work = roofline.work_of(
+            model.build(args.size, torch.device("cpu")),
+            (args.batch, 3, args.size, args.size),
+            precision,
+            mode == "train",
+        )
+        floor, added = (args.batch / seconds for seconds in work.seconds(self.machine(precision)))
+        shared = {"model": model.name, "mode": mode, "precision": precision, "floor": floor, "floor_added": added}
+        rows: dict[str, Row] = {}
+        steps: dict[str, Callable[[], None]] = {}
+        for name, build in contenders.items():
+            rows[name] = {**shared, "contender": name, "batch": args.batch, "size": args.size}
+            try:
+                step, memory = self.warm(name, build, mode, precision)
+            except (RuntimeError, TypeError, AttributeError) as error:  # others' code, compilers, full memory
+                if name == "ours":
+                    raise
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                rows[name]["failed"] = (
+                    "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {first[:80]}"
+                )
+                self.say.print(f"{model.name} {mode} {precision}: {name} {rows[name]['failed']}")
+                continue
+            finally:
+                progress.advance(task)
+            steps[name] = step.of(mode)
+            rows[name]["memory"] = memory
+        seconds = in_turn(steps, args.rounds, args.seconds, self.device, lambda: progress.advance(task), args.clock)
+        base = next((o.name for o in self.opponents if o.name in seconds), "ours")
+        for name, times in seconds.items():
+            found, against = Spread.of([args.batch / s for s in times]), ratios(seconds[base], times)
+            rows[name]["images_per_s"] = found.median
+            rows[name]["rates"] = (found.median, found.lowest, found.highest)
+            rows[name]["ratio"] = (against.median, against.lowest, against.highest)
+        progress.remove_task(task)
+        return list(rows.values())
+
+    def about(self) -> str:
+        """Say what the floors were computed from."""
+        return "; ".join(
+            f"{precision}: {found.bandwidth / 1e9:.0f} GB/s, {found.arithmetic / 1e12:.2f} TFLOP/s ({found.source})"
+            for precision, found in self.machines.items()
+        )
+
+
+def measure(bench: Bench, models: Sequence[Ours], modes: Sequence[str], precisions: Sequence[str]) -> list[Row]:
+    """Measure every model in every mode and precision."""
+    rows: list[Row] = []
+    text, bar = TextColumn("{task.description}"), BarColumn()
+    with Progress(
+        text, bar, MofNCompleteColumn(), TimeElapsedColumn(), console=bench.say, disable=not bench.say.is_terminal
+    ) as progress:
+        for model in models:
+            for precision in precisions:
+                for mode in modes:
+                    rows += bench.block(model, mode, precision, progress)
+                    torch.compiler.reset()
+    return rows
+
+
+def make_parser(description: str) -> Parser:
+    """Return the flags that step.py and throughput.py share."""
+    parser = Parser(description)
+    parser.add_argument("--models", required=True, metavar="A,B", help="names, ours or timm's, with commas between")
+    parser.add_argument("--modes", default="train,infer", help="train, infer (default both)")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, with commas between (default fp32)")
+    parser.add_argument("--size", type=int, default=224, help="side of the images (default 224)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default 7)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn, at least one step (default 1)")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="wall, or cpu: images per CPU-second of all threads"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory, for the floor (default: measured)")
+    parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="for the floor (default: measured)")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default inductor)")
+    parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
+    parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
+    return parser
+
+
+def find_device(asked: str) -> torch.device:
+    """Return the device. Raises ValueError if CUDA is asked for and missing."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; take cpu or auto")
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check(args: Namespace) -> torch.device:
+    """Return the device that the shared flags ask for. Raises ValueError for values that cannot be."""
+    for flag in ("size", "rounds"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise ValueError(f"--backend {args.backend}: torch.compile has {', '.join(known)}")
+    device = find_device(args.device)
+    if args.clock == "cpu" and device.type == "cuda":
+        raise ValueError("--clock cpu says nothing of a GPU; leave it out, or measure with --device cpu")
+    return device
+
+
+def facts(program: str, argv: Sequence[str] | None, bench: Bench) -> dict[str, Any]:
+    """Return what a reader must know of the measurements."""
+    args, threads = bench.args, torch.get_num_threads()
+    return {
+        **record.facts(program, argv),
+        "n": f"{args.rounds} rounds of at least {args.seconds:g} s, contenders in turn, {threads} threads",
+        "clock": "wall" if args.clock == "wall" else "CPU time of all threads: images/s are per CPU-second",
+        "floor": bench.about(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = make_parser("Measure training and inference steps of models.")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step (default 8; give a GPU 128 or more)")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="ours",
+        choices=("ours", "all"),
+        help="torch.compile of ours too, or of all contenders",
+    )
+    parser.add_argument(
+        "--opponent", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="measure this model too"
+    )
+    args, say = parser.parse_args(argv), record.console()
+    try:
+        if args.batch < 1:
+            raise ValueError(f"--batch {args.batch}: must be at least 1")
+        device = check(args)
+        models = parse_models(args.models)
+        modes = parse_choices("--modes", args.modes, MODES)
+        precisions = parse_choices("--precision", args.precision, PRECISIONS)
+        opponents = [parse_opponent(text) for text in args.opponent]
+        check_opponents(opponents, models)
+        bench = Bench(args, opponents, device, say)
+        rows = measure(bench, models, modes, precisions)
+    except ValueError as error:
+        parser.fail(error)
+    say.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
+    found = {**facts("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
+    page = record.write(args.out or record.default_out("step"), "Steps", COLUMNS, found, rows, args.append)
+    say.print(f"written to {page}")
+    return 0
+
+
+def check_opponents(opponents: Sequence[Opponent], models: Sequence[Ours]) -> None:
+    """Look every opponent up, so that a wrong name ends the program at once. Raises ValueError."""
+    names = [opponent.name for opponent in opponents]
+    for name in names:
+        if names.count(name) > 1 or name.startswith("ours"):
+            raise ValueError(f"--opponent: {name!r} names two contenders; write NAME=MODULE:FACTORY with another NAME")
+    for opponent in opponents:
+        for model in models:
+            opponent.find(model.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

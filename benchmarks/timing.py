@@ -1,0 +1,70 @@
+"""Take turns: what is compared runs alternately in one process, so that a busy machine is unfair to none."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several measurements, with the lowest and the highest."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, digits: int = 1) -> str:
+        """Write lowest .. highest."""
+        return f"{self.lowest:.{digits}f} .. {self.highest:.{digits}f}"
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all threads, for a machine that others use too
+
+
+def timed(run: Callable[[], object], calls: int, device: torch.device, clock: str = "wall") -> float:
+    """Return the seconds of one of so many calls."""
+    synchronise(device)
+    start = CLOCKS[clock]()
+    for _ in range(calls):
+        run()
+    synchronise(device)
+    return (CLOCKS[clock]() - start) / calls
+
+
+def in_turn(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    advance: Callable[[], None] = lambda: None,
+    clock: str = "wall",
+) -> dict[str, list[float]]:
+    """Return the seconds a call of each way, by round; a turn is as many calls as fill `seconds`.
+
+    Every second round goes backwards. The ways are warm: called before. `advance` is called after each turn.
+    """
+    calls = {name: max(1, round(seconds / timed(run, 1, device))) for name, run in ways.items()}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            found[name].append(timed(ways[name], calls[name], device, clock))
+            advance()
+    return found
+
+
+def ratios(base: Sequence[float], values: Sequence[float]) -> Spread:
+    """Return how many times faster than `base` the values are, round by round."""
+    return Spread.of([theirs / ours for theirs, ours in zip(base, values, strict=True)])

@@ -1,0 +1,222 @@
+"""Measure what train.py adds to the bare step of its model: loader, mixing, clipping, EMA, schedule, safety, log, agreement.
+
+    python benchmarks/trainer.py --cfg configs/stvit/small_224.yaml --batch 32 --processes 1,2
+    python benchmarks/trainer.py --cfg configs/stvit/small_224.yaml --batch 128 --data DIR
+
+The whole step is train.py's own epoch, of a few updates, in a run directory that is thrown away; checkpoints and evaluation are left
+out. The bare step is forward, loss, backward (with the exchange of gradients) and the optimiser's step on one fixed batch in
+memory, same precision, same optimiser. They take turns; the overhead is their ratio, round by round. Without --data images are synthetic.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
+
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.nn import functional as F
+
+import arguments
+import session
+import train
+from benchmarks import record
+from benchmarks.record import Row
+from benchmarks.timing import CLOCKS, Spread, timed
+from engine import distributed
+from engine.build import build_optimizer, prepare_model, wrap_model
+from engine.distributed import Processes
+from engine.log import Log
+from engine.precision import Precision
+from engine.run import RunDirectory
+from engine.saver import Saver
+from models.build import build_model
+
+COLUMNS: record.Columns = {
+    "config": lambda row: row["config"],
+    "processes": lambda row: str(row["processes"]),
+    "micro-batch": lambda row: str(row["batch"]),
+    "precision": lambda row: row["precision"],
+    "bare step, ms": lambda row: f"{1e3 * row['bare'][0]:.1f}",
+    "whole step, ms": lambda row: f"{1e3 * row['whole'][0]:.1f}",
+    "overhead": lambda row: f"{row['overhead'][0]:.1%}",
+    "lowest .. highest": lambda row: f"{row['overhead'][1]:.1%} .. {row['overhead'][2]:.1%}",
+}
+
+
+def load(args: Namespace, world: int, folder: str) -> tuple[Any, Namespace]:
+    """Return the config of a run of short epochs, and train.py's arguments."""
+    accumulation = args.accumulation * args.batch * world
+    options = [
+        *("OUTPUT", folder, "TRAIN.GLOBAL_BATCH", accumulation, "TRAIN.MICRO_BATCH", args.batch),
+        *("TRAIN.EPOCHS", args.rounds + 1, "LOG.EVERY", 50, "LOG.TENSORBOARD", False),
+        *("SCHEDULE.WARMUP_EPOCHS", 0, "SCHEDULE.COOLDOWN_EPOCHS", 0, "DEVICE", args.device, "TRAIN.AMP", args.amp),
+    ]
+    if args.data:
+        options += ["DATA.PATH", args.data]
+    else:
+        options += ["DATA.LOADER", "synthetic", "DATA.SYNTHETIC_TRAIN", args.updates * accumulation, "AUG.REPEATS", 1]
+    typed = arguments.train_parser().parse_args(["--cfg", args.cfg, "--opts", *map(str, options), *args.opts])
+    return arguments.resolve(typed, arguments.TRAIN_FLAGS), typed
+
+
+def bare_step(s: session.Session) -> Callable[[], None]:
+    """Return forward, loss, backward and the optimiser's step of the run's model, on one batch."""
+    cfg, processes = s.cfg, s.processes
+    model = prepare_model(build_model(cfg, len(s.data.classes)), processes, cfg.MODEL.SYNC_BN)
+    optimizer, net = build_optimizer(cfg, model), wrap_model(model, processes)
+    precision = Precision(cfg.TRAIN.AMP, processes.device)
+    net.train()
+    images = torch.randn(cfg.TRAIN.MICRO_BATCH, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE)
+    images = images.to(processes.device, memory_format=torch.channels_last)
+    targets = torch.zeros(len(images), len(s.data.classes), device=processes.device)
+    targets[:, 0] = 1
+    accumulation = s.state.plan.accumulation
+
+    def step() -> None:
+        for micro in range(accumulation):
+            with nullcontext() if processes.world == 1 or micro == accumulation - 1 else net.no_sync():  # type: ignore[operator]
+                with precision.autocast():
+                    loss = F.cross_entropy(net(images), targets) / accumulation
+                precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def one_epoch(s: session.Session) -> Callable[[], None]:
+    """Return train.py's next epoch, as a step that is repeated."""
+
+    def epoch() -> None:
+        train.train_epoch(s)
+        s.state.closed = s.state.update
+
+    return epoch
+
+
+def run(args: Namespace) -> Row | None:
+    """Measure in this process, one of those that were started together; the main one returns the row."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, typed = load(args, int(os.environ.get("WORLD_SIZE", "1")), folder)
+        processes = distributed.start(cfg.DEVICE)
+        log = Log(processes.main)
+        log.console = Console(file=io.StringIO())
+        saver = Saver(RunDirectory(Path(folder) / "run", 1), log, 1)
+        s = session.build(cfg, typed, processes, saver, lambda: False)
+        updates = s.state.plan.updates_per_epoch
+        bare, whole = bare_step(s), one_epoch(s)
+        bare()
+        whole()
+        found: dict[str, list[float]] = {"bare": [], "whole": []}
+        for number in range(args.rounds):
+            for name in ("bare", "whole") if number % 2 else ("whole", "bare"):
+                meet(processes)
+                if name == "whole":
+                    found[name].append(timed(whole, 1, processes.device, args.clock) / updates)
+                else:
+                    found[name].append(timed(bare, updates, processes.device, args.clock))
+        log.close()
+    overhead = Spread.of([whole / bare - 1 for whole, bare in zip(found["whole"], found["bare"], strict=True)])
+    row: Row = {
+        "config": Path(args.cfg).parent.name + "/" + Path(args.cfg).stem,
+        "processes": processes.world,
+        "batch": args.batch,
+        "precision": cfg.TRAIN.AMP,
+        "data": "a folder" if args.data else "synthetic",
+        "overhead": (overhead.median, overhead.lowest, overhead.highest),
+    }
+    for name, values in found.items():
+        spread = Spread.of(values)
+        row[name] = (spread.median, spread.lowest, spread.highest)
+    main = processes.main
+    distributed.stop()
+    return row if main else None
+
+
+def meet(processes: Processes) -> None:
+    """Wait for the other processes."""
+    if processes.world > 1:
+        dist.barrier(group=processes.hosts)
+
+
+def launch(argv: Sequence[str], processes: int) -> Row:
+    """Run this program in processes of its own, through torchrun where there are several; return the row."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        program = [str(Path(__file__).resolve()), *argv, "--row", str(out)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), *program], cwd=record.ROOT)
+        if done.returncode or not out.exists():
+            raise ValueError(
+                f"the measurement with {processes} processes ended with status {done.returncode}, see above"
+            )
+        row: Row = json.loads(out.read_text())
+        return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = arguments.Parser("Measure what train.py adds to the bare step of its model.")
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config, e.g. configs/stvit/small_224.yaml")
+    parser.add_argument("--batch", type=int, default=32, help="micro-batch (default 32)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches an update (default 1)")
+    parser.add_argument("--processes", default="1", metavar="1,2", help="processes, with commas between (default 1)")
+    parser.add_argument("--updates", type=int, default=8, help="updates of a turn, with synthetic images (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--data", metavar="DIR", help="train on these images; an epoch of them is a turn")
+    parser.add_argument("--amp", default="bf16", help="bf16, fp16 or off (default bf16)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="wall, or cpu: of all threads")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config keys to change")
+    parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
+    parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
+    parser.add_argument("--row", type=Path, help="for the processes that this program starts")
+    args = parser.parse_args(argv)
+    try:
+        if min(args.batch, args.accumulation, args.updates, args.rounds) < 1:
+            raise ValueError("--batch, --accumulation, --updates and --rounds must be at least 1")
+        if args.row:
+            row = run(args)
+            if row:
+                args.row.write_text(json.dumps(row))
+            return 0
+        try:
+            counts = [int(word) for word in args.processes.split(",")]
+        except ValueError:
+            raise ValueError(f"--processes {args.processes}: give numbers with commas between, e.g. 1,2") from None
+        load(args, 1, "output")  # what is wrong with it is said once
+        rows = [launch(sys.argv[1:] if argv is None else argv, count) for count in counts]
+    except ValueError as error:
+        parser.fail(error)
+    say = record.console()
+    say.print(record.table(COLUMNS, rows))
+    facts = record.facts("benchmarks/trainer.py", argv)
+    facts["n"] = (
+        f"{args.rounds} rounds, taking turns; {args.updates} updates a turn"
+        if not args.data
+        else f"{args.rounds} epochs"
+    )
+    facts["images"] = "a folder's" if args.data else "synthetic"
+    facts["clock"] = args.clock
+    page = record.write(args.out or record.default_out("trainer"), "Trainer", COLUMNS, facts, rows, args.append)
+    say.print(f"written to {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
