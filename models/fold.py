@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import groupmixformer, sgformer_attention, stvit
 from models.backbone import Backbone
-from models.layers import DepthwiseConv, ResidualDepthwiseConv
+from models.layers import DepthwiseConv, GeluDepthwiseConv, ResidualDepthwiseConv
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -146,8 +146,8 @@ def _fold_scale(module: nn.Module) -> int:
     return 1
 
 
-def _plain_kernel(module: nn.Module) -> DepthwiseConv | None:
-    """Return the depthwise convolution that does what a residual or shared one does; None for any other module."""
+def _plain_kernel(module: nn.Module) -> nn.Module | None:
+    """Return the depthwise convolution, with its GELU, that does what a residual or shared one does; None for other modules."""
     if isinstance(module, ResidualDepthwiseConv):
         kernel = module.weight.clone()
         kernel[:, :, 1, 1] += 1
@@ -160,4 +160,6 @@ def _plain_kernel(module: nn.Module) -> DepthwiseConv | None:
     plain.weight.copy_(kernel)
     if bias is not None and plain.bias is not None:
         plain.bias.copy_(bias)
-    return plain.eval()
+    if isinstance(module, GeluDepthwiseConv):
+        return nn.Sequential(nn.GELU(), plain) if module.gelu_before else nn.Sequential(plain, nn.GELU())
+    return plain
