@@ -31,11 +31,13 @@ if [ "$small" ]; then
     measured=(--batch 2 --size 64 --rounds 1 --seconds 0)
     trained=(--cfg configs/groupmixformer/mobile_64.yaml --batch 2 --updates 2 --rounds 1)
     memory=(--models groupmixformer_mobile --size 64 --gib 1)
+    kernels=(env TRITON_INTERPRET=1 "$PYTHON" benchmarks/kernels.py --models stvit_small --batch 1 --size 32 --channels 8 --rounds 1 --span 0 --no-compile)
     pictures=16 compile=(--backend aot_eager --modes infer) scale=4
 else
     measured=(--batch 128 --rounds 5 --seconds 0.3)
     trained=(--cfg configs/stvit/small_224.yaml --batch 128 --updates 20 --rounds 5 --opts TRAIN.CLIP_GRAD 5.0)
     memory=(--models "$models" --gib 80)
+    kernels=("$PYTHON" benchmarks/kernels.py --rounds 3)
     pictures=64 compile=(--modes train) scale=1
 fi
 step=("$PYTHON" benchmarks/step.py --models "$models" "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
@@ -48,17 +50,22 @@ part() { # name, limit in seconds, command ...
     start=$(date +%s)
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
-    { [ $status = 0 ] || [ "$name$status" = tests5 ]; } && said=done || { said="failed with status $status"; failed=1; }
-    [ $status = 124 ] && said="stopped after its limit of $limit s"
+    case $name:$status in
+        *:0 | tests:5) said="done" ;; # pytest's 5: no test was selected
+        *:124) said="stopped after its limit of $limit s" failed=1 ;;
+        *) said="failed with status $status" failed=1 ;;
+    esac
     echo "$name: $said ($(($(date +%s) - start)) s)" | tee -a "$out/parts.txt"
 }
 
+# shellcheck disable=SC2317 # these two are called through bash -c
 pictures() { # the loaders, DALI's on the GPU too, on drawn pictures
     "$PYTHON" -m data.demo "$out/pictures" --train "$pictures" --val 10 &&
         "$PYTHON" benchmarks/loader.py --data "$out/pictures" --images $((pictures * 4)) --rounds 2 --batch "$pictures" \
             --only decode torch_uint8 dali_cpu dali_gpu --out "$out/dali"
 }
 
+# shellcheck disable=SC2317
 machine() {
     command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,clocks.mem --format=csv
     "$PYTHON" -c 'from benchmarks import record; print(record.hardware(), record.commit())' && "$PYTHON" -m torch.utils.collect_env
@@ -71,7 +78,7 @@ part machine 30 bash -c machine
 part step 90 "${step[@]}" --precision bf16 --out "$out/step"
 part trainer 60 "$PYTHON" benchmarks/trainer.py "${trained[@]}" --out "$out/trainer"
 part compile 150 "${step[@]}" --precision bf16 --compile all ${compile[@]+"${compile[@]}"} --out "$out/compile"
-[ -f benchmarks/kernels.py ] && part kernels 60 "$PYTHON" benchmarks/kernels.py ${small:+--small} --out "$out/kernels"
+part kernels 60 "${kernels[@]}" --out "$out/kernels"
 part memory 50 "$PYTHON" benchmarks/memory.py "${memory[@]}" --out "$out/memory"
 part fp16 45 "${step[@]}" --precision fp16 --modes train --out "$out/fp16"
 if "$PYTHON" -c 'import nvidia.dali' 2>/dev/null; then part dali 40 bash -c pictures; else echo "dali: not installed" >>"$out/parts.txt"; fi

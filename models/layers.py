@@ -32,6 +32,7 @@ def trains_lowered(x: Tensor) -> bool:
     return torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
 
 
+@register_notrace_function
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
     """Convolve each channel of (B, H, W, C) with its own kernel of odd size, weight (C, 1, k, k).
 
@@ -117,6 +118,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+@register_notrace_function
 def lowered(x: Tensor) -> Tensor:
     """Cast to autocast's type where it is on, once for all products that follow."""
     kind = x.device.type
@@ -125,6 +127,7 @@ def lowered(x: Tensor) -> Tensor:
     return x
 
 
+@register_notrace_function
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attend with q (B, K, N, D) to k, v (B, K, M, D): (B, K, N, D). scale: D^-0.5 if it is not given.
 
