@@ -5,7 +5,6 @@ else happens on the way. Nothing is computed to find it out: the step runs on fa
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.timing import timed
 from engine.precision import DTYPES
 
 H200 = (0.85 * 4.8e12, 600e12)  # bytes/s and operations/s that can be had, of GPUs of that name
@@ -107,14 +107,16 @@ def work_of(model: nn.Module, images: tuple[int, int, int, int], precision: str,
     return Work(counter.operations, counter.bytes + ADAMW_BYTES * weights)
 
 
-def machine(device: torch.device, precision: str, gbyte_s: float | None, tflops: float | None) -> Machine:
+def machine(
+    device: torch.device, precision: str, gbyte_s: float | None, tflops: float | None, clock: str = "wall"
+) -> Machine:
     """Return what the device can do: as given, H200's from the table, or measured by a copy and a matrix product."""
     if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device) and precision in DTYPES:
         known, source = H200, "4.8 TB/s at 85%, 600 TFLOP/s"
     else:
         known = (
-            1e9 * gbyte_s if gbyte_s else measure_copy(device),
-            1e12 * tflops if tflops else measure_product(device, DTYPES.get(precision, torch.float32)),
+            1e9 * gbyte_s if gbyte_s else measure_copy(device, clock),
+            1e12 * tflops if tflops else measure_product(device, DTYPES.get(precision, torch.float32), clock),
         )
         source = "measured by a copy and a matrix product"
     if gbyte_s or tflops:
@@ -123,27 +125,21 @@ def machine(device: torch.device, precision: str, gbyte_s: float | None, tflops:
     return Machine(bandwidth, arithmetic, source)
 
 
-def best(run: Callable[[], object], device: torch.device, repeats: int = 8) -> float:
+def best(run: Callable[[], object], device: torch.device, clock: str, repeats: int = 8) -> float:
     """Return the seconds of the fastest of some calls."""
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    run()
+    return min(timed(run, 1, device, clock) for _ in range(repeats))
 
 
-def measure_copy(device: torch.device, size: int = 2**28) -> float:
+def measure_copy(device: torch.device, clock: str, size: int = 2**28) -> float:
     """Return bytes/s read and written by a copy of `size` bytes."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * size / best(lambda: target.copy_(source), device)
+    return 2 * size / best(lambda: target.copy_(source), device, clock)
 
 
-def measure_product(device: torch.device, dtype: torch.dtype) -> float:
+def measure_product(device: torch.device, dtype: torch.dtype, clock: str) -> float:
     """Return operations/s of a matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.ones(side, side, dtype=dtype, device=device), torch.ones(side, side, dtype=dtype, device=device)
-    return 2 * side**3 / best(lambda: a @ b, device)
+    return 2 * side**3 / best(lambda: a @ b, device, clock)

@@ -85,7 +85,8 @@ class Bench:
     def machine(self, precision: str) -> roofline.Machine:
         """Return what the device can do, measured once."""
         if precision not in self.machines:
-            self.machines[precision] = roofline.machine(self.device, precision, self.args.bandwidth, self.args.tflops)
+            given = self.args.bandwidth, self.args.tflops
+            self.machines[precision] = roofline.machine(self.device, precision, *given, self.args.clock)
         return self.machines[precision]
 
     def warm(self, name: str, build: Callable[[], nn.Module], mode: str, precision: str) -> tuple[Step, int]:
