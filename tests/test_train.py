@@ -60,6 +60,7 @@ def test_run_directory_holds_what_is_promised(whole):
         "checkpoints",
         "best_raw.safetensors",
         "best_ema.safetensors",
+        "pictures",
         "done",
     }
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["update-00000012.pt", "update-00000018.pt"]
