@@ -63,7 +63,18 @@ def load(args: Namespace, world: int, folder: str) -> tuple[Any, Namespace]:
     options = [
         *("OUTPUT", folder, "TRAIN.GLOBAL_BATCH", accumulation, "TRAIN.MICRO_BATCH", args.batch),
         *("TRAIN.EPOCHS", args.rounds + 1, "LOG.EVERY", 50, "LOG.TENSORBOARD", False),
-        *("SCHEDULE.WARMUP_EPOCHS", 0, "SCHEDULE.COOLDOWN_EPOCHS", 0, "DEVICE", args.device, "TRAIN.AMP", args.amp),
+        *(
+            "SCHEDULE.WARMUP_EPOCHS",
+            0,
+            "SCHEDULE.COOLDOWN_EPOCHS",
+            0,
+            "OPTIM.SCALE_BATCH",
+            0,
+            "DEVICE",
+            args.device,
+            "TRAIN.AMP",
+            args.amp,
+        ),
     ]
     if args.data:
         options += ["DATA.PATH", args.data]
