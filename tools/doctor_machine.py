@@ -79,7 +79,7 @@ def _apex() -> Finding:
     try:
         return ok("apex", f"{metadata.version('apex')}; nothing here uses it")
     except metadata.PackageNotFoundError:
-        return ok("apex", "not installed, and not needed: torch has fused optimisers and mixed precision of its own")
+        return ok("apex", "not installed; only OPTIM.BACKEND apex and MODEL.NORM_BACKEND apex would need it")
 
 
 def gpus(cfg: CfgNode | None) -> Iterator[Finding]:
