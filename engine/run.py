@@ -79,6 +79,7 @@ class RunDirectory:
                 pass  # as below
             except OSError as error:
                 if error.errno not in NO_LOCKS:
+                    self._close()  # it is not ours to remove
                     raise self.cannot_write(error) from error
                 return f"{self.path} cannot be locked ({error.strerror}): see to it that no second job trains in it at the same time"
             self._close()  # and try again: another one has it, or has just removed it

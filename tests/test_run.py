@@ -47,6 +47,22 @@ def test_lock_is_of_a_file_open_for_writing_and_its_lack_is_a_warning(tmp_path, 
         run.lock()
 
 
+def test_lock_that_fails_is_not_removed_as_if_it_were_held(tmp_path, monkeypatch):
+    first, second = (RunDirectory(tmp_path / "small", 2) for _ in range(2))
+    first.lock()
+
+    def broken(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.fcntl.flock", broken)
+        with pytest.raises(ValueError, match="Input/output error"):
+            second.lock()
+    second.unlock()
+    assert (tmp_path / "small/.lock").exists()
+    first.unlock()
+
+
 @pytest.mark.parametrize("written", ["record_start", "open"])
 def test_files_that_cannot_be_written_end_the_start_in_order(small_cfg, tmp_path, monkeypatch, capsys, written):
     monkeypatch.setattr(RunDirectory if written == "record_start" else Log, written, lambda *args: no_space())
