@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from benchmarks.record import ROOT
 from engine.build import prepare_model
 from engine.distributed import Processes
+from engine.memory import kept_bytes
 from engine.precision import Precision
 from models.build import check_name, takes_img_size
 
@@ -141,15 +142,4 @@ class Step:
     def kept_bytes(self) -> int:
         """Return the bytes that a forward pass keeps for the backward pass, weights aside."""
         aside = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers(), self.images)}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in aside:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.forward()  # kept alive until counted
-        del loss
-        return sum(kept.values())
+        return kept_bytes(self.forward, aside)

@@ -12,9 +12,7 @@ form is not above 1 must not become a default.
 """
 
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import models  # noqa: F401  registers the families
 from arguments import Parser
+from benchmarks import record
 from models.kernels import use_kernels
 from models.layers import GeluDepthwiseConv
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = {"inference": 2, "training": 5}  # over the map, at least
 STRIPS, COLUMNS, CHANNELS, WARPS = (2, 4, 8), (2, 4), (32, 64, 128), (2, 4, 8)  # what --tiles tries
@@ -234,21 +231,14 @@ def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], facts
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def gather_facts(argv: Sequence[str], rounds: int, peak: float) -> dict[str, Any]:
+def gather_facts(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[str, Any]:
     """Return what a reader must know to judge the numbers."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
-    import triton
-
     from models.depthwise_kernel import BACKWARD, FORWARD, INTERPRETED
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    facts = record.facts("benchmarks/kernels.py", argv, ("triton",))
     return {
-        "date": time.strftime("%Y-%m"),
-        "hardware": gpu + (", Triton's interpreter: no measure of the kernel" if INTERPRETED else ""),
-        "command": " ".join(["python benchmarks/kernels.py", *argv]),
-        "commit": commit.stdout.strip(),
-        "versions": f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}",
+        **facts,
+        "hardware": facts["hardware"] + (", Triton's interpreter: no measure of the kernel" if INTERPRETED else ""),
         "copying reaches": f"{peak / 1e9:.0f} GB/s",
         "tiles (strips, columns, channels, warps)": f"forward {tuple(FORWARD)}, backward {tuple(BACKWARD)}",
         "n": f"{rounds} rounds, contenders in turn, each the median over its time",
@@ -268,7 +258,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--tiles", action="store_true", help="also try other tiles")
     parser.add_argument(
-        "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-kernels)"
+        "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-kernels-<device>)"
     )
     return parser.parse_args(argv)
 
@@ -276,7 +266,7 @@ def parse(argv: Sequence[str] | None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     args = parse(argv)
-    say = Console()
+    say = record.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         use_kernels(GeluDepthwiseConv(1, True))
@@ -301,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     say.print(table)
     for line in best_tiles(tried):
         say.print(line)
-    facts = gather_facts(sys.argv[1:] if argv is None else argv, args.rounds, peak)
-    out = args.out or RESULTS / f"{facts['date']}-kernels"
+    facts = gather_facts(argv, args.rounds, peak)
+    out = args.out or record.default_out("kernels")
     write(rows, tried, facts, out)
     say.print(f"written to {out.with_suffix('.md')}")
     return 0

@@ -14,15 +14,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
 
 from arguments import Parser
 from benchmarks import record
@@ -42,54 +39,17 @@ COLUMNS: record.Columns = {
 }
 
 
-class Blocks:
-    """Counts apart what each block keeps for the backward pass, and what comes into it."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.kept, self.inputs = model, [], []  # type: tuple[nn.Module, list[int], list[int]]
-        self._seen: set[int] = set()
-        self._open: list[AbstractContextManager] = []
-
-    def _enter(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.inputs.append(sum(t.numel() * t.element_size() for t in inputs if isinstance(t, Tensor)))
-        self.kept.append(0)
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        hooks.__enter__()
-        self._open.append(hooks)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self.kept[-1] += storage.nbytes()
-        return tensor
-
-    def _leave(self, *unused: Any) -> None:
-        self._open.pop().__exit__(None, None, None)
-
-    def count(
-        self, images: tuple[int, int, int, int], autocast: Callable[[], AbstractContextManager]
-    ) -> tuple[int, int]:
-        """Return the bytes kept without checkpointing, and with: the inputs of all blocks and what the largest keeps."""
-        blocks = [block for stage in getattr(self.model, "stages", ()) for block in getattr(stage, "blocks", ())]
-        handles = [block.register_forward_pre_hook(self._enter) for block in blocks]
-        handles += [block.register_forward_hook(self._leave) for block in blocks]
-        outside = activations(self.model, images, autocast)
-        for handle in handles:
-            handle.remove()
-        return outside + sum(self.kept), outside + sum(self.inputs) + max(self.kept, default=0)
-
-
 def estimated(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
     """Reckon the largest micro-batch on fake tensors: what two batch sizes keep tells any."""
     net = model.build(size, torch.device("cpu"))
     autocast = Precision("off" if precision == "fp32" else precision, torch.device("cpu")).autocast
     fixed = estimate(net, lambda m: torch.optim.AdamW(m.parameters()), True, (2, 3, size, size), autocast)
-    two, four = (Blocks(net).count((n, 3, size, size), autocast) for n in (2, 4))
     rows = []
     for checkpointing in (False, True):
-        slope = (four[checkpointing] - two[checkpointing]) / 2
-        base = fixed.total - fixed.activations + two[checkpointing] - 2 * slope
+        net.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+        two, four = (activations(net, (n, 3, size, size), autocast) for n in (2, 4))
+        slope = (four - two) / 2
+        base = fixed.total - fixed.activations + two - 2 * slope
         batch = max(0, int((limit - base) // slope))
         rows.append({"checkpointing": checkpointing, "batch": batch, "bytes": round(base + batch * slope)})
         rows[-1]["bytes_an_image"] = round(slope)

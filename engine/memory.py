@@ -94,15 +94,15 @@ def activations(
                 return torch.func.functional_call(model, own, (x,))
 
         if not any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-            return _kept(forward, not_counted)
+            return kept_bytes(forward, not_counted)
         for tensor in own.values():
             if tensor.requires_grad:
                 tensor.grad = torch.zeros_like(tensor)  # counted by themselves: they are there before
         return _most_alive(forward, not_counted)
 
 
-def _kept(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass."""
+def kept_bytes(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, besides the storages that are not counted."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

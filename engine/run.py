@@ -96,6 +96,22 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
+    def occupied(self) -> bool:
+        """Say whether a process trains in the folder; no, where the file system knows no locks."""
+        try:
+            handle = os.open(self._lock, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(handle)
+        return False
+
     def _close(self) -> None:
         if self._locked is not None:
             os.close(self._locked)

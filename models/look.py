@@ -57,7 +57,7 @@ def look(
     taken: dict[Position, tuple[Tensor, Tensor | None]] = {}
     hooks = [_listen(model, position, taken) for position in chosen]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks would have code compiled anew
             logits = model(images)
     finally:
         for hook in hooks:

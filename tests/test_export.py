@@ -1,5 +1,7 @@
 """The models outside eager PyTorch: compiled, exported, in ONNX, in other memory formats and precisions."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -25,36 +27,33 @@ def assert_same(got, want, bound):
     assert (got - want).norm() <= bound * want.norm()
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_compiled_training_is_one_graph_that_equals_eager(name):
+def trained_eager_and_compiled(name, precision):
+    """Return for each the logits and the gradients of all parameters, and their names."""
     torch._dynamo.reset()
     model, x = small(name).train(), images(2, 3, 64, 64)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     outputs = []
-    for net in (model, compiled):
+    for net in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        logits = net(x)
-        F.cross_entropy(logits, torch.tensor([1, 2])).backward()
-        outputs.append([logits.detach(), *(p.grad for p in model.parameters())])
+        with precision:
+            logits = net(x)
+        F.cross_entropy(logits.float(), torch.tensor([1, 2])).backward()
+        outputs.append([logits.detach().float(), *(p.grad for p in model.parameters())])
+    return ["logits", *(key for key, _ in model.named_parameters())], outputs
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_compiled_training_is_one_graph_that_equals_eager(name):
+    names, outputs = trained_eager_and_compiled(name, nullcontext())
     largest = max(grad.norm() for grad in outputs[0][1:])
-    names = ["logits", *(key for key, _ in model.named_parameters())]
     for key, want, got in zip(names, *outputs, strict=True):
         assert (got - want).norm() <= 1e-3 * max(want.norm(), 0.01 * largest), key
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_compiled_training_under_autocast_equals_eager(name):
-    torch._dynamo.reset()
-    model, x = small(name).train(), images(2, 3, 64, 64)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    outputs = []
-    for net in (model, compiled):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = net(x)
-        F.cross_entropy(logits.float(), torch.tensor([1, 2])).backward()
-        outputs.append([logits.detach().float(), torch.cat([p.grad.flatten() for p in model.parameters()])])
-    for want, got in zip(*outputs, strict=True):
+    _, outputs = trained_eager_and_compiled(name, torch.autocast("cpu", torch.bfloat16))
+    joined = [[logits, torch.cat([grad.flatten() for grad in grads])] for logits, *grads in outputs]
+    for want, got in zip(*joined, strict=True):
         assert (got - want).norm() <= 0.1 * want.norm()
 
 

@@ -223,3 +223,23 @@ def test_models_whose_attentions_are_unknown_have_no_maps():
     assert not has_maps(model)
     with pytest.raises(ValueError, match="no maps to show"):
         look(model.eval(), torch.zeros(1, 3, 64, 64))
+
+
+def test_compiled_model_is_shown_without_compiling_it_anew():
+    torch._dynamo.reset()
+    model, x, compiled = shrunken("stvit_small").eval(), images(2, 3, 64, 64), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        want = model(x)
+        model.compile(backend=backend, dynamic=False)
+        model(x)
+        before = len(compiled)
+        logits, maps = look(model, x)
+        assert torch.equal(logits, want)
+        assert maps
+        model(x)
+    assert len(compiled) == before > 0

@@ -1,9 +1,7 @@
 """The page about runs: complete, self-contained, well-formed, and without a complaint in a real browser."""
 
-import fcntl
 import html.parser
 import json
-import os
 import re
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import yaml
 
 import config
+from engine.run import RunDirectory
 from tests.small_runs import run_here
 from tools import report
 from tools.browser import MISSING, document, find_browser, screenshot
@@ -173,11 +172,12 @@ def test_status_follows_the_run(tmp_path):
     assert RunFacts.read(run).status == "stopped"
     (run / "preempted").touch()
     assert RunFacts.read(run).status == "interrupted"
-    handle = os.open(run, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    training = RunDirectory(run, keep=1)
+    training.lock()
     assert RunFacts.read(run).status == "running"
     assert "last row" in written(run)
-    os.close(handle)
+    training.unlock()
+    assert RunFacts.read(run).status == "interrupted"
     (run / "done").touch()
     assert RunFacts.read(run).status == "complete"
 

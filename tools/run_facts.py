@@ -1,9 +1,7 @@
 """What there is to tell of a run, read from its directory: running, interrupted or complete, with or without rows yet."""
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import statistics
 import time
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from engine.memory import gib
+from engine.run import RunDirectory
 from tools.published_results import published_top1
 from tools.runs import Run, best, read_run
 
@@ -50,7 +49,7 @@ class RunFacts:
         """What the run does: complete, running (a process holds its directory), interrupted (by a signal) or stopped."""
         if (self.path / "done").exists():
             return "complete"
-        if is_locked(self.path):
+        if RunDirectory(self.path, keep=1).occupied():
             return "running"
         return "interrupted" if (self.path / "preempted").exists() else "stopped"
 
@@ -181,20 +180,6 @@ class RunFacts:
         for path in sorted(folder.rglob("*.png")):
             found.setdefault(str(path.parent.relative_to(folder)).replace(".", ""), []).append(path)
         return dict(sorted(found.items()))
-
-
-def is_locked(path: Path) -> bool:
-    """Say whether a process of this machine, or of a shared file system, trains in a run directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(handle)
-    return False
 
 
 def ago(moment: float) -> str:
