@@ -92,6 +92,11 @@ def eval_parser() -> Parser:
         "--weights", choices=("raw", "ema", "both"), help="which weights of a checkpoint that holds both (default: raw)"
     )
     parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="multiply BatchNorm and other constants into the weights: faster, rounds otherwise",
+    )
+    parser.add_argument(
         "--val-path",
         metavar="DIR",
         help="folder with a folder per class to evaluate on, instead of DATA.PATH/val: ImageNet-V2, -A, -R, -Sketch, ...; "

@@ -26,10 +26,11 @@ from engine.build import prepare_model
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
-from engine.precision import Precision
+from engine.precision import DTYPES, Precision
 from engine.predictions import Collector, Predictions
 from engine.tables import TABLES, check_target, write_json, write_table
-from models.build import build_model
+from models.build import build_model, is_retoken
+from models.inference import prepare_inference
 from models.weights import fit, load_weights
 
 KINDS = ("raw", "ema")
@@ -47,6 +48,7 @@ class Evaluation:
     real: RealLabels | None
     per_class: Path | None
     predictions: Path | None
+    fold: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +76,10 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
     per_class = check_target("--per-class", args.per_class, TABLES) if args.per_class is not None else None
     predictions = check_target("--predictions", args.predictions, TABLES) if args.predictions is not None else None
     summary = check_target("--json", args.json, (".json",)) if args.json is not None else None
+    if args.fold and not is_retoken(cfg.MODEL.NAME):
+        raise ValueError(
+            f"--fold knows SG-Former, GroupMixFormer and STViT, not MODEL.NAME={cfg.MODEL.NAME}; leave it out"
+        )
     loaded = load_all(checkpoint, args.weights)
     facts = loaded[0][1]
     folder = None
@@ -87,7 +93,7 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
     if args.real_labels is not None:
         files = [data.names(index) for index in range(data.val.num_images)]
         real = read_real_labels(args.real_labels, files, data.classes)
-    evaluation = Evaluation(cfg, processes, log, data, checkpoint, real, per_class, predictions)
+    evaluation = Evaluation(cfg, processes, log, data, checkpoint, real, per_class, predictions, args.fold)
     announce(evaluation)
     results = {facts["weights"]: run(evaluation, weights, facts["weights"], len(loaded)) for weights, facts in loaded}
     if summary and processes.main:
@@ -131,7 +137,10 @@ def announce(evaluation: Evaluation) -> None:
     cfg, data, say = evaluation.cfg, evaluation.data, evaluation.log.say
     for note in data.notes:
         evaluation.log.warn(note)
-    say(f"{cfg.MODEL.NAME} from {evaluation.checkpoint}, {evaluation.processes.device.type}, amp {cfg.TRAIN.AMP}")
+    folded = ", folded" if evaluation.fold else ""
+    say(
+        f"{cfg.MODEL.NAME} from {evaluation.checkpoint}, {evaluation.processes.device.type}, amp {cfg.TRAIN.AMP}{folded}"
+    )
     say(f"{data.val.num_images} images of {data.origin}")
 
 
@@ -152,6 +161,8 @@ def run(evaluation: Evaluation, weights: dict, which: str, of: int) -> dict[str,
     remedy = "check MODEL.NAME and the classes (MODEL.NUM_CLASSES, DATA.CLASS_INDEX)"
     model.load_state_dict(fit(model, weights, str(evaluation.checkpoint), remedy=remedy))
     model = prepare_model(model, processes)
+    if evaluation.fold:
+        prepare_inference(model.eval(), DTYPES.get(cfg.TRAIN.AMP))
     wanted = evaluation.real or evaluation.per_class or evaluation.predictions
     count = len(data.classes) if data.answers is None else len(data.answers)
     collector = Collector(data.val.num_images, count, processes) if wanted else None
@@ -211,6 +222,7 @@ def report(evaluation: Evaluation, results: dict[str, Any], facts: dict) -> dict
             "classes": len(data.classes),
             "answers": data.answers if data.answers is None else [data.classes[label] for label in data.answers],
             "amp": cfg.TRAIN.AMP,
+            "folded": evaluation.fold,
             "device": processes.device.type,
             "processes": processes.world,
         },

@@ -15,8 +15,9 @@ from benchmarks.record import ROOT
 from engine.build import prepare_model
 from engine.distributed import Processes
 from engine.memory import kept_bytes
-from engine.precision import Precision
+from engine.precision import DTYPES, Precision
 from models.build import check_name, takes_img_size
+from models.inference import prepare_inference
 
 OPPONENTS = ROOT / "oracle"  # for other people's code: on the path, ignored by git
 
@@ -82,6 +83,10 @@ class Ours:
         """Build it as train.py prepares it."""
         sized = {"img_size": size} if self.takes_size else {}
         return prepare_model(self.make(num_classes=1000, **sized), Processes(0, 1, 0, device, ""))
+
+    def build_folded(self, size: int, device: torch.device, precision: str) -> nn.Module:
+        """Build it as `eval.py --fold` prepares it."""
+        return prepare_inference(self.build(size, device).eval(), DTYPES.get(precision))
 
 
 def parse_models(text: str) -> list[Ours]:

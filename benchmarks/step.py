@@ -34,7 +34,9 @@ from benchmarks import record, roofline
 from benchmarks.contenders import Opponent, Ours, Step, parse_choices, parse_models, parse_opponent
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
+from engine.heap import keep_freed_memory
 from engine.memory import gib
+from models.build import is_retoken
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
 WARM_CALLS = 2
@@ -69,11 +71,15 @@ class Bench:
     def __init__(self, args: Namespace, opponents: Sequence[Opponent], device: torch.device, say: Console):
         self.args, self.opponents, self.device, self.say = args, opponents, device, say
         self.machines: dict[str, roofline.Machine] = {}
+        if device.type == "cpu":
+            keep_freed_memory()  # as train.py does
 
-    def contenders(self, model: Ours) -> dict[str, Callable[[], nn.Module]]:
+    def contenders(self, model: Ours, mode: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
         """Return what builds each contender, ours first."""
         ours = partial(model.build, self.args.size, self.device)
         found: dict[str, Callable[[], nn.Module]] = {"ours": ours}
+        if mode == "infer" and is_retoken(model.name):
+            found["ours, folded"] = partial(model.build_folded, self.args.size, self.device, precision)
         if self.args.compile:
             found["ours, compiled"] = ours
         for opponent in self.opponents:
@@ -109,7 +115,7 @@ class Bench:
 
     def block(self, model: Ours, mode: str, precision: str, progress: Progress) -> list[Row]:
         """Measure all contenders of a model in one mode and precision."""
-        args, contenders = self.args, self.contenders(model)
+        args, contenders = self.args, self.contenders(model, mode, precision)
         task = progress.add_task(f"{model.name} {mode} {precision}", total=len(contenders) * (args.rounds + 1))
         work = roofline.work_of(
             model.build(args.size, torch.device("cpu")),
@@ -126,7 +132,7 @@ class Bench:
             try:
                 step, memory = self.warm(name, build, mode, precision)
             except (RuntimeError, TypeError, AttributeError) as error:  # others' code, compilers, full memory
-                if name == "ours":
+                if name in ("ours", "ours, folded"):
                     raise
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 rows[name]["failed"] = (

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.heap import keep_freed_memory
 from engine.launcher import Place, find_place, meet
 
 # A process that waits in vain ends with the collective's name and number instead of hanging; who waits where is compared.
@@ -104,6 +105,8 @@ def start(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0
     own = torch.device("cuda", _gpu_of(place)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(own)
+    else:
+        keep_freed_memory()
     if not place.address:
         return Processes(place.rank, place.world, place.local_rank, own, place.launcher)
     faulthandler.enable()  # what NCCL aborts says where it stood

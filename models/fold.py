@@ -148,6 +148,8 @@ def _fold_scale(module: nn.Module) -> int:
 
 def _plain_kernel(module: nn.Module) -> nn.Module | None:
     """Return the depthwise convolution, with its GELU, that does what a residual or shared one does; None for other modules."""
+    if isinstance(module, GeluDepthwiseConv) and module.kernel is not None:  # it does all that in one pass
+        return None
     if isinstance(module, ResidualDepthwiseConv):
         kernel = module.weight.clone()
         kernel[:, :, 1, 1] += 1
@@ -156,7 +158,9 @@ def _plain_kernel(module: nn.Module) -> nn.Module | None:
         kernel, bias = module.weight.repeat(3, 1, 1, 1), None
     else:
         return None
-    plain = DepthwiseConv(len(kernel), kernel.shape[-1], bias=bias is not None).to(kernel)
+    with torch.device("meta"):  # no random numbers are drawn
+        plain = DepthwiseConv(len(kernel), kernel.shape[-1], bias=bias is not None)
+    plain = plain.to_empty(device=kernel.device).to(kernel.dtype).train(module.training)
     plain.weight.copy_(kernel)
     if bias is not None and plain.bias is not None:
         plain.bias.copy_(bias)

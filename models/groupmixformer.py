@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, batch_norm, depthwise
+from models.layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, depthwise
 from models.layers import wide_softmax as softmax
 from models.published import Rule
 
@@ -43,11 +43,12 @@ class Aggregator(nn.Module):
         self.depthwise = SharedDepthwiseConv(dim, kernel_size)
         self.pointwise = Conv1x1(dim, dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
+        self.act = nn.Hardswish()
 
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> (B, H, 3W, S), q, k and v of a pixel side by side
         B, H, W, _ = qkv.shape
         proxies = self.pointwise(self.depthwise(qkv).reshape(B, H, 3 * W, self.dim))
-        return F.hardswish(batch_norm(self.norm, proxies))
+        return self.act(batch_norm(self.norm, proxies))
 
 
 class PlainSegment(nn.Module):
@@ -155,11 +156,12 @@ class Stem(nn.Module):
         self.norm1 = nn.BatchNorm2d(dim // 2)
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
         self.norm2 = nn.BatchNorm2d(dim)
+        self.act = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, ~H/4, ~W/4, C)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.hardswish(self.norm1(self.conv1(x)))
-        return F.hardswish(self.norm2(self.conv2(x))).permute(0, 2, 3, 1)
+        x = activate(self.act, self.norm1(self.conv1(x)))
+        return activate(self.act, self.norm2(self.conv2(x))).permute(0, 2, 3, 1)
 
 
 class Downsample(nn.Module):
@@ -170,9 +172,10 @@ class Downsample(nn.Module):
         self.depthwise = DepthwiseConv(dim, 3, stride, bias=False)
         self.pointwise = Conv1x1(dim, out, bias=False)
         self.norm = nn.BatchNorm2d(out)
+        self.act = nn.Hardswish()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, ~H/stride, ~W/stride, C')
-        return F.hardswish(batch_norm(self.norm, self.pointwise(self.depthwise(x))))
+        return self.act(batch_norm(self.norm, self.pointwise(self.depthwise(x))))
 
 
 def _by_segment(rows: int) -> Tensor:

@@ -112,10 +112,11 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, ratio: float):
         super().__init__()
         self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(int(dim * ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 @register_notrace_function
@@ -150,3 +151,11 @@ def wide_softmax(x: Tensor, dim: int) -> Tensor:
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a BatchNorm2d, or what SyncBatchNorm made of it, to a (B, H, W, C) map."""
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the norm sees (B, C, H, W)
+
+
+def activate(act: nn.Module, x: Tensor) -> Tensor:
+    """Apply an elementwise activation to a (B, C, H, W) map in channels_last.
+
+    It sees (B, H, W, C): on the CPU PyTorch's GELU takes half the time on a contiguous tensor.
+    """
+    return act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

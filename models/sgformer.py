@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm
+from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, activate
 from models.published import Rule
 from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
 
@@ -66,12 +66,13 @@ class Stem(nn.Module):
         self.conv3 = nn.Conv2d(dim, dim, 3, 2, 1, bias=False)
         self.norm3 = nn.GroupNorm(1, dim)
         self.norm = LayerNorm(dim)
+        self.act = nn.GELU()
         self.pos_embed = nn.Parameter(sine_cosine(*self.grid, dim))  # (1, N, C)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, ~H/4, ~W/4, C)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.gelu(self.norm1(self.conv1(x)))
-        x = F.gelu(self.norm2(self.conv2(x)))
+        x = activate(self.act, self.norm1(self.conv1(x)))
+        x = activate(self.act, self.norm2(self.conv2(x)))
         x = self.norm3(self.conv3(x)).permute(0, 2, 3, 1)
         return self.norm(x) + positions(self.pos_embed, self.grid, x.shape[1], x.shape[2])
 

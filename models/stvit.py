@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, attend_all, batch_norm, lowered
+from models.layers import (
+    Conv1x1,
+    DepthwiseConv,
+    GeluDepthwiseConv,
+    LayerNorm,
+    activate,
+    attend_all,
+    batch_norm,
+    lowered,
+)
 from models.neighbours import neighbours, overlap_add
 from models.published import Rule
 
@@ -162,13 +171,14 @@ class Stem(nn.Module):
         self.norm3 = nn.BatchNorm2d(dim)
         self.conv4 = nn.Conv2d(dim, dim, 3, 1, 1)
         self.norm4 = nn.BatchNorm2d(dim)
+        self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, ~H/4, ~W/4, C)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.norm1(F.gelu(self.conv1(x)))
-        x = self.norm2(F.gelu(self.conv2(x)))
-        x = self.norm3(F.gelu(self.conv3(x)))
-        return self.norm4(F.gelu(self.conv4(x))).permute(0, 2, 3, 1)
+        x = self.norm1(activate(self.act, self.conv1(x)))
+        x = self.norm2(activate(self.act, self.conv2(x)))
+        x = self.norm3(activate(self.act, self.conv3(x)))
+        return self.norm4(activate(self.act, self.conv4(x))).permute(0, 2, 3, 1)
 
 
 class Downsample(nn.Module):
@@ -193,7 +203,7 @@ class Neck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H, W)
         x = self.conv(x.permute(0, 2, 3, 1))
-        return F.silu(self.norm(x.permute(0, 3, 1, 2)))
+        return F.silu(batch_norm(self.norm, x)).permute(0, 3, 1, 2)
 
 
 OURS, THEIRS = "stages.{i}.blocks.{j}", "layers.{i}.blocks.{j}"

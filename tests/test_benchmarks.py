@@ -50,7 +50,9 @@ def test_step_writes_what_it_measured(tmp_path, capsys, opponents):
     assert step.main([*flags, "--modes", "infer", "--compile", "--backend", "eager", "--append"]) == 0
     first, second = json.loads(out.with_suffix(".json").read_text())["runs"]
     rows = {(row["mode"], row["contender"]): row for row in first["rows"]}
-    assert list(rows) == [(mode, name) for mode in ("train", "infer") for name in ("ours", "theirs", "bad")]
+    trained, asked = ("ours", "theirs", "bad"), ("ours", "ours, folded", "theirs", "bad")
+    assert list(rows) == [("train", name) for name in trained] + [("infer", name) for name in asked]
+    assert rows["infer", "ours, folded"]["images_per_s"] > 0
     for mode in ("train", "infer"):
         ours, theirs, bad = (rows[mode, name] for name in ("ours", "theirs", "bad"))
         assert theirs["ratio"] == [1, 1, 1]
@@ -59,7 +61,7 @@ def test_step_writes_what_it_measured(tmp_path, capsys, opponents):
         assert "images_per_s" not in bad
         assert ours["floor"] > ours["floor_added"] > 0
     assert rows["train", "ours"]["memory"] > rows["train", "theirs"]["memory"] > 0
-    assert [row["contender"] for row in second["rows"]] == ["ours", "ours, compiled"]
+    assert [row["contender"] for row in second["rows"]] == ["ours", "ours, folded", "ours, compiled"]
     assert first["facts"]["floor"].startswith("fp32: 10 GB/s, 0.10 TFLOP/s (as given)")
     page = out.with_suffix(".md").read_text()
     assert page.count("| groupmixformer_mobile | infer fp32 | ours |") == 2

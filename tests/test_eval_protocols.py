@@ -20,6 +20,7 @@ from data.labels import imagenet_wnids
 from data.transforms import EvalTransform
 from engine.tables import write_table
 from tests.data_doubles import picture
+from tests.small_models import scrambled
 
 WNIDS = imagenet_wnids()
 
@@ -396,3 +397,29 @@ def test_synthetic_images_are_evaluated_and_listed(base, both, tmp_path, capsys)
     out = run(base, capsys, "--checkpoint", both, "--predictions", tmp_path / "p.csv", "--opts", *more)
     assert "10 images of synthetic images" in out
     assert [r["file"] for r in table(tmp_path / "p.csv")] == [str(n) for n in range(10)]
+
+
+def test_folded_evaluation_counts_what_the_plain_one_does(base, twelve, tmp_path, capsys):
+    folder, _ = twelve
+    torch.manual_seed(0)
+    model = scrambled(timm.create_model("groupmixformer_mobile", num_classes=12))
+    known = {"model": "groupmixformer_mobile", "num_classes": 12, "classes": TWELVE}
+    path = tmp_path / "w.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, {"retoken": json.dumps(known)})
+    results = {}
+    for flags in ((), ("--fold",)):
+        argv = ("--checkpoint", path, "--val-path", folder, *flags, "--json", tmp_path / "r.json")
+        out = run(base, capsys, *argv, "--opts", "MODEL.NAME", "groupmixformer_mobile")
+        results[flags] = json.loads((tmp_path / "r.json").read_text())
+        assert (", folded" in out) == bool(flags)
+        assert results[flags]["protocol"]["folded"] == bool(flags)
+    plain, folded = (found["results"]["raw"] for found in results.values())
+    assert folded["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert folded["loss"] != plain["loss"]
+    assert (folded["correct1"], folded["images"]) == (plain["correct1"], plain["images"])
+
+
+def test_folding_a_model_of_timm_is_refused(base, twelve, capsys):
+    folder, path = twelve
+    err = fails(base, capsys, "--checkpoint", path, "--val-path", folder, "--fold")
+    assert "--fold knows SG-Former, GroupMixFormer and STViT, not MODEL.NAME=test_efficientnet; leave it out" in err
