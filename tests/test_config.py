@@ -127,6 +127,8 @@ def test_unknown_key_in_file_names_file_and_nearest(tmp_path):
     assert "OPTIM.LEARNING_RATE" in message(path)
     assert path in message(path)
     assert "is a section" in message(write(tmp_path / "b.yaml", "TRAIN: 3\n"))
+    assert "did you mean MODEL? " in message(write(tmp_path / "c.yaml", "MODLE: {NAME: resnet18}\n"))
+    assert "did you mean TRAIN.EPOCHS? " in message(write(tmp_path / "d.yaml", "EPOCHS: 3\n"))
 
 
 def test_unquoted_yaml_words_are_explained(tmp_path):

@@ -36,7 +36,10 @@ ROOM = 2.0  # times what the run will write, for nothing to be said
 
 def storage(output: Path) -> Iterator[Finding]:
     """Look at the folder that run directories are made in: type, permission, locks, speed, clock."""
-    folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    folder = next(path for path in (output, *output.absolute().parents) if os.path.exists(path))
+    if not folder.is_dir():
+        yield fail("output", f"{folder} is a file, no folder can be made there", "choose another folder with --output")
+        return
     where = f"{folder} ({file_system(folder)})"
     try:
         probe = tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-")  # noqa: SIM115  closed below
