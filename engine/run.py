@@ -135,7 +135,8 @@ class RunDirectory:
 
     def check_place(self) -> None:
         """Raise ValueError if the folder cannot be made or written, as far as that can be told without writing."""
-        place = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
+        places = self.path, *self.path.absolute().parents
+        place = next(path for path in places if os.path.exists(path))  # noqa: PTH110  Path raises where it may not look
         if not place.is_dir():
             raise self.cannot_write(OSError(errno.ENOTDIR, f"{place} is a file"))
         if not os.access(place, os.W_OK | os.X_OK):

@@ -196,9 +196,10 @@ def test_run_name_follows_model_and_size():
     )
 
 
-def test_error_of_a_library_shows_where_it_comes_from(capsys):
+def test_error_that_nobody_meant_shows_where_it_comes_from(capsys):
     parser = arguments.train_parser()
-    for broken, shown in ((lambda: int("x"), False), (lambda: Path("a").relative_to("b"), True)):
+    meant = lambda: config.load((), ["TRAIN", "3"])  # noqa: E731
+    for broken, shown in ((meant, False), (lambda: int("x"), True), (lambda: Path("a").relative_to("b"), True)):
         try:
             broken()
         except ValueError as error:

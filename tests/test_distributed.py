@@ -319,11 +319,11 @@ sys.exit(script.main(["--cfg", "configs/demo.yaml", "--checkpoint", "none", "--o
 def test_ctrl_c_ends_an_evaluation_without_a_traceback(world):
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     envs = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     argv, pipe = (sys.executable, "-c", INTERRUPTED), subprocess.PIPE
-    started = [
-        subprocess.Popen(argv, cwd=ROOT, env=clean | env, stdout=pipe, stderr=pipe, text=True) for env in envs
-    ]
+    started = [subprocess.Popen(argv, cwd=ROOT, env=clean | env, stdout=pipe, stderr=pipe, text=True) for env in envs]
     for process in started:
         assert process.stdout.readline() == "evaluating\n"
     for process in started:
