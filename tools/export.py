@@ -139,7 +139,7 @@ def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset
             screen.print(line, markup=False)
 
     if kind in ("onnx", "torch"):
-        screen.print("exporting: the model is traced, which takes minutes", markup=False)
+        screen.print("exporting: the model is traced, which may take minutes", markup=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch of its own deprecated parts, while it exports
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
