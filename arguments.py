@@ -46,11 +46,13 @@ class Parser(argparse.ArgumentParser):
     def fail(self, error: Exception, process: str = "") -> NoReturn:
         """Exit with status 2 and the message of an error in what the user gave; `process` names one of several.
 
-        An error that some library raised is nothing the user can be sure to mend: its traceback is printed first.
+        An error that some library or Python itself raised, in a model of the user's own for one, is nothing that its words
+        alone let the user mend: its traceback is printed first.
         """
         frames = traceback.extract_tb(error.__traceback__)
         where = Path(frames[-1].filename) if frames else ROOT
-        if not where.is_relative_to(ROOT) or "site-packages" in where.parts:
+        meant = not frames or not frames[-1].line or frames[-1].line.startswith("raise")
+        if not (where.is_relative_to(ROOT) and meant) or "site-packages" in where.parts:
             traceback.print_exception(error)
         self.exit(2, f"{self.prog}: {process}{error}\n")
 

@@ -164,6 +164,8 @@ def set_text(cfg: CfgNode, name: str, text: str, source: str) -> None:
 
 def _unknown(cfg: CfgNode, name: str, source: str) -> str:
     known = [key for key in keys(cfg) if key != "BASE"]
+    if "." not in name and source != "--opts":  # of a file, where sections stand too
+        known += [section for section in cfg if isinstance(cfg[section], CfgNode)]
     near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
     leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1].upper()]
     return f"unknown key {name} in {source}; did you mean {(leaf or near)[0]}? All keys stand in config.py"

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from engine import distributed
 from engine.build import prepare_model
 from engine.distributed import Processes
 from engine.evaluate import Accuracy, evaluate
+from engine.interruption import ENDED
 from engine.log import Log
 from engine.precision import DTYPES, Precision
 from engine.predictions import Collector, Predictions
@@ -66,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_checkpoint(cfg, args, processes)
         except ValueError as error:
             parser.fail(error, processes.name)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun repeats it
+            if processes.main:
+                print("interrupted", file=sys.stderr)
+            distributed.abandon(ENDED)
+            return ENDED
     distributed.stop()
     return 0
 

@@ -153,7 +153,7 @@ def _length(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
     plan, cooldown = state.plan, cfg.SCHEDULE.COOLDOWN_EPOCHS
     division = f"{plan.micro_batch} images x {plan.world} processes x {plan.accumulation} accumulation"
     worlds = ", ".join(map(str, divisors(plan.global_batch // plan.micro_batch)))
-    yield "batch", f"{plan.global_batch} = {division}; also on {worlds} processes"
+    yield "batch", f"{plan.global_batch} = {division}; fits {worlds} processes"
     if plan.world > 1:
         form = "in float32" if cfg.DIST.COMPRESS == "none" else f"rounded to {cfg.DIST.COMPRESS}"
         static = ", static graph" if cfg.DIST.STATIC_GRAPH else ""

@@ -1,7 +1,6 @@
 """Where a run stands when it starts: its own newest checkpoint, another run's, initial weights, and the teacher."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -131,8 +130,8 @@ def find_teacher(
         return None
     model, said = build_teacher(cfg, data.classes)
     teacher = wrap_teacher(cfg, model, processes)
-    if state.update and run.manifest.is_file():
-        before = json.loads(run.manifest.read_text()).get("teacher", {}).get("digest", teacher.digest)
+    if state.update:
+        before = run.read_manifest().get("teacher", {}).get("digest", teacher.digest)
         if before != teacher.digest:
             raise ValueError(
                 f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "

@@ -130,6 +130,8 @@ def build(
     stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
     if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
         log.warn(warning)
+    if not args.eval:
+        run.read_manifest()  # a damaged one is said now, not after minutes
     check_same_run(cfg, run, log, FREE)
     if stands_in and run.checkpoints.latest():
         raise ValueError(

@@ -127,6 +127,8 @@ def build_or_fail(
 ) -> Session:
     """Build the session; end the process with the message of what the user can mend."""
     try:
+        if args.dry_run:
+            saver.run.check_place()
         return build(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
     except OccupiedError as error:
         parser.fail(error, processes.name)

@@ -121,7 +121,9 @@ def class_folders(folder: Path) -> list[str]:
             f"{folder} holds {flat} images but no class folders, so their classes are unknown; "
             f"move each into a folder of its class, {folder}/<class>/<image> (for ImageNet's val, by its ground truth file)"
         )
-    raise ValueError(f"{folder} holds no class folders, only {listing(folder)}; expected {folder}/<class>/<image>.jpg")
+    raise ValueError(
+        f"{folder} holds no class folders, it holds {listing(folder)}; expected {folder}/<class>/<image>.jpg"
+    )
 
 
 def scan(folder: Path, classes: Sequence[str], must_hold_all: bool) -> FolderSource:

@@ -133,11 +133,33 @@ class RunDirectory:
             f"run directory {self.path} cannot be written ({error.strerror}); choose another with --output"
         )
 
+    def check_place(self) -> None:
+        """Raise ValueError if the folder cannot be made or written, as far as that can be told without writing."""
+        places = self.path, *self.path.absolute().parents
+        place = next(path for path in places if os.path.exists(path))  # noqa: PTH110  Path raises where it may not look
+        if not place.is_dir():
+            raise self.cannot_write(OSError(errno.ENOTDIR, f"{place} is a file"))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise self.cannot_write(OSError(errno.EACCES, f"no permission to write in {place}"))
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return the manifest, nothing if there is none yet. Raises ValueError if it is damaged."""
+        if not self.manifest.is_file():
+            return {}
+        try:
+            found = json.loads(self.manifest.read_text())
+            if not isinstance(found, dict) or not isinstance(found.get("starts", []), list):
+                raise ValueError("it holds something else")
+        except ValueError as error:
+            raise ValueError(
+                f"{self.manifest} is damaged ({error}); mend it, or move it away: the run continues without it, and only the "
+                "record of its earlier starts is lost"
+            ) from error
+        return found
+
     def record_start(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Write the manifest: facts of the run, and one more entry to the list of its starts."""
-        starts: list[Any] = []
-        if self.manifest.is_file():
-            starts = json.loads(self.manifest.read_text()).get("starts", [])
+        starts = self.read_manifest().get("starts", [])
         text = json.dumps({**facts, "starts": [*starts, dict(start)]}, indent=2) + "\n"
         write_atomically(self.manifest, lambda file: _write(file, text))
 

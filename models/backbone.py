@@ -79,6 +79,10 @@ class Backbone(nn.Module):
         global_pool: str = "avg",
     ):
         super().__init__()
+        if not len(stages) == len(dims) == len(STRIDES):
+            raise ValueError(
+                f"{type(self).__name__} has {len(stages)} stages and {len(dims)} dims; a Backbone has {len(STRIDES)} of each"
+            )
         self.in_chans, self.drop_rate = in_chans, drop_rate
         self.num_features = self.head_hidden_size = num_features
         self.feature_info = [

@@ -152,6 +152,12 @@ def test_throughput_takes_each_batch_size(tmp_path, capsys):
     assert throughput.main([*TINY, *FLOOR, "--modes", "infer", "--batches", "1,2", "--out", str(out)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["runs"][0]["rows"]
     assert [row["batch"] for row in rows] == [1, 2]
+    assert "ratio" not in out.with_suffix(".md").read_text()  # to nothing
+    compiled = ["--modes", "infer", "--batches", "1", "--compile", "--backend", "eager", "--out", str(out)]
+    assert throughput.main([*TINY, *FLOOR, *compiled]) == 0
+    text = out.with_suffix(".md").read_text()
+    assert "| ratio | its lowest .. highest |" in text
+    assert "| ours, compiled |" in text
     with pytest.raises(SystemExit):
         throughput.main([*TINY, "--batches", "1,x"])
     assert "numbers with commas" in capsys.readouterr().err

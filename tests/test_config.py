@@ -127,6 +127,8 @@ def test_unknown_key_in_file_names_file_and_nearest(tmp_path):
     assert "OPTIM.LEARNING_RATE" in message(path)
     assert path in message(path)
     assert "is a section" in message(write(tmp_path / "b.yaml", "TRAIN: 3\n"))
+    assert "did you mean MODEL? " in message(write(tmp_path / "c.yaml", "MODLE: {NAME: resnet18}\n"))
+    assert "did you mean TRAIN.EPOCHS? " in message(write(tmp_path / "d.yaml", "EPOCHS: 3\n"))
 
 
 def test_unquoted_yaml_words_are_explained(tmp_path):
@@ -194,9 +196,10 @@ def test_run_name_follows_model_and_size():
     )
 
 
-def test_error_of_a_library_shows_where_it_comes_from(capsys):
+def test_error_that_nobody_meant_shows_where_it_comes_from(capsys):
     parser = arguments.train_parser()
-    for broken, shown in ((lambda: int("x"), False), (lambda: Path("a").relative_to("b"), True)):
+    meant = lambda: config.load((), ["TRAIN", "3"])  # noqa: E731
+    for broken, shown in ((meant, False), (lambda: int("x"), True), (lambda: Path("a").relative_to("b"), True)):
         try:
             broken()
         except ValueError as error:

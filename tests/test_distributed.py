@@ -302,3 +302,32 @@ def test_one_process_is_alone(monkeypatch):
     assert Agreement(processes, lambda: Wish.GO_ON).settle() is Wish.GO_ON
     assert processes.largest(3) == 3
     assert processes.sum(torch.tensor(2)) == 2
+
+
+INTERRUPTED = """
+import sys, time
+import eval as script
+def wait(cfg, args, processes):
+    print("evaluating", flush=True)
+    time.sleep(60)
+script.evaluate_checkpoint = wait
+sys.exit(script.main(["--cfg", "configs/demo.yaml", "--checkpoint", "none", "--opts", "DEVICE", "cpu"]))
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ctrl_c_ends_an_evaluation_without_a_traceback(world):
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    envs = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    argv, pipe = (sys.executable, "-c", INTERRUPTED), subprocess.PIPE
+    started = [subprocess.Popen(argv, cwd=ROOT, env=clean | env, stdout=pipe, stderr=pipe, text=True) for env in envs]
+    for process in started:
+        assert process.stdout.readline() == "evaluating\n"
+    for process in started:
+        process.send_signal(signal.SIGINT)
+    errors = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [130] * world
+    assert errors == ["interrupted\n", ""][:world]

@@ -422,6 +422,14 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file), f"{target}: no such heading; there are {sorted(anchors(file))}"
 
 
+@page
+def test_files_that_are_named_exist(page):
+    text = re.sub(r"```text.*?```", "", page.read_text(), flags=re.DOTALL)  # others' files stand there
+    folders = "benchmarks|configs|data|engine|launch_scripts|models|pictures|tests|tools"
+    named = re.findall(rf"(?<![\w/.])((?:{folders})/[\w./-]+\.(?:py|sh|sbatch|yaml|md))\b", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_site_is_complete_and_needs_no_network(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material not installed: pip install mkdocs-material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]

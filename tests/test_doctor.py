@@ -44,6 +44,8 @@ def test_machine_is_examined_without_a_config(capsys, tmp_path):
     ):
         assert f"  {subject}: " in text
     assert "0 failures" in text
+    assert "1 warning, " in text or "warnings, " in text
+    assert "1 warnings" not in text
     assert "--cfg FILE" in text
     assert not list(tmp_path.iterdir())
 
@@ -68,6 +70,7 @@ def test_run_is_examined_and_nothing_is_written(small_cfg, pictures, tmp_path, c
         (["--init", "{tmp}/none.safetensors"], "run", "none.safetensors does not exist"),
         (["--opts", "MODEL.NUM_CLASSES", "7"], "run", "holds 3 classes"),
         (["--output", "/proc/nowhere"], "output", "cannot be written"),
+        (["--output", str(Path(__file__) / "runs")], "output", "is a file"),
     ],
 )
 def test_what_would_stop_the_run_is_a_failure(argv, subject, message, small_cfg, tmp_path, capsys):

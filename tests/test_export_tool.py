@@ -1,6 +1,9 @@
 """tools.export: files that other programs read, compared with the model before they are left behind."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,7 @@ from timm.data import resolve_model_data_config
 
 from data.transforms import EvalTransform
 from models.weights import load_weights
+from tests.conftest import ROOT, run_python
 from tests.small_models import images, scrambled, shrunken
 from tools import export
 from tools.classifier import Classifier
@@ -85,7 +89,92 @@ def test_folder_is_a_timm_model_with_its_crop_and_labels(classifier, tmp_path):
     about = json.loads((folder / "config.json").read_text())
     assert about["label_names"] == classifier.classes
     assert about["label_descriptions"]["n01440764"] == "tench"
-    assert "12.500 %" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "12.500 %" in text
+    assert "    import models, timm\n" in text
+    assert "must be on `PYTHONPATH`" in text
+
+
+HUB = """
+import sys
+import timm, torch
+{imports}
+model = timm.create_model("hf-hub:me/model", pretrained=True).eval()
+torch.save(model(torch.load("images.pt")), "logits.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["retoken", "timm"])
+def test_uploaded_folder_is_loaded_from_the_hub_by_timm(kind, classifier, tmp_path, monkeypatch):
+    """The hub is the cache that huggingface_hub keeps of it, laid out by hand."""
+    if kind == "timm":
+        torch.manual_seed(0)
+        other = timm.create_model("test_efficientnet", num_classes=3).eval()
+        classifier = replace(classifier, name="test_efficientnet", model=other)
+        monkeypatch.setattr(export, "load_classifier", lambda *_: classifier)
+    repository = tmp_path / "home/hub/models--me--model"
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.parent.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    assert main(["x", "--format", "timm", "--out", str(folder)]) == 0
+    x, want = answers(classifier)
+    torch.save(x, tmp_path / "images.pt")
+    code = HUB.format(imports=f"sys.path.insert(0, {str(ROOT)!r}); import models" if kind == "retoken" else "")
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, rtol=1e-4, atol=1e-5)
+
+
+def test_model_of_timm_is_said_to_need_nothing_else(classifier, tmp_path, monkeypatch, capsys):
+    model = timm.create_model("test_efficientnet", num_classes=3).eval()
+    other = replace(classifier, name="test_efficientnet", model=model)
+    monkeypatch.setattr(export, "load_classifier", lambda *_: other)
+    assert main(["x", "--format", "timm", "--out", str(tmp_path / "model")]) == 0
+    texts = capsys.readouterr().out, (tmp_path / "model/README.md").read_text()
+    assert all("import timm" in text for text in texts)
+    assert not any("import models" in text for text in texts)
+
+
+NET = """
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+from models.backbone import Backbone, Stage, build_variant, default_cfg
+
+class Net(Backbone):
+    def __init__(self, num_classes=1000, in_chans=3, drop_rate=0.0, drop_path_rate=0.0, global_pool="avg"):
+        stages = [Stage(nn.Identity() if i == 0 else nn.Conv2d(4, 4, 2, 2), [nn.Identity()]) for i in range(4)]
+        stem, neck, dims = nn.Conv2d(in_chans, 4, 4, 4), nn.BatchNorm2d(4), (4, 4, 4, 4)
+        super().__init__(stem, stages, neck, dims, 4, num_classes, in_chans, drop_rate, global_pool)
+
+    def to_nchw(self, x):
+        return x
+
+default_cfgs = generate_default_cfgs({"net_for_export": default_cfg("stem")})
+
+@register_model
+def net_for_export(pretrained=False, **kwargs):
+    return build_variant(Net, "net_for_export", pretrained, **kwargs)
+"""
+
+
+def test_model_of_ones_own_is_predicted_and_exported_with_its_file(small_cfg, pictures, tmp_path):
+    """In processes of their own: none knows what another one registered."""
+    (tmp_path / "net.py").write_text(NET)
+    module = ["--module", str(tmp_path / "net.py")]
+    opts = ("MODEL.MODULE", module[1], "MODEL.NAME", "net_for_export", "MODEL.DROP_PATH_RATE", "0", "TRAIN.EPOCHS", "1")
+    run_python("train.py", "--cfg", str(small_cfg), "--output", str(tmp_path), "--opts", *opts)
+    weights = str(tmp_path / "small/best_raw.safetensors")
+    photograph = str(next((pictures / "val").rglob("*.jpg")))
+    without = run_python("-m", "tools.predict", weights, photograph, check=False)
+    assert without.returncode == 2
+    assert "holds a net_for_export, which neither Retoken nor timm knows; name the file" in without.stderr
+    assert "green" in run_python("-m", "tools.predict", weights, photograph, *module).stdout
+    folder = tmp_path / "folder"
+    done = run_python("-m", "tools.export", weights, "--format", "timm", "--out", str(folder), *module)
+    assert "import net, timm; timm.create_model" in done.stdout
+    assert "by the file `net.py`" in (folder / "README.md").read_text()
 
 
 def test_published_file_has_the_authors_names(tmp_path, monkeypatch):

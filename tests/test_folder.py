@@ -131,7 +131,7 @@ def test_flat_val_names_the_remedy(tmp_path):
 
 def test_folder_without_classes_or_images_is_refused(tmp_path):
     touch(tmp_path, "readme.txt")
-    with pytest.raises(ValueError, match=r"holds no class folders, only readme.txt"):
+    with pytest.raises(ValueError, match=r"holds no class folders, it holds readme.txt; expected"):
         class_folders(tmp_path)
 
 

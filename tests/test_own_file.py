@@ -4,9 +4,11 @@ import json
 
 import pytest
 import timm
+from torch import nn
 
 import config
 import train as train_script
+from models.backbone import Backbone
 from models.build import build_model
 from models.own_file import import_models
 from tools.compare import main as compare
@@ -99,3 +101,28 @@ def test_manifest_notes_the_file_and_compare_tells_when_it_differs(tmp_path, sma
     capsys.readouterr()
     assert compare([str(tmp_path / "first"), str(tmp_path / "second")]) == 1
     assert "model_file_sha256" in capsys.readouterr().out
+
+
+BROKEN = """
+from timm.models import register_model
+
+@register_model
+def {name}(pretrained=False, num_classes=1000, **kwargs):
+    first, second = [1]
+"""
+
+
+def test_mistake_in_a_file_is_shown_where_it_is(tmp_path, small_cfg, capsys):
+    file = tmp_path / "net.py"
+    file.write_text(BROKEN.format(name="own_broken"))
+    opts = ["MODEL.MODULE", str(file), "MODEL.NAME", "own_broken", "MODEL.DROP_PATH_RATE", "0"]
+    with pytest.raises(SystemExit):
+        train_script.main(["--cfg", str(small_cfg), "--output", str(tmp_path), "--dry-run", "--opts", *opts])
+    said = capsys.readouterr().err
+    assert "first, second = [1]" in said
+    assert said.endswith("not enough values to unpack (expected 2, got 1)\n")
+
+
+def test_backbone_of_other_than_four_stages_is_refused():
+    with pytest.raises(ValueError, match=r"Backbone has 1 stages and 2 dims; a Backbone has 4 of each"):
+        Backbone(nn.Identity(), [nn.Identity()], nn.Identity(), (8, 8), 8)

@@ -38,7 +38,7 @@ def test_dry_run_reports_every_recipe_and_writes_nothing(path, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
     small = "groupmixformer" in path.parts or path.stem.endswith("384")
     assert f"{512 if small else 1024} = " in text
-    assert "also on 1, 2, 4, 8 processes" in text
+    assert "fits 1, 2, 4, 8 processes" in text
     assert "1,281,167 training and 50,000 validation images" in text
     assert f"{30 if path.stem.endswith('384') else 300} epochs of {2502 if small else 1251:,} updates" in text
     if path.parent.name == "stvit" and path.stem.endswith("384"):
@@ -62,7 +62,7 @@ def test_dry_run_shows_what_the_published_mode_changes(tmp_path):
 def test_run_says_the_same_report(small_cfg, tmp_path, capsys):
     assert train_script.main(["--cfg", str(small_cfg), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "1"]) == 0
     said = capsys.readouterr().out
-    assert "8 = 4 images x 1 processes x 2 accumulation; also on 1, 2 processes" in said
+    assert "8 = 4 images x 1 processes x 2 accumulation; fits 1, 2 processes" in said
     assert "weight decay 0.05: 18 tensors" in said
     assert "drop path 0.2" in said
 

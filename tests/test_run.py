@@ -1,4 +1,4 @@
-"""The run directory: who may write into it."""
+"""The run directory: who may write into it, and what is said where that fails."""
 
 import errno
 import fcntl
@@ -82,3 +82,43 @@ def test_mark_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 
 def no_space():
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("text", ['{"starts": [{"time": "2026', "[]", '{"starts": 3}', "\xff"])
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]], ids=["train", "dry run"])
+def test_damaged_manifest_is_named_with_what_to_do(small_cfg, tmp_path, capsys, text, flag):
+    manifest = tmp_path / "small/manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text(text, encoding="latin-1")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--cfg", str(small_cfg), "--output", str(tmp_path), *flag])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{manifest} is damaged (" in said
+    assert "move it away: the run continues without it" in said
+    assert "Traceback" not in said
+    assert manifest.read_text(encoding="latin-1") == text
+
+
+def test_manifest_that_was_moved_away_begins_anew(tmp_path):
+    run = RunDirectory(tmp_path, 2)
+    for number in range(2):
+        run.record_start({"model": "x"}, {"update": number})
+    assert [start["update"] for start in run.read_manifest()["starts"]] == [0, 1]
+    run.manifest.unlink()
+    run.record_start({"model": "x"}, {"update": 2})
+    assert [start["update"] for start in run.read_manifest()["starts"]] == [2]
+
+
+def test_dry_run_says_that_the_run_directory_cannot_be_made(small_cfg, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    argv = ["--cfg", str(small_cfg), "--dry-run", "--output"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*argv, str(tmp_path / "file/runs")])
+    assert stop.value.code == 2
+    assert f"cannot be written ({tmp_path / 'file'} is a file); choose another with --output" in capsys.readouterr().err
+    monkeypatch.setattr("engine.run.os.access", lambda path, how: False)  # root may write everywhere
+    with pytest.raises(SystemExit):
+        train.main([*argv, str(tmp_path / "runs")])
+    assert f"(no permission to write in {tmp_path})" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

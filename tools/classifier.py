@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from arguments import Parser, check_which
@@ -19,6 +20,7 @@ from data.labels import class_names, readable_names
 from data.transforms import EvalTransform
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.identify import identify
+from models.own_file import import_models
 from models.weights import classifier_names, fit, load_weights
 from tools.convert import convert
 
@@ -58,6 +60,9 @@ class Classifier:
 def add_checkpoint_options(parser: Parser) -> None:
     """Add the options that `load_classifier` takes."""
     parser.add_argument("--model", metavar="NAME", default="", help="what the file holds, if it does not say")
+    parser.add_argument(
+        "--module", metavar="FILE", default="", help="file or module that registers a model of your own"
+    )
     parser.add_argument("--weights", choices=("raw", "ema"), help="which weights of a file that holds both (raw)")
     parser.add_argument("--size", metavar="PIXELS", type=int, help="side of the model's input (the checkpoint's)")
     parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="crop as a share of the resized image (same)")
@@ -71,12 +76,15 @@ def load_classifier(
     size: int | None = None,
     crop_pct: float | None = None,
     class_index: str = "",
+    module: str = "",
 ) -> Classifier:
     """Load a file of any layout that models/weights.py lists; without one, `model` gets random weights.
 
-    The evaluation crop is the one that the file states, else timm's default for the model. Raises ValueError with the
+    `module` is imported first (models/own_file.py). The evaluation crop is the one that the file states, else timm's default for the model. Raises ValueError with the
     remedy for a file that cannot be read or does not fit, and for classes of another number.
     """
+    if module:
+        import_models(module, "--module")
     if model:
         check_name(model, "--model")
     if path is None:
@@ -93,13 +101,13 @@ def load_classifier(
     transform, notes = _transform(model, facts, size, crop_pct)
     net = _build(model, facts, transform.crop, tensors, source)
     names = _class_names(facts, class_index)
-    own = net.pretrained_cfg
+    own = _default(model)
     return Classifier(
         model,
         net.eval(),
         transform,
-        tuple(facts.get("mean", own["mean"])),  # type: ignore[index]
-        tuple(facts.get("std", own["std"])),  # type: ignore[index]
+        tuple(facts.get("mean", own.mean)),
+        tuple(facts.get("std", own.std)),
         names,
         readable_names(names),
         facts,
@@ -144,8 +152,11 @@ def _which_model(asked: str, facts: dict[str, Any], tensors: dict[str, Tensor], 
     known = facts.get("model", "")
     if asked and known and asked != known:
         raise ValueError(f"--model is {asked}, but {source} holds a {known}; leave --model out")
+    if known and not timm.is_model(known):
+        raise ValueError(
+            f"{source} holds a {known}, which neither Retoken nor timm knows; name the file that registers it with --module FILE"
+        )
     if asked or known:
-        check_name(asked or known, "--model" if asked else f"the model of {source}")
         return asked or known
     found = identify(tensors)
     if found is None or found.share < 1:
@@ -165,6 +176,8 @@ def _fitted(
         if not done.facts["num_classes"]:
             raise ValueError(f"{source} holds no classifier; only whole models can answer")
         return done.tensors, done.facts
+    if "num_classes" in facts:
+        return tensors, facts
     head = next((tensors[f"{name}.weight"] for name in _heads(model) if f"{name}.weight" in tensors), None)
     if head is None:
         raise ValueError(f"{source} holds no classifier of a {model}; check --model")
@@ -197,7 +210,7 @@ def _transform(
     if stated:
         known = EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
     else:
-        own = timm.get_pretrained_cfg(model)
+        own = _default(model)
         side = facts.get("img_size", own.input_size[-1])
         known = EvalTransform(side, math.floor(side / own.crop_pct))
         if "layout" in facts and crop_pct is None:
@@ -209,6 +222,11 @@ def _transform(
     if crop_pct is not None:
         resize = math.floor(crop / crop_pct)
     return EvalTransform(crop, resize, known.interpolation, known.mode, known.fill), notes
+
+
+def _default(model: str) -> PretrainedCfg:
+    """Return what timm knows of a model's images, or assumes where the model says nothing."""
+    return timm.get_pretrained_cfg(model) or PretrainedCfg()
 
 
 def _build(model: str, facts: dict[str, Any], size: int, tensors: dict[str, Tensor] | None, source: str) -> nn.Module:

@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], **counts}, indent=2))
     else:
-        screen.print(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
+        many = {level: "" if count == 1 else "s" for level, count in counts.items()}
+        screen.print(
+            f"{counts['ok']} ok, {counts['warn']} warning{many['warn']}, {counts['fail']} failure{many['fail']}"
+        )
         if not asked:
             screen.print("a config was not looked at: --cfg FILE --data-path DIR", style="dim")
     return 1 if counts["fail"] else 0

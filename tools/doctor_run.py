@@ -36,7 +36,11 @@ ROOM = 2.0  # times what the run will write, for nothing to be said
 
 def storage(output: Path) -> Iterator[Finding]:
     """Look at the folder that run directories are made in: type, permission, locks, speed, clock."""
-    folder = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    places = output, *output.absolute().parents
+    folder = next(path for path in places if os.path.exists(path))  # noqa: PTH110  Path raises where it may not look
+    if not folder.is_dir():
+        yield fail("output", f"{folder} is a file, no folder can be made there", "choose another folder with --output")
+        return
     where = f"{folder} ({file_system(folder)})"
     try:
         probe = tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-")  # noqa: SIM115  closed below

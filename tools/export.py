@@ -29,7 +29,7 @@ from engine.checkpoint import write_atomically
 from models.backbone import Backbone
 from models.fold import fold
 from tools.classifier import Classifier, add_checkpoint_options, load_classifier
-from tools.export_formats import write_onnx, write_program, write_published, write_timm
+from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "published": ".pth"}
 BATCHES = (1, 3)  # images of the comparisons
@@ -52,7 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.opset is not None and args.format != "onnx":
             raise ValueError(f"--opset has no effect with --format {args.format}; leave it out")
         classifier = load_classifier(
-            Path(args.checkpoint), args.model, args.weights, args.size, args.crop_pct, args.class_index
+            Path(args.checkpoint),
+            args.model,
+            args.weights,
+            args.size,
+            args.crop_pct,
+            args.class_index,
+            args.module,
         )
         screen.print(classifier.describe(), markup=False)
         for note in classifier.notes:
@@ -132,6 +138,8 @@ def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset
         for line in compare(model, write(path), classifier.transform.crop, bound):
             screen.print(line, markup=False)
 
+    if kind in ("onnx", "torch"):
+        screen.print("exporting: the model is traced, which may take minutes", markup=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch of its own deprecated parts, while it exports
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -188,7 +196,7 @@ def how_to_use(classifier: Classifier, kind: str, out: Path) -> list[str]:
         "published": [f"{out}: the authors' names, for their code"],
         "timm": [
             f"{out}: config.json, model.safetensors, README.md",
-            f'    import models, timm; timm.create_model("local-dir:{out}", pretrained=True)',
+            f'    {imports(classifier.name)}; timm.create_model("local-dir:{out}", pretrained=True)',
             f'    hf upload USER/NAME {out}    then: timm.create_model("hf-hub:USER/NAME", pretrained=True)',
         ],
     }

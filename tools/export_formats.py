@@ -1,13 +1,14 @@
 """The four formats that tools/export.py writes; each function writes a model and returns what was read back from the file."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import model_entrypoint, save_for_hf
 from torch import Tensor, nn
 
 from models.build import is_retoken
@@ -18,7 +19,11 @@ from tools.convert import ENTRIES, with_published_names
 Answer = Callable[[Tensor], Tensor]
 BATCH = ({0: torch.export.Dim.DYNAMIC},)
 INPUT, OUTPUT = "images", "logits"
-ABOUT = "Weights trained with Retoken. The architecture is registered with timm by `import models` of that repository."
+CLAUSES = {  # where a model is registered: what the card says of it
+    "retoken": "The architecture is registered with timm by `import models` of its repository, which must be on `PYTHONPATH`.",
+    "timm": "The architecture is timm's own.",
+    "own": "The architecture is registered with timm by the file `{file}`, which is not part of this folder.",
+}
 
 
 def write_onnx(classifier: Classifier, model: nn.Module, path: Path, opset: int | None = None) -> Answer:
@@ -79,6 +84,8 @@ def write_published(classifier: Classifier, path: Path) -> Answer:
 def write_timm(classifier: Classifier, folder: Path) -> Answer:
     """Write a folder that timm loads with local-dir: and, uploaded, with hf-hub:."""
     transform = classifier.transform
+    if not getattr(classifier.model, "pretrained_cfg", None):
+        raise ValueError(f"{classifier.name} has no default_cfgs, which timm's folders hold; see docs/extending.md")
     save_for_hf(
         classifier.model,
         str(folder),
@@ -116,15 +123,30 @@ def facts(classifier: Classifier) -> dict[str, Any]:
     }
 
 
+def registered_by(name: str) -> tuple[str, Path]:
+    """Say who registers a model with timm, retoken, timm or own, and in which file."""
+    module = model_entrypoint(name).__module__
+    kind = "retoken" if is_retoken(name) else "timm" if module.startswith("timm.") else "own"
+    return kind, Path(sys.modules[module].__file__ or module)
+
+
+def imports(name: str) -> str:
+    """Return the line of Python that registers a model."""
+    kind, file = registered_by(name)
+    return {"retoken": "import models, timm", "timm": "import timm", "own": f"import {file.stem}, timm"}[kind]
+
+
 def card(classifier: Classifier) -> str:
     """Return a model card for the Hugging Face hub."""
     accuracy = classifier.facts.get("top1")
+    kind, file = registered_by(classifier.name)
+    about = f"Weights trained with Retoken. {CLAUSES[kind].format(file=file.name)}"
     result = f"Top-1 on its validation images: {accuracy:.3f} %.\n\n" if accuracy is not None else ""
     return (
         "---\nlibrary_name: timm\ntags:\n- image-classification\n- timm\n---\n\n"
-        f"# {classifier.name}\n\n{ABOUT}\n\n{result}"
+        f"# {classifier.name}\n\n{about}\n\n{result}"
         f"{len(classifier.classes)} classes; {classifier.transform.describe()}.\n\n"
-        '    import models, timm\n    model = timm.create_model("hf-hub:USER/NAME", pretrained=True)\n'
+        f'    {imports(classifier.name)}\n    model = timm.create_model("hf-hub:USER/NAME", pretrained=True)\n'
     )
 
 

@@ -49,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = check_target("--csv", args.csv, TABLES) if args.csv else None
         images = find_images(args.images)
         classifier = load_classifier(
-            Path(args.checkpoint), args.model, args.weights, args.size, args.crop_pct, args.class_index
+            Path(args.checkpoint),
+            args.model,
+            args.weights,
+            args.size,
+            args.crop_pct,
+            args.class_index,
+            args.module,
         )
         device = choose_device(args.device)
     except ValueError as error:

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.size,
             args.crop_pct,
             args.class_index,
+            args.module,
         )
         if not has_maps(classifier.model):
             raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
