@@ -3,7 +3,7 @@
     python -m tools.predict output/NAME/best_raw.safetensors cat.jpg holiday/
     python -m tools.predict output/NAME/best_raw.safetensors holiday/ --csv holiday.csv --top 3
 
-Images are cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at least one image
+Images are turned upright and cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at least one image
 was named. 1: none could be read. 2: there is a mistake in the command.
 """
 
