@@ -163,6 +163,14 @@ def test_mistake_is_an_error_with_a_hint(argv, message, checkpoint, pictures, tm
     assert message in capsys.readouterr().err
 
 
+def test_nothing_readable_prints_nothing(checkpoint, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    assert main([str(checkpoint), str(tmp_path), "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "broken.jpg cannot be decoded" in printed.err
+
+
 def test_run_directory_is_answered_with_its_files(checkpoint, pictures, capsys):
     with pytest.raises(SystemExit):
         main([str(checkpoint.parent), str(pictures / "val")])

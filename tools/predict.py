@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_table(table, columns(classifier, answers, top))
         screen.print(f"{len(answers.paths)} images: {table}", markup=False)
     else:
-        print("\n".join(lines(classifier, answers)))
+        for line in lines(classifier, answers):
+            print(line)
     for missed in answers.unreadable[:SHOWN]:
         screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
     if len(answers.unreadable) > SHOWN:
