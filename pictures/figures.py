@@ -151,7 +151,8 @@ def _scale(figure: Figure, axes: Axes, panel: Panel) -> None:
     bar.locator = MaxNLocator(3)
     bar.update_ticks()
     bar.ax.tick_params(labelsize=7, length=2, width=0.4, pad=1.5)
-    axes.text(-0.05, 0.5, scale.label, transform=axes.transAxes, ha="right", va="center", size=7)
+    place = -0.1 if scale.beyond in ("min", "both") else -0.05  # left of the arrow
+    axes.text(place, 0.5, scale.label, transform=axes.transAxes, ha="right", va="center", size=7)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -20,6 +20,7 @@ KINDS = {
     "keys": "key weight, 1 is even",
     "attention": "attention, 1 is even",
 }
+SIGNED_LABEL = "weight of each token"  # it does not sum to 1, so nothing is even
 TITLES = {"keys": "key weight"}
 
 
@@ -70,7 +71,7 @@ def panels(
     received = "received " if reading.kind == "attention" and mark is None else ""
     title = f"{where}: {received}{TITLES.get(reading.kind, reading.kind)}{part}"
     values = values.astype(np.float32)
-    scale = _scale(values, KINDS[reading.kind], reading.signed)
+    scale = _scale(values, SIGNED_LABEL if reading.signed else KINDS[reading.kind], reading.signed)
     laid = photo.lay(values, found.patch, smooth)
     return [Panel(found.name, found.stage, title, _over(photo, laid, scale), scale=scale, mark=mark, seen=photo.seen)]
 

@@ -81,6 +81,7 @@ def test_strongest_token_gets_the_strongest_colour():
     assert panel.title.endswith("received attention")
     (signed,) = panels(region([[-1.0, 0.5], [0.1, 0.2]], "attention", 2, signed=True), 0, found, mark=(1, 1))
     assert signed.scale.low == -signed.scale.high
+    assert (signed.scale.label, panel.scale.label) == ("weight of each token", "attention, 1 is even")
 
 
 def test_merged_tokens_have_a_legend_of_run_lengths():
@@ -137,6 +138,16 @@ def test_caption_fits_the_figure():
         columns = np.flatnonzero((drawn < 128).any((0, 2)))
         assert 25 <= columns.min() <= 40
         assert columns.max() <= drawn.shape[1] - 25
+
+
+def test_label_of_a_scale_keeps_clear_of_its_arrow():
+    values = [[-1.0] * 40 + [-9.0], [0.5] * 41]
+    (panel,) = panels(region(values, "attention", 2, signed=True), 0, photo())
+    assert panel.scale.beyond == "min"
+    figure = single(panel)
+    axes = figure.axes[-1]
+    arrow = min(patch.get_window_extent().x0 for patch in axes.patches)
+    assert max(text.get_window_extent().x1 for text in axes.texts) < arrow
 
 
 @pytest.mark.parametrize(
