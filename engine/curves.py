@@ -10,6 +10,11 @@ import numpy as np
 
 from engine.checkpoint import write_atomically
 
+TOGETHER = {  # what TensorBoard's "Custom scalars" draw into one chart
+    "top-1": ("eval_raw/top1", "eval_ema/top1"),
+    "top-5": ("eval_raw/top5", "eval_ema/top5"),
+    "loss": ("train/loss", "eval_raw/loss", "eval_ema/loss"),
+}
 WANDB_ID = "wandb_id"  # file of a run directory: which run of Weights & Biases it is
 
 
@@ -39,6 +44,8 @@ class TensorBoard:
 
         self.name = "tensorboard"
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
+        charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in TOGETHER.items()}
+        self._writer.add_custom_scalars({"raw and EMA": charts})
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         """Take numbers."""

@@ -203,7 +203,7 @@ class View:
         if self.evaluating:
             label, done, of, began = self.evaluating
             each = (self.now() - began) / done if done else math.nan
-            which = label.removeprefix("evaluate ")
+            which = label.removeprefix("evaluate ").replace("ema", "EMA")
             cells = Text("eval", DIM), bar(done, of), counted(f"{which} batch", done, of), time_left(each * (of - done))
         else:
             count = counted("update", self.done, self.updates)

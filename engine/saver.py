@@ -39,6 +39,7 @@ class Job:
     best: dict[str, dict[str, Any]]  # facts of the weights in it that are new best ones, by raw and ema
     prune: bool
     waited: float  # seconds that training stood still for it
+    evaluated: bool  # whether the evaluation that is due after it is in it, or none is
     seconds: float = 0.0  # that the writing took
     error: Exception | None = None
 
@@ -98,7 +99,14 @@ class Saver:
         new = {which: {**facts, **more, "weights": which} for which, more in best.items()}
         epoch = state.update / state.plan.updates_per_epoch
         stored["facts"] = {**facts, "epoch": epoch}
-        self._job = Job(state.update, stored, new, not int(stored["skips"][0]), time.perf_counter() - started)
+        self._job = Job(
+            state.update,
+            stored,
+            new,
+            not int(stored["skips"][0]),
+            time.perf_counter() - started,
+            not state.between_epochs,
+        )
         self._thread = threading.Thread(target=self._write, args=(self._job,), name="saver")
         self._thread.start()
 
@@ -115,7 +123,10 @@ class Saver:
         job, self._thread = self._job, None
         if job.error is None:
             self._job, self.failures, self._failed = None, 0, None
-            self.log.say(f"saved update {job.update} in {job.seconds:.1f} s, training waited {job.waited:.2f} s")
+            before = "" if job.evaluated else " before its evaluation"
+            self.log.say(
+                f"saved update {job.update}{before} in {job.seconds:.1f} s, training waited {job.waited:.2f} s"
+            )
             return
         if job.update != self._failed:  # an epoch is saved before and after its evaluation: that counts once
             self.failures, self._failed = self.failures + 1, job.update

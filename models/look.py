@@ -99,8 +99,10 @@ def check_blocks(model: Backbone, blocks: Collection[Position]) -> list[Position
     known = all_blocks(model)
     for position in blocks:
         if position not in known:
-            depths = ", ".join(f"stage {i} {len(stage.blocks)}" for i, stage in enumerate(model.stages, 1))  # type: ignore[arg-type]
-            raise ValueError(f"there is no block {position[0]}.{position[1]}; blocks are counted from 1: {depths}")
+            depths = ", ".join(str(len(stage.blocks)) for stage in model.stages)  # type: ignore[arg-type]
+            raise ValueError(
+                f"there is no block {position[0]}.{position[1]}; both are counted from 1, and the stages have {depths} blocks"
+            )
     return [position for position in known if position in blocks]
 
 

@@ -61,6 +61,8 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
     classes, ...) with `weights`, `layout`, and `holds`, the weights one can ask for. Raises ValueError with the remedy
     for a file that is missing or damaged, that holds no such weights, or that only the unpickling of code could read.
     """
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder, name a file{_nearby(path / '*')}")
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist{_nearby(path)}")
     if path.suffix == ".safetensors":

@@ -13,12 +13,14 @@ SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both can be told apart by the colour
 STRENGTH = 0.4, 0.75  # of the lowest and highest colour over the grey photograph
 FADE = 0.65  # how far what the model does not see goes to white
 TOP = 99.5  # percentile of the values at which colours end: single tokens would leave all others dark
-GREY = np.array([0.299, 0.587, 0.114])
+LEVELS = 256  # of a colour map
+GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 KINDS = {
     "significance": "significance of each token",
     "keys": "key weight, 1 is even",
     "attention": "attention, 1 is even",
 }
+SIGNED_LABEL = "weight of each token"  # it does not sum to 1, so nothing is even
 TITLES = {"keys": "key weight"}
 
 
@@ -69,7 +71,7 @@ def panels(
     received = "received " if reading.kind == "attention" and mark is None else ""
     title = f"{where}: {received}{TITLES.get(reading.kind, reading.kind)}{part}"
     values = values.astype(np.float32)
-    scale = _scale(values, KINDS[reading.kind], reading.signed)
+    scale = _scale(values, SIGNED_LABEL if reading.signed else KINDS[reading.kind], reading.signed)
     laid = photo.lay(values, found.patch, smooth)
     return [Panel(found.name, found.stage, title, _over(photo, laid, scale), scale=scale, mark=mark, seen=photo.seen)]
 
@@ -89,16 +91,19 @@ def _scale(values: np.ndarray, label: str, signed: bool) -> Scale:
 def _over(photo: Photograph, laid: np.ndarray, scale: Scale) -> np.ndarray:
     """Blend a map's colours with the grey photograph."""
     pixels, window = _faded(photo), photo.window()
-    share = np.clip((laid - scale.low) / (scale.high - scale.low), 0, 1)
-    far = np.abs(2 * share - 1) if scale.low < 0 else share  # from what is nothing special
-    pixels[window] = _blend(photo.pixels[window], scale.colours(share)[..., :3], far)
+    levels = np.linspace(0, 1, LEVELS)
+    far = np.abs(2 * levels - 1) if scale.low < 0 else levels  # from what is nothing special
+    share = np.clip((laid - np.float32(scale.low)) / np.float32(scale.high - scale.low), 0, 1)
+    numbers = np.round((LEVELS - 1) * share).astype(np.uint8)
+    pixels[window] = _blend(photo.pixels[window], numbers, scale.colours(levels)[:, :3], far)
     return pixels
 
 
-def _blend(pixels: np.ndarray, colours: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Lay colours (H, W, 3), 0 to 1, over grey pixels, the stronger the larger the share (H, W)."""
-    strength = (STRENGTH[0] + (STRENGTH[1] - STRENGTH[0]) * share)[..., None]
-    return np.round((1 - strength) * (pixels @ GREY)[..., None] + strength * 255 * colours).astype(np.uint8)
+def _blend(pixels: np.ndarray, numbers: np.ndarray, colours: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Lay over grey pixels the colours (n, 3), 0 to 1, that they are numbered with, the stronger the larger its share (n,)."""
+    strength = (STRENGTH[0] + (STRENGTH[1] - STRENGTH[0]) * share)[:, None]
+    kept, added = (1 - strength).astype(np.float32), (strength * 255 * colours).astype(np.float32)
+    return np.round(kept[numbers] * (pixels @ GREY)[..., None] + added[numbers]).astype(np.uint8)
 
 
 def _merged(found: Map, values: np.ndarray, level: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
@@ -106,7 +111,7 @@ def _merged(found: Map, values: np.ndarray, level: np.ndarray, photo: Photograph
     colours = colormaps[SEQUENTIAL](np.linspace(0.0, 1.0, max(len(lengths), 2)))[: len(lengths), :3]
     laid = photo.lay(np.searchsorted(-np.array(lengths), -level), found.patch)
     pixels, window = _faded(photo), photo.window()
-    pixels[window] = _blend(photo.pixels[window], colours[laid], np.full(laid.shape, 0.5))
+    pixels[window] = _blend(photo.pixels[window], laid, colours, np.full(len(colours), 0.5))
     counts = [(level == length).sum() for length in lengths]
     legend = tuple(
         (f"{length} tokens become 1" if length > 1 else "kept as they are", tuple(colour))
@@ -179,7 +184,7 @@ def _edges(regions: np.ndarray) -> list[np.ndarray]:
 
 def _faded(photo: Photograph) -> np.ndarray:
     """Return a copy of the photograph, faded where the model does not see it."""
-    faded = np.round((1 - FADE) * photo.pixels.astype(np.float32) + FADE * 255).astype(np.uint8)
-    window = photo.window()
+    levels = np.round((1 - FADE) * np.arange(256) + FADE * 255).astype(np.uint8)
+    faded, window = levels[photo.pixels], photo.window()
     faded[window] = photo.pixels[window]
     return faded

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -230,6 +231,14 @@ def test_log_writes_tensorboard_curves(tmp_path):
     events.Reload()
     assert events.Scalars("train/loss")[0].value == 2.0
     assert events.Scalars("eval_ema/top1")[0].value == 25.0
+    (layout,) = events.Tensors("custom_scalars__config__")
+    drawn = set(re.findall(rb"\^(\w+/\w+)\$", layout.tensor_proto.string_val[0]))
+    assert drawn == {
+        f"eval_{which}/{what}".encode() for which in ("raw", "ema") for what in ("top1", "top5", "loss")
+    } | {b"train/loss"}
+    assert {b"train/loss", b"eval_ema/top1", b"eval_ema/top5", b"eval_ema/loss"} == drawn & {
+        tag.encode() for tag in events.Tags()["scalars"]
+    }
 
 
 def test_other_processes_are_silent(tmp_path, capsys):

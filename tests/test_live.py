@@ -81,7 +81,7 @@ def test_view_shows_an_evaluation_in_place_of_the_epoch():
     for _ in range(3):
         next(batches)
     text = "\n".join(drawn(made))
-    assert "ema batch 2/4" in text
+    assert "EMA batch 2/4" in text
     assert "update" not in text
     made.note_result("ema", 62.0, 2)
     assert made.evaluating is None

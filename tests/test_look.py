@@ -194,7 +194,9 @@ def test_last_blocks_show_the_pair_of_a_guided_stage():
 
 def test_mistake_is_an_error_with_a_remedy():
     model, x = shrunken("stvit_small").eval(), images(1, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"no block 1\.3; blocks are counted from 1: stage 1 2"):
+    with pytest.raises(
+        ValueError, match=r"no block 1\.3; both are counted from 1, and the stages have 2, 2, 2, 2 blocks"
+    ):
         look(model, x, blocks=[(1, 3)])
     with pytest.raises(ValueError, match="outside the picture"):
         look(model, x, (1.2, 0))

@@ -3,9 +3,11 @@
 import csv
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image, ImageOps
 
 import train as training
 from data.labels import readable_names
@@ -55,6 +57,17 @@ def test_probabilities_are_those_of_the_evaluation_crop(checkpoint, pictures, tm
         assert row[f"class_{rank + 1}"] == name
         assert row[f"name_{rank + 1}"] == {"n01440764": "tench", "n02106662": "German shepherd", "cat": "cat"}[name]
     assert "class_4" not in row
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))  # 9 is none that EXIF knows
+def test_photograph_stands_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "telephone.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (5, 7, 3), dtype=np.uint8)).save(path, exif=exif)
+    with Image.open(path) as image:
+        want = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(read_image(path).permute(1, 2, 0), want)
 
 
 def test_folders_are_searched_and_damaged_files_listed(checkpoint, pictures, tmp_path, capsys):
@@ -148,6 +161,21 @@ def test_mistake_is_an_error_with_a_hint(argv, message, checkpoint, pictures, tm
         main([str(checkpoint), str(pictures / "val"), *argv])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_nothing_readable_prints_nothing(checkpoint, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    assert main([str(checkpoint), str(tmp_path), "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "broken.jpg cannot be decoded" in printed.err
+
+
+def test_run_directory_is_answered_with_its_files(checkpoint, pictures, capsys):
+    with pytest.raises(SystemExit):
+        main([str(checkpoint.parent), str(pictures / "val")])
+    said = f"checkpoint {checkpoint.parent} is a folder, name a file; {checkpoint.parent} holds best_raw.safetensors"
+    assert said in capsys.readouterr().err
 
 
 def test_weights_that_do_not_say_their_model_are_identified_or_refused(tmp_path):

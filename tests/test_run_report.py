@@ -175,7 +175,7 @@ def test_status_follows_the_run(tmp_path):
     training = RunDirectory(run, keep=1)
     training.lock()
     assert RunFacts.read(run).status == "running"
-    assert "last row" in written(run)
+    assert re.search(r"update 20 of 40; last row \d+ seconds ago; about 10 seconds of training left", written(run))
     training.unlock()
     assert RunFacts.read(run).status == "interrupted"
     (run / "done").touch()
@@ -191,6 +191,35 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, metrics):
     page = written(run)
     assert "0 / 5" in page
     assert "update 0 of" in page
+
+
+def test_a_damaged_picture_is_said_and_the_others_are_shown(tmp_path, trained):
+    run = made_up(tmp_path / "run")
+    (run / "pictures").mkdir()
+    whole = (trained / "pictures" / "first_batch.png").read_bytes()
+    for name, content in (("first_batch", whole), ("1_cut", whole[:500]), ("2_empty", b"")):
+        (run / "pictures" / f"{name}.png").write_bytes(content)
+    page = written(run)
+    assert page.count("<figure") == 1
+    assert f"Damaged: {run}/pictures/1_cut.png, {run}/pictures/2_empty.png." in page
+
+
+@pytest.mark.parametrize(
+    "row", ['{"kind": "eval", "update": 4, "epoch": 0, "weights": "raw"}', '{"kind": "train", "update": 4}']
+)
+def test_a_row_that_lacks_its_numbers_is_named(tmp_path, row, capsys):
+    run = made_up(tmp_path / "run")
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([rows[0], row, *rows[1:]]))
+    with pytest.raises(SystemExit):
+        report.main([str(run)])
+    assert "metrics.jsonl, line 2 is no row of metrics" in capsys.readouterr().err
+
+
+def test_large_counts_can_be_read(tmp_path):
+    page = written(made_up(tmp_path / "run", **IMAGENET))
+    assert '<td class="break">25,500,000</td>' in page
+    assert '<td class="break">1,281,167</td>' in page
 
 
 def test_runs_are_shown_side_by_side(tmp_path, trained):
@@ -251,8 +280,20 @@ def test_browser_draws_the_page_without_complaint(tmp_path, trained):
             assert image.convert("RGB").getpixel((2, 2))[0] == ground
     drawn = document(page)
     assert len(re.findall(r'<section class="card chart', drawn)) == 7
+    assert len(re.findall(r'<p class="none" hidden="">not (?:evaluated|logged) yet', drawn)) == 7
     assert len(re.findall(r'<path d="M[\d.]+ [\d.]+L', drawn)) >= 7
     assert "published 83.6" in drawn
+
+
+@pytest.mark.skipif(not find_browser(), reason=MISSING)
+def test_browser_says_what_is_not_there_yet(tmp_path):
+    run, page = made_up(tmp_path / "run"), tmp_path / "page.html"
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    for metrics, missing in ((first, ["evaluated"] * 2), ("", ["evaluated", "logged", "evaluated", *["logged"] * 4])):
+        (run / "metrics.jsonl").write_text(metrics)
+        page.write_text(report.render([RunFacts.read(run)]))
+        assert screenshot(page, tmp_path / "page.png", 1280, 1400) == []
+        assert re.findall(r'<p class="none">not (\w+) yet', document(page)) == missing
 
 
 @pytest.mark.skipif(not find_browser(), reason=MISSING)

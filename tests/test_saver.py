@@ -14,6 +14,7 @@ from engine.checkpoint import load_state, read_facts, save_state
 from engine.distributed import Processes
 from engine.run import RunDirectory
 from engine.saver import Saver, snapshot
+from engine.state import TrainState
 
 ALONE = Processes(0, 1, 0, torch.device("cpu"), "test")
 
@@ -30,15 +31,28 @@ class Voice:
     warn = say
 
 
-def state_of(update, value):
-    """Stand in for a TrainState whose only weight is `value`."""
+def state_of(update, value, closed=None):
+    """Stand in for a TrainState whose only weight is `value`; its evaluation is done unless `closed` says otherwise."""
+    closed = update if closed is None else closed
     weight = torch.full((50_000,), float(value))
     entry = {"update": update}
     tree = {"model": {"w": weight}, "ema": None, "optimizer": {}, "best": {"raw": entry}, "skips": [0, 0, 0]}
     plan = SimpleNamespace(updates_per_epoch=10)
-    return SimpleNamespace(
-        update=update, closed=update, plan=plan, best=tree["best"], state_dict=lambda _: tree
-    ), weight
+    state = SimpleNamespace(update=update, closed=closed, plan=plan, best=tree["best"], state_dict=lambda _: tree)
+    state.between_epochs = TrainState.between_epochs.fget(SimpleNamespace(**vars(state), update_in_epoch=update % 10))
+    return state, weight
+
+
+def test_epoch_is_saved_before_and_after_its_evaluation(tmp_path):
+    saver = saver_of(tmp_path)
+    for update, closed in ((5, 0), (10, 0), (10, 10)):
+        saver.save(state_of(update, 1.0, closed)[0], ALONE, {}, {})
+    assert saver.finish()
+    assert [line.split(" in ")[0] for line in saver.log.lines] == [
+        "saved update 5",
+        "saved update 10 before its evaluation",
+        "saved update 10",
+    ]
 
 
 def saver_of(path, max_failures=3):

@@ -10,8 +10,8 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -r requi
 from data.transforms import EvalTransform
 from models.attention_maps import Reading
 from models.look import Map
-from pictures.figures import as_pixels, save, sheet, single
-from pictures.panels import boundaries, original, panels
+from pictures.figures import arranged, as_pixels, save, sheet, single
+from pictures.panels import Panel, boundaries, original, panels
 from pictures.photograph import Photograph
 from tools import visualize
 from tools.visualize import main, parse_place
@@ -81,6 +81,7 @@ def test_strongest_token_gets_the_strongest_colour():
     assert panel.title.endswith("received attention")
     (signed,) = panels(region([[-1.0, 0.5], [0.1, 0.2]], "attention", 2, signed=True), 0, found, mark=(1, 1))
     assert signed.scale.low == -signed.scale.high
+    assert (signed.scale.label, panel.scale.label) == ("weight of each token", "attention, 1 is even")
 
 
 def test_merged_tokens_have_a_legend_of_run_lengths():
@@ -103,6 +104,68 @@ def test_picture_has_the_resolution_of_the_photograph(tmp_path):
         if np.abs(drawn[row + 150, left + 400 : left + 600] - found.pixels[150, 400:600]).max() < 3
     ]
     assert len(rows) == 1  # pixel by pixel
+
+
+def test_tall_photograph_keeps_its_pixels():
+    found = photo(2000, 1000, 224, 256)
+    drawn = as_pixels(single(original(found))).astype(int)
+    assert drawn.shape[0] > 2000
+    rows = [
+        r for r in range(drawn.shape[0] - 2000) if np.abs(drawn[r + 100, 430:630] - _faded_row(found, 100)).max() < 3
+    ]
+    assert len(rows) == 1  # pixel by pixel
+
+
+def _faded_row(found, row):
+    return 0.35 * found.pixels[row, 400:600] + 0.65 * 255
+
+
+def test_lines_end_where_the_model_sees_no_more():
+    pixels = np.zeros((10, 10, 3), np.uint8)
+    found = Photograph(pixels, (2.4, 2.4, 7.4, 7.4), 4)  # seen from 2 to 7: the lines reach beyond
+    lines, _ = panels(region([[1, 2], [3, 4]], patch=2), 0, found)
+    with_lines, without = (as_pixels(single(panel)) for panel in (lines, original(found)))
+    seen = slice(30 + 200, 30 + 700)  # at 100 pixels a pixel
+    changed = np.flatnonzero((with_lines[100:-30] != without[100:-30]).any((0, 2)))
+    assert seen.start - 2 <= changed.min()
+    assert changed.max() <= seen.stop + 2
+
+
+def test_caption_fits_the_figure():
+    found = original(photo())
+    for caption in ("cat", "a breed of dog with a long name and many commas, 99.9 %  ·  groupmixformer_mobile, 224 px"):
+        drawn = as_pixels(single(found, caption))[:75]  # 0.3 inches at 250 pixels an inch
+        columns = np.flatnonzero((drawn < 128).any((0, 2)))
+        assert 25 <= columns.min() <= 40
+        assert columns.max() <= drawn.shape[1] - 25
+
+
+def test_label_of_a_scale_keeps_clear_of_its_arrow():
+    values = [[-1.0] * 40 + [-9.0], [0.5] * 41]
+    (panel,) = panels(region(values, "attention", 2, signed=True), 0, photo())
+    assert panel.scale.beyond == "min"
+    figure = single(panel)
+    axes = figure.axes[-1]
+    arrow = min(patch.get_window_extent().x0 for patch in axes.patches)
+    assert max(text.get_window_extent().x1 for text in axes.texts) < arrow - 0.03 * axes.get_window_extent().width
+
+
+@pytest.mark.parametrize(
+    ("stages", "lines"),
+    [
+        ("1112223334", ["111", "222", "3334"]),  # SG-Former
+        ("11122234", ["111", "222", "34"]),  # STViT
+        ("1111222233334444", ["1111", "2222", "3333", "4444"]),  # GroupMixFormer
+        ("1234", ["1234"]),
+        ("12", ["12"]),
+        ("111111111222", ["111", "111", "111", "222"]),  # all blocks: lines do not grow
+        ("", []),
+    ],
+)
+def test_sheet_breaks_lines_so_that_little_stays_empty(stages, lines):
+    one = np.zeros((1, 1, 3), np.uint8)
+    found = arranged([Panel("", int(stage), "", one) for stage in stages])
+    assert ["".join(str(panel.stage) for panel in line) for line in found] == lines
 
 
 def test_same_figure_gives_the_same_bytes(tmp_path):
@@ -177,6 +240,26 @@ def test_mistake_is_an_error_with_a_hint(argv, message, pictures, tmp_path, caps
         main([str(pictures / "val/red/000.jpg"), "--out", str(tmp_path), "--size", "32", *argv])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_target_that_is_a_file_is_refused_before_any_work(pictures, tmp_path, capsys):
+    file = tmp_path / "taken"
+    file.touch()
+    for out in (file, file / "below"):
+        with pytest.raises(SystemExit):
+            main([str(pictures / "val/red/000.jpg"), "--out", str(out), "--model", "stvit_small"])
+        assert capsys.readouterr().err == f"python -m tools.visualize: --out {out}: {file} is a file; name a folder\n"
+
+
+def test_nothing_readable_is_said(tmp_path, monkeypatch, capsys):
+    from tests.small_models import shrunken
+
+    monkeypatch.setattr("tools.classifier._build", lambda *_: shrunken("stvit_small", num_classes=1000))
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    assert main([str(tmp_path / "broken.jpg"), "--out", str(tmp_path / "out"), "--model", "stvit_small"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "none of the images can be read" in printed.err
 
 
 def test_missing_matplotlib_is_said(monkeypatch):

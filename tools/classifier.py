@@ -1,8 +1,11 @@
 """A file of weights made ready to answer: the model, how images become its input, what its classes are called."""
 
 import difflib
+import io
 import math
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
@@ -25,6 +29,16 @@ from models.weights import classifier_names, fit, load_weights
 from tools.convert import convert
 
 RANDOM_CLASSES = 1000
+ORIENTATION = 0x0112  # of EXIF
+UPRIGHT = {
+    2: (0, True),
+    3: (2, False),
+    4: (2, True),
+    5: (3, True),
+    6: (3, False),
+    7: (1, True),
+    8: (1, False),
+}  # quarter turns, mirrored
 
 
 @dataclass(frozen=True)
@@ -139,12 +153,27 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 
 def read_image(path: Path) -> Tensor:
-    """Decode an image file to uint8 (3, H, W); UnreadableImageError says what is wrong with it."""
+    """Decode an image file to uint8 (3, H, W), upright as its camera noted; UnreadableImageError says what is wrong with it.
+
+    Training and evaluation leave pictures as they lie in the file, as torchvision and timm do; a telephone lays every
+    photograph on its side and notes that.
+    """
     try:
         data = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UnreadableImageError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
-    return decode(data, str(path))
+    turns, mirrored = UPRIGHT.get(_orientation(data), (0, False))
+    image = decode(data, str(path)).rot90(turns, (1, 2))
+    return (image.flip(2) if mirrored else image).contiguous()
+
+
+def _orientation(data: np.ndarray) -> int:
+    """Return the EXIF orientation of a file's bytes, 1 if it has none."""
+    with suppress(Exception), warnings.catch_warnings():  # Pillow's readers meet damage with many kinds of errors
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            return int(image.getexif().get(ORIENTATION, 1))
+    return 1
 
 
 def _which_model(asked: str, facts: dict[str, Any], tensors: dict[str, Tensor], source: str) -> str:

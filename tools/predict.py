@@ -3,7 +3,7 @@
     python -m tools.predict output/NAME/best_raw.safetensors cat.jpg holiday/
     python -m tools.predict output/NAME/best_raw.safetensors holiday/ --csv holiday.csv --top 3
 
-Images are cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at least one image
+Images are turned upright and cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at least one image
 was named. 1: none could be read. 2: there is a mistake in the command.
 """
 
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_table(table, columns(classifier, answers, top))
         screen.print(f"{len(answers.paths)} images: {table}", markup=False)
     else:
-        print("\n".join(lines(classifier, answers)))
+        for line in lines(classifier, answers):
+            print(line)
     for missed in answers.unreadable[:SHOWN]:
         screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
     if len(answers.unreadable) > SHOWN:

@@ -22,7 +22,7 @@ from PIL import Image
 import config
 from arguments import Parser
 from engine.checkpoint import write_atomically
-from tools.run_facts import HEADLINES, LOG_LINES, RunFacts, ago
+from tools.run_facts import HEADLINES, LOG_LINES, RunFacts, ago, lasting
 from tools.runs import ABSENT, manifest_differences
 
 PAGE = Path(__file__).parent / "page"
@@ -105,14 +105,17 @@ def describe(run: RunFacts) -> dict[str, Any]:
     epochs = [folder for folder in pictures if folder]
     shown = [*pictures.get("", []), *(path for folder in epochs[-1:] for path in pictures[folder])]
     older = f"{len(epochs) - 1} earlier sets lie in {run.path / 'pictures'}." if len(epochs) > 1 else ""
+    drawn = {path: picture(path) for path in shown}
+    damaged = [str(path) for path, found in drawn.items() if found is None]
+    notes = [older, f"Damaged: {', '.join(damaged)}." if damaged else ""]
     return {
         "status": run.status,
         "summary": summary(run),
         "progress": progress(run),
         "results": [result(run, which, found) for which, found in run.results()],
         "cards": cards(run),
-        "pictures": [picture(path) for path in shown],
-        "more_pictures": older,
+        "pictures": [found for found in drawn.values() if found],
+        "more_pictures": " ".join(note for note in notes if note),
         "warnings": run.warnings(),
         "bad_images": run.bad_images(),
         "diverged": run.diverged(),
@@ -150,10 +153,13 @@ def progress(run: RunFacts) -> dict[str, Any]:
     epoch = run.last / each if each else 0.0
     percent = 100.0 if run.status == "complete" else min(100 * run.last / total, 100) if total else 0.0
     note = f"update {run.last:,}{f' of {total:,}' if total else ''}"
+    if run.status == "running":
+        note += f"; last row {ago(run.written)}" if run.written else ""
+        note += f"; about {lasting(left)} of training left" if (left := run.left(total)) else ""
     return {
         "title": f"{epoch:.{0 if epoch == int(epoch) else 1}f} / {run.epochs}",
         "percent": f"{percent:.1f}",
-        "note": f"{note}; last row {ago(run.written)}" if run.written and run.status == "running" else note,
+        "note": note,
     }
 
 
@@ -222,7 +228,7 @@ def facts(run: RunFacts) -> list[tuple[str, str]]:
             found[name] = ", ".join(f"{package} {version}" for package, version in value.items())
         elif name not in ("config", "command", "time", "update"):
             found[name] = value
-    return [(name.replace("_", " "), _brief(value)) for name, value in found.items()]
+    return [(name.replace("_", " "), _counted(name, _brief(value))) for name, value in found.items()]
 
 
 def evaluation_row(row: Mapping[str, Any]) -> list[str]:
@@ -267,9 +273,9 @@ def compare(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
         for name, first, value in manifest_differences(runs[0].run.manifest, runs[other].run.manifest):
             row = next((values for known, values in rows if known == name), None)
             if row is None:
-                row = [first] * len(runs)
+                row = [_counted(name, first)] * len(runs)
                 rows.append((name, row))
-            row[other] = value
+            row[other] = _counted(name, value)
     return rows
 
 
@@ -281,10 +287,13 @@ def differing_keys(runs: Sequence[RunFacts]) -> list[list[str]]:
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def picture(path: Path) -> dict[str, Any]:
-    """Return a picture with its data in the page: as it is, or as a JPEG where that is smaller."""
+def picture(path: Path) -> dict[str, Any] | None:
+    """Return a picture with its data in the page: as it is, or as a JPEG where that is smaller; None if it is damaged."""
     stored = path.read_bytes()
-    image = Image.open(io.BytesIO(stored)).convert("RGB")
+    try:
+        image = Image.open(io.BytesIO(stored)).convert("RGB")
+    except (OSError, SyntaxError):  # Pillow's words for a PNG that ends early, or is none
+        return None
     small = max(image.size) <= SIDE
     image.thumbnail((SIDE, SIDE))
     packed = io.BytesIO()
@@ -326,9 +335,14 @@ def _value(value: Any) -> str:
     return repr(value) if value == "" else str(value)
 
 
+def _counted(name: str, text: str) -> str:
+    """Write a large count so that it can be read; a seed is none."""
+    return f"{int(text):,}" if text.isdecimal() and len(text) > 3 and name != "seed" else text
+
+
 def _brief(value: Any) -> str:
     if not isinstance(value, list):
-        return str(value)
+        return ABSENT if value is None else str(value)
     return ", ".join(map(str, value[:LISTED])) + (f", ... ({len(value):,})" if len(value) > LISTED else "")
 
 

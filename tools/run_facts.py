@@ -107,6 +107,11 @@ class RunFacts:
         rates = [row["images_per_s"] for row in self.run.train.values() if row.get("images_per_s")]
         return statistics.median(rates) if rates else None
 
+    def left(self, updates: int) -> float | None:
+        """Return the seconds that the rest of so many updates takes at the median rate, evaluations aside; None if unknown."""
+        rate, batch = self.rate(), self.key("TRAIN.GLOBAL_BATCH")
+        return (updates - self.last) * batch / rate if rate and batch and updates > self.last else None
+
     @property
     def written(self) -> float | None:
         """When the newest row was written, in seconds since 1970."""
@@ -184,11 +189,15 @@ class RunFacts:
 
 def ago(moment: float) -> str:
     """Write how long ago something was."""
-    seconds = max(time.time() - moment, 0)
+    return f"{lasting(max(time.time() - moment, 0))} ago"
+
+
+def lasting(seconds: float) -> str:
+    """Write a duration in a number of two digits or so and its unit."""
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {name} ago"
-    return f"{seconds:.0f} seconds ago"
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} seconds"
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -34,6 +34,7 @@ START_FACTS = (
     "python",
     "model_file_sha256",
 )  # of the manifest's starts; also commit, packages
+NEEDED = {"train": ("epoch", "loss"), "eval": ("epoch", "weights", "top1")}  # of a row, by kind
 ABSENT = "-"
 
 
@@ -114,6 +115,8 @@ def read_run(path: Path, may_be_empty: bool = False) -> Run:
         try:
             row = json.loads(line, parse_constant=lambda _: None)
             update = int(row["update"])
+            for name in NEEDED.get(row["kind"], ()):
+                row[name]
             if row["kind"] == "train":
                 train[update] = row
             elif row["kind"] == "eval":

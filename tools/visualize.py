@@ -11,6 +11,7 @@
 Maps are laid where the evaluation crop lies, at the photograph's own resolution. docs/inside.md says what each of them is.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = visualize_parser()
     args = parser.parse_args(argv)
     screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    out = Path(args.out)
     try:
         check_matplotlib()
+        check_folder(out)
         images = find_images(args.images)
         classifier = load_classifier(
             Path(args.checkpoint) if args.checkpoint else None,
@@ -50,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
         blocks = parse_blocks(args.blocks, classifier.model)
         place = parse_place(args.at) if args.at else None
-        out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         screen.print(classifier.describe(), markup=False, style="dim")
         for note in classifier.notes:
@@ -61,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail(error)
     for missed in unreadable:
         screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
-    print("\n".join(map(str, written)))
+    for path in written:
+        print(path)
+    if not written:
+        screen.print("nothing is drawn: none of the images can be read")
     return 0 if written else 1
 
 
@@ -92,6 +97,15 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401  takes a second
     except ImportError as error:
         raise ValueError("pictures need matplotlib, which is not installed; run pip install matplotlib") from error
+
+
+def check_folder(out: Path) -> None:
+    """Raise ValueError if pictures could not be written into a folder in the end."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {out}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {out}: {nearest} cannot be written; name another folder")
 
 
 def parse_blocks(texts: Sequence[str], model: Backbone) -> list[Position]:

@@ -106,7 +106,8 @@
     const { svg, tip } = chart;
     const all = linesOf(chart);
     legend(chart, all, chart.legend);
-    chart.card.hidden = !all.length;
+    chart.none.hidden = all.length > 0;
+    svg.style.display = all.length ? "" : "none";
     if (!all.length) return;
     const lines = all.filter((line) => !view.off.has(line.label));
     const width = Math.max(chart.card.clientWidth - 24, 240), height = Math.round(Math.min(chart.large ? 300 : 230, Math.max(190, width * 0.5)));
@@ -256,7 +257,10 @@
     chart.tip = document.createElement("div");
     chart.tip.className = "tip";
     chart.tip.hidden = true;
-    chart.card.append(title, chart.legend, chart.svg, chart.tip);
+    chart.none = document.createElement("p");
+    chart.none.className = "none";
+    chart.none.textContent = chart.title.startsWith("Top") ? "not evaluated yet" : "not logged yet";
+    chart.card.append(title, chart.legend, chart.none, chart.svg, chart.tip);
     area.append(chart.card);
     listen(chart);
   }
