@@ -85,7 +85,7 @@ class DeviceStage:
     def _normalise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation, in place; images must be channels last."""
         count, channels, height, width = images.shape
-        if width not in self._rows:  # a row of pixels each: on the CPU nine times as fast as three numbers for each pixel
+        if width not in self._rows:  # of a row of pixels each: on the CPU nine times as fast as three numbers
             self._rows[width] = self.mean.flatten().repeat(width), self.std.flatten().repeat(width)
         mean, std = self._rows[width]
         images.permute(0, 2, 3, 1).view(count, height, width * channels).sub_(mean).div_(std)

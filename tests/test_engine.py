@@ -20,6 +20,7 @@ from engine import distributed
 from engine.batchnorm import RunningStatistics
 from engine.build import build_loop, build_state, prepare_model
 from engine.distributed import Processes
+from engine.ema import views_of_one
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
 from engine.loop import Step
@@ -73,6 +74,19 @@ def test_gradients_have_the_memory_layout_of_their_weights():
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     model(x).sum().backward()
     assert {n: p.stride() for n, p in model.named_parameters() if p.grad.stride() != p.stride()} == {}
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_average_moves_by_a_number_in_views_of_any_form(single):
+    torch.manual_seed(0)
+    new = [torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(6, 2).t(), torch.randn(())]
+    own = [torch.empty_like(t).normal_() for t in new]
+    wanted = [a + 0.25 * (b - a) for a, b in zip(own, new, strict=True)]
+    number, views = views_of_one(own, single)
+    number.fill_(0.25)
+    torch._foreach_lerp_(own, new, views)
+    torch.testing.assert_close(own, wanted)
+    assert [view.stride() == t.stride() for view, t in zip(views, own, strict=True)][:2] == [not single] * 2
 
 
 def test_seed_depends_on_every_part_of_the_address():
