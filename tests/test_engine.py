@@ -104,6 +104,15 @@ def test_seed_depends_on_every_part_of_the_address():
     assert torch.equal(first, torch.rand(3))
 
 
+@pytest.mark.parametrize("in_use", [True, False])
+def test_seed_reaches_cuda_where_it_is_in_use(monkeypatch, in_use):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed_process(3, 1, 2)
+    assert seeds == [torch.initial_seed()] * in_use
+
+
 @pytest.mark.parametrize(("mode", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_precision_sets_the_format_of_matmuls(mode, dtype):
     precision = Precision(mode, CPU)
