@@ -40,8 +40,9 @@ else
     kernels=("$PYTHON" benchmarks/kernels.py --rounds 3)
     pictures=64 compile=(--modes train) scale=1 few=$models
 fi
-"$PYTHON" -c 'import rich, timm, yacs' || { # what no part can do without
-    echo "gpu.sh: $PYTHON lacks a package (above): $PYTHON -m pip install timm yacs rich safetensors; or name another PYTHON=" >&2
+"$PYTHON" -c 'import rich, safetensors, timm, yacs.config' || { # what no part can do without
+    echo "gpu.sh: $PYTHON lacks a package (above): $PYTHON -m pip install timm yacs rich safetensors. Where that" >&2
+    echo "reaches nothing, bring them from a machine where it does: pip install --target DIR the same, then PYTHONPATH=DIR $0" >&2
     exit 2
 }
 step=("$PYTHON" benchmarks/step.py "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
