@@ -32,15 +32,20 @@ if [ "$small" ]; then
     trained=(--cfg configs/groupmixformer/mobile_64.yaml --batch 2 --updates 2 --rounds 1)
     memory=(--models groupmixformer_mobile --size 64 --gib 1)
     kernels=(env TRITON_INTERPRET=1 "$PYTHON" benchmarks/kernels.py --models stvit_small --batch 1 --size 32 --channels 8 --rounds 1 --span 0 --no-compile)
-    pictures=16 compile=(--backend aot_eager --modes infer) scale=4
+    pictures=16 compile=(--backend aot_eager --modes infer) scale=4 few=${models%%,*} # fp16 is slow on a CPU
 else
     measured=(--batch 128 --rounds 5 --seconds 0.3)
     trained=(--cfg configs/stvit/small_224.yaml --batch 128 --updates 20 --rounds 5 --opts TRAIN.CLIP_GRAD 5.0)
     memory=(--models "$models" --gib 80)
     kernels=("$PYTHON" benchmarks/kernels.py --rounds 3)
-    pictures=64 compile=(--modes train) scale=1
+    pictures=64 compile=(--modes train) scale=1 few=$models
 fi
-step=("$PYTHON" benchmarks/step.py --models "$models" "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
+"$PYTHON" -c 'import rich, safetensors, timm, yacs.config' || { # what no part can do without
+    echo "gpu.sh: $PYTHON lacks a package (above): $PYTHON -m pip install timm yacs rich safetensors. Where that" >&2
+    echo "reaches nothing, bring them from a machine where it does: pip install --target DIR the same, then PYTHONPATH=DIR $0" >&2
+    exit 2
+}
+step=("$PYTHON" benchmarks/step.py "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
 failed=0 began=$(date +%s)
 
 part() { # name, limit in seconds, command ...
@@ -74,15 +79,15 @@ machine() {
 : >"$out/parts.txt"
 export PYTHON out pictures
 export -f pictures machine
-part machine 30 bash -c machine
-part step 90 "${step[@]}" --precision bf16 --out "$out/step"
-part trainer 60 "$PYTHON" benchmarks/trainer.py "${trained[@]}" --out "$out/trainer"
-part compile 150 "${step[@]}" --precision bf16 --compile all ${compile[@]+"${compile[@]}"} --out "$out/compile"
-part kernels 60 "${kernels[@]}" --out "$out/kernels"
-part memory 50 "$PYTHON" benchmarks/memory.py "${memory[@]}" --out "$out/memory"
-part fp16 45 "${step[@]}" --precision fp16 --modes train --out "$out/fp16"
+part machine 20 bash -c machine
+part step 85 "${step[@]}" --models "$models" --precision bf16 --out "$out/step"
+part trainer 55 "$PYTHON" benchmarks/trainer.py "${trained[@]}" --out "$out/trainer"
+part compile 140 "${step[@]}" --models "$few" --precision bf16 --compile all ${compile[@]+"${compile[@]}"} --out "$out/compile"
+part kernels 55 "${kernels[@]}" --out "$out/kernels"
+part memory 45 "$PYTHON" benchmarks/memory.py "${memory[@]}" --out "$out/memory"
+part fp16 40 "${step[@]}" --models "$few" --precision fp16 --modes train --out "$out/fp16"
 if "$PYTHON" -c 'import nvidia.dali' 2>/dev/null; then part dali 40 bash -c pictures; else echo "dali: not installed" >>"$out/parts.txt"; fi
-part tests 60 "$PYTHON" -m pytest -q -m gpu tests
+part tests 50 "$PYTHON" -m pytest -q -m gpu tests
 
 {
     echo "# One GPU, $(date +%Y-%m)"

@@ -110,7 +110,7 @@ def seconds(call: Callable[[], Any], device: torch.device, span: float) -> float
 
         return float(do_bench(call, warmup=int(200 * span), rep=int(1000 * span), return_mode="median")) / 1e3
     times: list[float] = []
-    while sum(times) < span:
+    while not times or sum(times) < span:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -6,6 +6,9 @@
 The whole step is train.py's own epoch, of a few updates, in a run directory that is thrown away; checkpoints and evaluation are left
 out. The bare step is forward, loss, backward (with the exchange of gradients) and the optimiser's step on one fixed batch in
 memory, same precision, same optimiser. They take turns; the overhead is their ratio, round by round. Without --data images are synthetic.
+
+Turns feel what else a machine does between them. "Within" does not: on the CPU the pieces of the bare step are clocked where they run
+inside the whole step, and what is left over is divided by them.
 """
 
 import os
@@ -19,9 +22,11 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,6 +59,7 @@ COLUMNS: record.Columns = {
     "whole step, ms": lambda row: f"{1e3 * row['whole'][0]:.1f}",
     "overhead": lambda row: f"{row['overhead'][0]:.1%}",
     "lowest .. highest": lambda row: f"{row['overhead'][1]:.1%} .. {row['overhead'][2]:.1%}",
+    "within": lambda row: "{:.1%} ({:.1%} .. {:.1%})".format(*row["within"]) if row["within"] else "on a CPU only",
 }
 
 
@@ -110,6 +116,37 @@ def bare_step(s: session.Session) -> Callable[[], None]:
     return step
 
 
+class Pieces:
+    """Clocks the bare step's pieces within train.py's own: forward, loss, backward, optimiser, release of the gradients."""
+
+    def __init__(self, s: session.Session, clock: str):
+        self.seconds, self._now = 0.0, CLOCKS[clock]
+        loop, optimizer = s.loop, s.state.optimizer
+        owners: Sequence[tuple[Any, str]] = (
+            *((loop.model, "forward"), (loop, "criterion"), (torch.Tensor, "backward")),
+            *((optimizer, "step"), (optimizer, "zero_grad")),
+        )
+        self._patches = [mock.patch.object(owner, name, self._clocked(getattr(owner, name))) for owner, name in owners]
+
+    def _clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*args: Any, **options: Any) -> Any:
+            start = self._now()
+            result = call(*args, **options)
+            self.seconds += self._now() - start
+            return result
+
+        return clocked
+
+    def of(self, run: Callable[[], None]) -> float:
+        """Return the seconds of the pieces in a run."""
+        self.seconds = 0.0
+        with ExitStack() as stack:
+            for patch in self._patches:
+                stack.enter_context(patch)
+            run()
+        return self.seconds
+
+
 def one_epoch(s: session.Session) -> Callable[[], None]:
     """Return train.py's next epoch, as a step that is repeated."""
 
@@ -130,30 +167,34 @@ def run(args: Namespace) -> Row | None:
         saver = Saver(RunDirectory(Path(folder) / "run", 1), log, 1)
         s = session.build(cfg, typed, processes, saver, lambda: False)
         updates = s.state.plan.updates_per_epoch
-        bare, whole = bare_step(s), one_epoch(s)
+        bare, whole, pieces = bare_step(s), one_epoch(s), Pieces(s, args.clock)
         bare()
         whole()
-        found: dict[str, list[float]] = {"bare": [], "whole": []}
+        found: dict[str, list[float]] = {"bare": [], "whole": [], "pieces": []}
         for number in range(args.rounds):
             for name in ("bare", "whole") if number % 2 else ("whole", "bare"):
                 meet(processes)
                 if name == "whole":
-                    found[name].append(timed(whole, 1, processes.device, args.clock) / updates)
+                    found[name].append(timed(lambda: pieces.of(whole), 1, processes.device, args.clock) / updates)
+                    found["pieces"].append(pieces.seconds / updates)
                 else:
                     found[name].append(timed(bare, updates, processes.device, args.clock))
         log.close()
-    overhead = Spread.of([whole / bare - 1 for whole, bare in zip(found["whole"], found["bare"], strict=True)])
+    overhead, within = (
+        Spread.of([whole / base - 1 for whole, base in zip(found["whole"], found[name], strict=True)])
+        for name in ("bare", "pieces")
+    )
     row: Row = {
         "config": Path(args.cfg).parent.name + "/" + Path(args.cfg).stem,
         "processes": processes.world,
         "batch": args.batch,
         "precision": cfg.TRAIN.AMP,
         "data": "a folder" if args.data else "synthetic",
-        "overhead": (overhead.median, overhead.lowest, overhead.highest),
+        "overhead": astuple(overhead),
+        "within": astuple(within) if processes.device.type == "cpu" else None,
     }
     for name, values in found.items():
-        spread = Spread.of(values)
-        row[name] = (spread.median, spread.lowest, spread.highest)
+        row[name] = astuple(Spread.of(values))
     main = processes.main
     distributed.stop()
     return row if main else None

@@ -44,6 +44,7 @@ class DeviceStage:
         self.device = torch.device(device)
         self.mean = torch.tensor([255.0 * value for value in mean], device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor([255.0 * value for value in std], device=self.device).view(1, 3, 1, 1)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._noise = torch.Generator(self.device)
 
     def train(self, batch: Batch, update: int, micro: int, epoch: int) -> tuple[Tensor, Tensor]:
@@ -53,14 +54,17 @@ class DeviceStage:
         within the update over all processes. `update` may count from the start of the run or of the epoch.
         """
         batch = batch.to(self.device, non_blocking=True)
+        address = epoch, update, micro
         mixing = replace(self.mixing, prob=self.mix_prob.at(epoch)) if self.mix_prob else self.mixing
-        mix = mixing.draw(generator(self.seed, "mix", epoch, update, micro), batch.images.shape[-1])
+        mix = mixing.draw(generator(self.seed, "mix", *address), batch.images.shape[-1])
         images = self._float(batch.images)
         if self.order == "mix_then_erase":
             images = mix_images(images, mix)
-            images = self._erase(self._normalise(images.round_()), batch, (epoch, update, micro))
+            if mix.blends:
+                images.round_()
+            images = self._erase(self._normalise(images), batch, address)
         else:
-            images = mix_images(self._erase(self._normalise(images), batch, (epoch, update, micro)), mix)
+            images = mix_images(self._erase(self._normalise(images), batch, address), mix)
         return images, self.mixing.targets(batch.labels, mix.share)
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -69,10 +73,23 @@ class DeviceStage:
         return self._normalise(self._float(batch.images)), batch.labels
 
     def _float(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32, memory_format=torch.channels_last)
+        """Return the images as float32, channels last; those given stay as they are."""
+        count, channels, height, width = images.shape
+        pixels = torch.empty(count, height, width, channels, device=self.device).permute(0, 3, 1, 2)
+        if self.device.type == "cpu" and images.is_contiguous():  # four times as fast there as all planes in one call
+            for plane, values in zip(pixels.unbind(1), images.unbind(1), strict=True):
+                plane.copy_(values)
+            return pixels
+        return pixels.copy_(images)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        return images.sub_(self.mean).div_(self.std)
+        """Subtract the mean and divide by the deviation, in place; images must be channels last."""
+        count, channels, height, width = images.shape
+        if width not in self._rows:  # of a row of pixels each: on the CPU nine times as fast as three numbers
+            self._rows[width] = self.mean.flatten().repeat(width), self.std.flatten().repeat(width)
+        mean, std = self._rows[width]
+        images.permute(0, 2, 3, 1).view(count, height, width * channels).sub_(mean).div_(std)
+        return images
 
     def _erase(self, images: Tensor, batch: Batch, address: tuple[int, int, int]) -> Tensor:
         if batch.erase is None or batch.erase.shape[1] == 0:

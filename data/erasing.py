@@ -47,19 +47,55 @@ class EraseBoxes:
 
 
 def erase(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) -> Tensor:
-    """Fill boxes (B, count, 4) of normalised images (B, C, S, S); nothing waits for the device.
+    """Fill boxes (B, count, 4) of normalised images (B, C, S, S) in place; nothing waits for the device.
 
     Modes: pixel (standard normal noise), rand (one normal colour per box), const (zero, the mean colour).
     """
-    noise = images.new_zeros(())
-    if mode == "pixel":  # drawn in the order of memory, six times as fast on the CPU
-        shape = images.permute(0, 2, 3, 1).shape  # (B, S, S, C), images being channels last
-        noise = torch.randn(shape, device=images.device, generator=generator).permute(0, 3, 1, 2)
-    along = torch.arange(images.shape[-1], device=images.device)
-    for top, left, height, width in (box.unsqueeze(-1).unbind(1) for box in boxes.unbind(1)):  # each (B, 1)
-        rows = (along >= top) & (along < top + height)  # (B, H)
-        columns = (along >= left) & (along < left + width)  # (B, W)
-        if mode == "rand":
-            noise = torch.randn(*images.shape[:2], 1, 1, device=images.device, generator=generator)
-        images = torch.where((rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1), noise, images)
+    if images.device.type == "cpu":
+        return _erase_boxes(images, boxes, mode, generator)
+    return _erase_masked(images, boxes, mode, generator)
+
+
+def _erase_boxes(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) -> Tensor:
+    """Erase where the boxes' numbers can be read: touch nothing outside them."""
+    numbers = boxes.tolist()
+    if not any(height for own in numbers for _, _, height, _ in own):
+        return images
+    noise = _pixels(images, generator) if mode == "pixel" else None
+    for slot in range(boxes.shape[1]):
+        colours = _colours(images, generator) if mode == "rand" else None
+        for row, own in enumerate(numbers):
+            top, left, height, width = own[slot]
+            if not height:
+                continue
+            place = row, slice(None), slice(top, top + height), slice(left, left + width)
+            images[place] = noise[place] if noise is not None else 0.0 if colours is None else colours[row]
     return images
+
+
+def _erase_masked(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) -> Tensor:
+    """Erase on a device that knows the boxes alone, the whole batch at a time."""
+    along = torch.arange(images.shape[-1], device=images.device)
+    top, left, height, width = boxes.unsqueeze(-1).unbind(2)  # each (B, count, 1)
+    rows = (along >= top) & (along < top + height)  # (B, count, H)
+    columns = (along >= left) & (along < left + width)  # (B, count, W)
+    inside = rows.unsqueeze(3) & columns.unsqueeze(2)  # (B, count, H, W)
+    if mode == "rand":
+        for own in inside.unbind(1):
+            torch.where(own.unsqueeze(1), _colours(images, generator), images, out=images)
+        return images
+    inside = inside.any(1, keepdim=True)
+    if mode == "const":
+        return images.masked_fill_(inside, 0.0)
+    return torch.where(inside, _pixels(images, generator), images, out=images)
+
+
+def _pixels(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw noise for every pixel, in the order of memory of images that are channels last: six times as fast on the CPU."""
+    shape = images.permute(0, 2, 3, 1).shape
+    return torch.randn(shape, device=images.device, generator=generator).permute(0, 3, 1, 2)
+
+
+def _colours(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a colour for every image."""
+    return torch.randn(*images.shape[:2], 1, 1, device=images.device, generator=generator)

@@ -19,6 +19,11 @@ class Mix(NamedTuple):
     share: float  # timm's lam; 1 leaves the batch as it is
     box: tuple[int, int, int, int] | None = None  # top, bottom, left, right
 
+    @property
+    def blends(self) -> bool:
+        """Whether pixels are weighted sums of two images' rather than one's own."""
+        return self.share != 1.0 and self.box is None
+
 
 @dataclass(frozen=True)
 class Mixing:

@@ -44,16 +44,17 @@ def apex_optimizer(name: str, groups: Sequence[dict[str, Any]], lr: float, **set
 
 
 class _Verdict:
-    """What apex asks a loss scaler for: whether to skip, and the scale, which gradients no longer have."""
+    """What apex asks a loss scaler for: whether to skip, and what to divide gradients by, which is 1 or clips them."""
 
-    def __init__(self, found_inf: Tensor):
+    def __init__(self, found_inf: Tensor, scale: Tensor | None):
         self.found_inf = found_inf.reshape(1)
+        self.scale = torch.ones_like(self.found_inf) if scale is None else scale.reshape(1)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
         return {self.found_inf.device: self.found_inf}
 
     def _get_scale_async(self) -> Tensor:
-        return torch.ones_like(self.found_inf)
+        return self.scale
 
 
 def _adam(base: Any, name: str) -> Any:
@@ -78,14 +79,14 @@ def _adam(base: Any, name: str) -> Any:
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
-            """Update the weights, unless `found_inf` is set and not 0 (engine/safety.py)."""
+            """Update the weights by gradients / `grad_scale`, unless `found_inf` is set and not 0 (engine/safety.py)."""
             numbers = [group["lr"] for group in self.param_groups]
-            found_inf = getattr(self, "found_inf", None)
+            found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
             self._dummy_overflow_buf.zero_()
             for group, rate in zip(self.param_groups, self._rates, strict=True):
                 group["lr"], group["step"] = rate.fill_(group["lr"]), self._done.clone()
             try:
-                super().step(grad_scaler=None if found_inf is None else _Verdict(found_inf))
+                super().step(grad_scaler=None if found_inf is None else _Verdict(found_inf, scale))
             finally:
                 for group, number in zip(self.param_groups, numbers, strict=True):
                     group["lr"] = number

@@ -12,8 +12,8 @@ class _Pairs(NamedTuple):
 
     own: list[Tensor]
     new: list[Tensor]
-    share: Tensor  # one number, as often as the largest of them has elements
-    shares: list[Tensor]  # views of it with their shapes and strides
+    share: Tensor  # one number, on CUDA as often as the largest of them has elements
+    shares: list[Tensor]  # views of it with their shapes, on CUDA their strides too
 
 
 class AveragedModel(ModelEmaV3):
@@ -21,6 +21,7 @@ class AveragedModel(ModelEmaV3):
 
     torch's foreach kernels take the share by which weights move from the host or in a tensor of their own shape. The latter
     are views of one small tensor here, which the caches hold: one kernel reads and writes every weight once, nothing waits.
+    CUDA's kernels want their strides to be the weights', the CPU's read a single number from a register.
     Parameters and BatchNorm statistics are averaged, counters copied, as timm does. Both models' tensors must stay in place.
     """
 
@@ -47,13 +48,20 @@ class AveragedModel(ModelEmaV3):
             lists = found.setdefault(own.dtype, ([], [])) if own.is_floating_point() else self._counters
             lists[0].append(own)
             lists[1].append(new)
-        return [self._with_share(own, new) for own, new in found.values()]
-
-    @staticmethod
-    def _with_share(own: list[Tensor], new: list[Tensor]) -> _Pairs:
-        spans = [1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) for t in own]
-        share = own[0].new_empty(max(spans))
-        return _Pairs(own, new, share, [share.as_strided(t.shape, t.stride()) for t in own])
+        return [_Pairs(own, new, *views_of_one(own, own[0].device.type == "cpu")) for own, new in found.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pairs": None, "_counters": ([], [])}
+
+
+def views_of_one(tensors: list[Tensor], single: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return a tensor that is to hold one number, and views of it with the tensors' shapes.
+
+    It has a single element, or as many as give the views the tensors' strides, too.
+    """
+    if single:
+        one = tensors[0].new_empty(1)
+        return one, [one.as_strided(t.shape, (0,) * t.ndim) for t in tensors]
+    spans = [1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+    many = tensors[0].new_empty(max(spans))
+    return many, [many.as_strided(t.shape, t.stride()) for t in tensors]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from engine.batchnorm import RunningStatistics
 from engine.distributed import Processes
@@ -119,10 +120,10 @@ class Loop:
             losses = self._losses(plan)
             losses[state.update % len(losses), micro] = loss.detach() * plan.accumulation
         state.scaler.unscale_(state.optimizer)
-        norm = self._clip(state.model)
+        norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
         ok = norm.isfinite()
         skipped = count(state.skips, ok, self._overflow(state, loss_sum))
-        step_if(ok, state.optimizer)
+        step_if(ok, state.optimizer, norm, self.clip_grad)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         finite = loss_sum.isfinite()
@@ -180,12 +181,6 @@ class Loop:
             skipped_in_run=skips[1],
             overflows_in_run=skips[2],
         )
-
-    def _clip(self, model: nn.Module) -> Tensor:
-        """Limit the gradient's L2 norm to `clip_grad` (0: leave it); return the norm it had."""
-        if self.clip_grad:
-            return nn.utils.clip_grad_norm_(model.parameters(), self.clip_grad)
-        return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
     def _exchange(self, last: bool) -> AbstractContextManager:
         """Return the context that exchanges gradients between processes after the last micro-batch only."""

@@ -5,7 +5,7 @@ import torch
 
 
 def seed_process(seed: int, *address: int) -> None:
-    """Seed torch's default generators (CPU and CUDA) from (seed, address); addresses of any two lengths differ.
+    """Seed torch's default generators (CPU and, once in use, CUDA) from (seed, address); addresses of any two lengths differ.
 
     Called before each micro-batch's forward pass with (update, micro-batch): drop path and dropout then neither depend on
     the number of processes nor need a stored state to resume. The device is not synchronised.
@@ -16,4 +16,7 @@ def seed_process(seed: int, *address: int) -> None:
     for number in (seed, *address):
         words += [number & 0xFFFFFFFF, number >> 32]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> np.uint64(1)))
+    number = int(state[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(number)  # torch.manual_seed writes down a stack trace for every device it lacks
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)

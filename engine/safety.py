@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from engine.optimizer import skips_on_device
+
+MARGIN = 1e-6  # torch's, beside the norm that it clips
 
 
 class DivergedError(RuntimeError):
@@ -35,13 +38,19 @@ def seed_of(loss: Tensor) -> Tensor:
     return torch.where(loss.detach().isfinite(), torch.ones_like(loss), math.nan)
 
 
-def step_if(ok: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step, unless the verdict is against it."""
+def step_if(ok: Tensor, optimizer: torch.optim.Optimizer, norm: Tensor | None = None, limit: float = 0.0) -> None:
+    """Step, unless the verdict is against it, with gradients whose L2 norm, `norm`, is brought down to `limit` (0: left).
+
+    A kernel that would divide gradients by a loss scale divides them by what they are too long: no pass over them of its own.
+    """
     if skips_on_device(optimizer):
-        optimizer.grad_scale, optimizer.found_inf = None, (~ok).float()  # type: ignore[attr-defined]
+        too_long = ((norm + MARGIN) / limit).clamp(min=1.0).float() if norm is not None and limit else None
+        optimizer.grad_scale, optimizer.found_inf = too_long, (~ok).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif ok:
+        if norm is not None and limit:
+            clip_grads_with_norm_([w for group in optimizer.param_groups for w in group["params"]], limit, norm)
         optimizer.step()
 
 

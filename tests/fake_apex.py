@@ -28,17 +28,18 @@ class FusedAdam(torch.optim.Optimizer):
             assert isinstance(group["lr"], torch.Tensor)
             group["step"] += (self._dummy_overflow_buf != 1).to(torch.int)
             found = grad_scaler._check_inf_per_device(self)[self._dummy_overflow_buf.device]
-            assert grad_scaler._get_scale_async().tolist() == [1.0]
+            scale = grad_scaler._get_scale_async()
+            assert scale.shape == (1,)
             self._dummy_overflow_buf.copy_(found)
             for weight in (w for w in group["params"] if w.grad is not None):
-                self._move(group, weight)
+                self._move(group, weight, 1 / scale)
 
-    def _move(self, group, weight):
+    def _move(self, group, weight, factor):
         state, (one, two), step = self.state[weight], group["betas"], group["step"]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, square, decay = state["exp_avg"], state["exp_avg_sq"], group["weight_decay"]
-        gradient = weight.grad if self.adam_w_mode else weight.grad + decay * weight
+        gradient = factor * weight.grad + (0 if self.adam_w_mode else decay * weight)
         new_mean, new_square = mean.lerp(gradient, 1 - one), square * two + gradient.square() * (1 - two)
         size = (new_square / (1 - two**step)).sqrt() + group["eps"]
         move = new_mean / (1 - one**step) / size + (decay * weight if self.adam_w_mode else 0)

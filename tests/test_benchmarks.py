@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, record, roofline, step, throughput, timing, trainer
+from benchmarks import kernels, memory, record, roofline, step, throughput, timing, trainer
 from benchmarks.contenders import Ours, Step, parse_opponent
 from tests.small_models import shrunken
 
@@ -199,6 +200,30 @@ def test_gpu_script_in_small_measures_and_survives_a_part_that_fails(tmp_path):
     assert "| groupmixformer_mobile | bf16 | all blocks |" in summary
 
 
+def test_limits_of_the_gpu_script_are_nine_minutes_together():
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    limits = dict(re.findall(r"^(?:if .*; then )?part (\w+) (\d+) ", script, re.M))
+    assert set(limits) == {"machine", "step", "trainer", "compile", "kernels", "memory", "fp16", "dali", "tests"}
+    assert sum(map(int, limits.values())) <= 9 * 60
+
+
+def test_gpu_script_names_the_package_that_is_missing(tmp_path):
+    python = tmp_path / "python"  # as one without yacs
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    command, env = ["bash", "benchmarks/gpu.sh", "--out", str(tmp_path / "out")], {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 2
+    assert "No module named" in done.stderr
+    assert f"{python} -m pip install timm yacs rich safetensors" in done.stderr
+
+
+def test_a_call_is_timed_once_at_least():
+    calls = []
+    assert kernels.seconds(lambda: calls.append(1), torch.device("cpu"), 0) >= 0
+    assert calls == [1]
+
+
 def test_trainer_overhead_is_measured(tmp_path):
     out = tmp_path / "found"
     flags = ["--batch", "2", "--updates", "1", "--rounds", "1", "--device", "cpu", "--amp", "off", "--out", str(out)]
@@ -208,6 +233,8 @@ def test_trainer_overhead_is_measured(tmp_path):
     )  # fmt: skip
     (row,) = json.loads(out.with_suffix(".json").read_text())["runs"][0]["rows"]
     assert row["overhead"][0] == pytest.approx(row["whole"][0] / row["bare"][0] - 1)
+    assert row["within"][0] == pytest.approx(row["whole"][0] / row["pieces"][0] - 1)
+    assert 0 < row["pieces"][0] < row["whole"][0]
     with pytest.raises(SystemExit):
         trainer.main(["--cfg", "configs/demo.yaml", "--processes", "1,x"])
 

@@ -1,14 +1,16 @@
 """The device stage: normalised, erased and mixed in the order asked for, by the micro-batch's address alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm.data.random_erasing as timm_erasing
 import torch
 
-from data.address import generator
+from data.address import generator, torch_seed
 from data.batch import Batch
 from data.device import DeviceStage
-from data.erasing import EraseBoxes, erase
+from data.erasing import EraseBoxes, _erase_masked, erase
 from data.mixing import Mixing, mix_images
 from tests.data_doubles import TimmRandom
 
@@ -69,7 +71,7 @@ def test_erased_pixels_are_standard_normal():
 def test_erase_modes_fill_boxes_with_zero_or_one_colour_each(layout):
     images = torch.full((3, 3, SIZE, SIZE), 9.0).to(memory_format=layout)
     boxes = torch.tensor([[0, 0, 5, 6], [20, 20, 4, 4]]).repeat(3, 1, 1)
-    constant = erase(images, boxes, "const", torch.Generator())
+    constant = erase(images.clone(), boxes, "const", torch.Generator())
     assert (constant[:, :, :5, :6] == 0).all()
     coloured = erase(images, boxes, "rand", torch.Generator().manual_seed(1))
     for top, left, height, width in boxes[0].tolist():
@@ -95,6 +97,49 @@ def test_boxes_are_timms_for_the_same_random_numbers(monkeypatch, prob, count, s
         assert torch.equal(found, wanted)
         erased += (wanted == 0).any().item()
     assert erased == 80 if prob == 1 else 0 < erased < 40
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+@pytest.mark.parametrize("given", [[(0, 0, 5, 6), (20, 20, 4, 4)], [(3, 3, 9, 2), (4, 2, 3, 9)], [(0, 0, 0, 0)] * 2])
+def test_erasing_by_box_equals_erasing_by_mask(mode, given):
+    boxes = torch.tensor([given, given[::-1], [(0, 0, 0, 0), given[0]]])
+    images = torch.full((3, SIZE, SIZE, 3), 9.0).permute(0, 3, 1, 2)
+    by_box = erase(images.clone(), boxes, mode, torch.Generator().manual_seed(5))
+    by_mask = _erase_masked(images.clone(), boxes, mode, torch.Generator().manual_seed(5))
+    assert torch.equal(by_box, by_mask)
+    assert by_box.is_contiguous(memory_format=torch.channels_last)
+    assert by_mask.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
+def test_memory_of_the_loaders_images_changes_nothing(order):
+    given, mixing = batch(), Mixing(CLASSES)
+    pixels = given.images.to(memory_format=torch.channels_last)  # as DALI makes them
+    for update in range(4):
+        wanted = stage(mixing, order=order).train(given, update, 0, 0)[0]
+        found = stage(mixing, order=order).train(replace(given, images=pixels), update, 0, 0)[0]
+        assert torch.equal(found, wanted)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
+def test_stage_equals_the_steps_written_out(order):
+    given, mixing = batch(slots=2), Mixing(CLASSES)
+    for update in range(6):
+        mix = mixing.draw(generator(3, "mix", 1, update, 2), SIZE)
+        mean, std = (torch.tensor([255.0 * v for v in values]).view(1, 3, 1, 1) for values in (MEAN, STD))
+        images = given.images.float()
+        if order == "mix_then_erase":
+            images = mix_images(images, mix).round()
+        images = (images - mean) / std
+        noise = torch.Generator().manual_seed(torch_seed(3, "erase", 1, update, 2))
+        noise = torch.randn(8, SIZE, SIZE, 3, generator=noise).permute(0, 3, 1, 2)
+        inside = torch.zeros(8, 1, SIZE, SIZE, dtype=torch.bool)
+        inside[::2, :, 4:14, 6:18] = True
+        images = torch.where(inside, noise, images)
+        if order == "erase_then_mix":
+            images = mix_images(images, mix)
+        assert torch.equal(stage(mixing, order=order).train(given, update, 2, 1)[0], images)
 
 
 def test_switched_off_erasing_has_no_boxes():

@@ -21,6 +21,7 @@ from engine import distributed
 from engine.batchnorm import RunningStatistics
 from engine.build import build_loop, build_state, prepare_model
 from engine.distributed import Processes
+from engine.ema import views_of_one
 from engine.evaluate import Accuracy, evaluate
 from engine.log import Log
 from engine.loop import Step
@@ -76,6 +77,19 @@ def test_gradients_have_the_memory_layout_of_their_weights():
     assert {n: p.stride() for n, p in model.named_parameters() if p.grad.stride() != p.stride()} == {}
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_average_moves_by_a_number_in_views_of_any_form(single):
+    torch.manual_seed(0)
+    new = [torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(6, 2).t(), torch.randn(())]
+    own = [torch.empty_like(t).normal_() for t in new]
+    wanted = [a + 0.25 * (b - a) for a, b in zip(own, new, strict=True)]
+    number, views = views_of_one(own, single)
+    number.fill_(0.25)
+    torch._foreach_lerp_(own, new, views)
+    torch.testing.assert_close(own, wanted)
+    assert [view.stride() == t.stride() for view, t in zip(views, own, strict=True)][:2] == [not single] * 2
+
+
 def test_seed_depends_on_every_part_of_the_address():
     draws = set()
     for address in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
@@ -89,6 +103,15 @@ def test_seed_depends_on_every_part_of_the_address():
     first = torch.rand(3)
     seed_process(0, 0, 0)
     assert torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_seed_reaches_cuda_where_it_is_in_use(monkeypatch, in_use):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed_process(3, 1, 2)
+    assert seeds == [torch.initial_seed()] * in_use
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])

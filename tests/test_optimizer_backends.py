@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 import config
 from engine import apex
@@ -49,15 +50,16 @@ def optimizer_of(name, backend, model):
     return optimizer
 
 
-def step(optimizer, number, ok=True):
-    """Do one update with its own gradients and rate."""
+def step(optimizer, number, ok=True, limit=0.0):
+    """Do one update with its own gradients and rate; gradients are on average of norm 15."""
     generator = torch.Generator().manual_seed(number)
     for group in optimizer.param_groups:
         group["lr"] = 0.01 / (1 + number)
         for weight in group["params"]:
             drawn = torch.randn(weight.shape, generator=generator)
             weight.grad = torch.empty_like(weight).copy_(drawn if ok else drawn * float("nan"))
-    step_if(torch.tensor(ok), optimizer)
+    norm = get_total_norm([weight.grad for group in optimizer.param_groups for weight in group["params"]])
+    step_if(torch.tensor(ok), optimizer, norm, limit)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -67,6 +69,26 @@ def reference(name, numbers):
     for number in numbers:
         step(optimizer, number)
     return model.state_dict()
+
+
+@pytest.mark.parametrize("limit", [0.3, 1e6])
+@pytest.mark.parametrize(("name", "backend"), [*EACH, ("lamb", "for-loop"), ("lamb", "apex")])
+def test_backends_clip_as_torch_does(name, backend, limit):
+    model, clipped = weights(), weights()
+    optimizer, plain = optimizer_of(name, backend, model), optimizer_of(name, backend, clipped)
+
+    def clip(*_):
+        nn.utils.clip_grad_norm_(clipped.parameters(), limit)
+
+    plain.register_step_pre_hook(clip)
+    for number in range(4):
+        step(optimizer, number, ok=number != 2, limit=limit)
+        step(plain, number, ok=number != 2)
+    # Adam forgets a constant scale: the sums of squares tell
+    torch.testing.assert_close(optimizer.state_dict()["state"], plain.state_dict()["state"], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(model.state_dict(), clipped.state_dict(), rtol=1e-5, atol=1e-6)
+    if limit > 1e3:
+        torch.testing.assert_close(model.state_dict(), clipped.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "backend"), EACH)

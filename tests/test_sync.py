@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -52,6 +53,20 @@ class Watch(TorchDispatchMode):
         kinds = {t.device.type for t in (*tensors, *tree_iter(out)) if isinstance(t, Tensor)}
         if len(kinds) > 1:
             self.passed.append((name, bool((kwargs or {}).get("non_blocking"))))
+        return out
+
+
+class Uploads(TorchFunctionMode):
+    """Notes tensors that are made of the host's numbers on another device: CUDA would wait for that copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and out.device != CPU:
+            self.made.append(function.__name__)
         return out
 
 
@@ -100,23 +115,25 @@ def test_update_of_tensors_without_values_asks_for_none(name, order, erase, monk
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     stream = batches(160 if name == "test_vit" else 64)
     loop._train_update(state, stream, statistics)
-    watch = Watch()
-    with watch:
+    with Watch() as watch, Uploads() as uploads:
         loop._train_update(state, stream, statistics)
     assert verdicts == [META, META]
-    assert watch.read == []
+    assert watch.read == uploads.made == []
     assert watch.passed == [("_to_copy", True)] * 8  # images, labels, indices and boxes of two micro-batches
 
 
 def test_meta_tensors_and_the_watch_would_tell():
     with pytest.raises(RuntimeError, match="meta"):
         bool(torch.ones((), device=META) > 0)
-    with Watch() as watch:
+    with Watch() as watch, Uploads() as uploads:
         assert torch.ones(()) > 0
+        torch.tensor(3)
+        torch.tensor([3], device=META).new_tensor(4)
         torch.ones(3).to(META)
         torch.ones(3).nonzero()
     assert watch.read == ["_local_scalar_dense", "nonzero"]
     assert watch.passed == [("_to_copy", False)]
+    assert uploads.made == ["tensor", "new_tensor"]
 
 
 @pytest.mark.parametrize("opts", [(), ("TRAIN.CHECKPOINT_BLOCKS", "-1"), ("TRAIN.AMP", "fp16"), ("TRAIN.AMP", "bf16")])
