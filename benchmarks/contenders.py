@@ -16,7 +16,7 @@ from engine.build import prepare_model
 from engine.distributed import Processes
 from engine.memory import kept_bytes
 from engine.precision import DTYPES, Precision
-from models.build import check_name, takes_img_size
+from models.build import check_name, is_retoken, takes_img_size
 from models.inference import prepare_inference
 
 OPPONENTS = ROOT / "oracle"  # for other people's code: on the path, ignored by git
@@ -72,12 +72,13 @@ class Ours:
     name: str
     make: Callable[..., nn.Module]
     takes_size: bool
+    folds: bool  # models.inference knows it
 
     @classmethod
     def named(cls, name: str) -> "Ours":
         """Find a model of ours or timm's. Raises ValueError naming the nearest if it is unknown."""
         check_name(name, "--models")
-        return cls(name, timm.models.model_entrypoint(name), takes_img_size(name))
+        return cls(name, timm.models.model_entrypoint(name), takes_img_size(name), is_retoken(name))
 
     def build(self, size: int, device: torch.device) -> nn.Module:
         """Build it as train.py prepares it."""

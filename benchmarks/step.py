@@ -36,7 +36,6 @@ from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
 from engine.heap import keep_freed_memory
 from engine.memory import gib
-from models.build import is_retoken
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
 WARM_CALLS = 2
@@ -78,7 +77,7 @@ class Bench:
         """Return what builds each contender, ours first."""
         ours = partial(model.build, self.args.size, self.device)
         found: dict[str, Callable[[], nn.Module]] = {"ours": ours}
-        if mode == "infer" and is_retoken(model.name):
+        if mode == "infer" and model.folds:
             found["ours, folded"] = partial(model.build_folded, self.args.size, self.device, precision)
         if self.args.compile:
             found["ours, compiled"] = ours
