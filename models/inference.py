@@ -21,6 +21,7 @@ from models.fold import fold
 from models.layers import Conv1x1, DepthwiseConv, Mlp
 from models.sgformer_attention import SelfGuidedAttention
 
+FAMILIES = (sgformer.SGFormer, groupmixformer.GroupMixFormer, stvit.STViT)
 ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.Identity: "none"}
 
 
@@ -30,7 +31,7 @@ def prepare_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Bac
 
     It fits no checkpoint any more. Raises ValueError in training mode, and for a model that is not of our families.
     """
-    if not isinstance(model, Backbone):
+    if not isinstance(model, FAMILIES):
         raise ValueError(f"{type(model).__name__} is not of SG-Former, GroupMixFormer or STViT, which alone are folded")
     fold(model)
     parameter = next(model.parameters())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models import inference
+from models.backbone import Backbone
 from models.fold import fold
 from models.inference import OneDnnConv, OneDnnLinear, fuse, lower, prepare_inference
 from models.layers import GeluDepthwiseConv
@@ -110,6 +111,17 @@ def test_training_mode_is_refused():
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="Linear is not of SG-Former, GroupMixFormer or STViT"):
         prepare_inference(nn.Linear(2, 2).eval())
+
+
+def test_a_model_of_ones_own_is_refused():
+    """Its layers may use each other's weights in ways that are not known here."""
+
+    class Own(Backbone):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    with pytest.raises(ValueError, match="Own is not of SG-Former"):
+        prepare_inference(Own().eval())
 
 
 def test_layers_that_run_a_kernel_keep_it():

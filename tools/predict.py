@@ -20,7 +20,9 @@ from torch import Tensor
 
 from arguments import Parser
 from data.decode import UnreadableImageError
+from engine.heap import keep_freed_memory
 from engine.tables import TABLES, check_target, write_table
+from models.inference import FAMILIES, prepare_inference
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
 
 THREADS = 8  # that decode
@@ -60,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
     except ValueError as error:
         parser.fail(error)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if isinstance(classifier.model, FAMILIES):
+        prepare_inference(classifier.model.to(device))
     top = min(args.top, len(classifier.classes))
     screen.print(classifier.describe(), markup=False, style="dim")
     for note in classifier.notes:
