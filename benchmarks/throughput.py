@@ -22,7 +22,7 @@ from benchmarks.record import Row
 from benchmarks.step import COLUMNS, MODES, PRECISIONS, Bench, check, facts, make_parser, measure
 
 BATCHED: record.Columns = {"batch": lambda row: str(row["batch"]), **COLUMNS}
-RATIO = ("ratio", "its lowest .. highest")  # to the eager model: nothing without a compiled one
+RATIO = ("ratio", "its lowest .. highest")  # to the model as it is: nothing without a compiled or a folded one
 SHOWN = ("batch", "model", "step", "contender", "images/s", "memory", "share")
 
 
@@ -57,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.fail(error)
     rows.sort(key=lambda row: [model.name for model in models].index(row["model"]))
-    shown = (*SHOWN, "ratio") if args.compile else SHOWN
+    compared = any(row["contender"] != "ours" for row in rows)
+    shown = (*SHOWN, "ratio") if compared else SHOWN
     say.print(record.table({title: BATCHED[title] for title in shown}, rows))
     found = {**facts("benchmarks/throughput.py", argv, bench), "images": f"of {args.size} x {args.size}"}
-    columns = {title: cell for title, cell in BATCHED.items() if args.compile or args.append or title not in RATIO}
+    columns = {title: cell for title, cell in BATCHED.items() if compared or args.append or title not in RATIO}
     page = record.write(args.out or record.default_out("throughput"), "Throughput", columns, found, rows, args.append)
     say.print(f"written to {page}")
     return 0

@@ -4,7 +4,7 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LIMITS = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_THRESHOLD: 2**30}
+LARGEST_BLOCK = 2**30, 2**25  # the second before glibc 2.35, which refuses more
 
 
 def keep_freed_memory() -> bool:
@@ -16,4 +16,6 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(parameter, limit) == 1 for parameter, limit in LIMITS.items())
+    # Blocks first: once there is a limit to trimming, glibc no longer raises theirs, 128 KiB, by itself.
+    kept = any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in LARGEST_BLOCK)
+    return kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1

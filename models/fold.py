@@ -79,7 +79,7 @@ def _into_layer_after(norm: _BatchNorm, layer: Layer) -> None:
     """Multiply a BatchNorm into the layer that takes its output, which must not pad."""
     assert layer.bias is not None
     factor, addend = _affine(norm)
-    layer.bias += layer.weight.flatten(1) @ addend
+    layer.bias += (layer.weight.flatten(1) * addend).sum(1)  # a product of matrices would be autocast's
     layer.weight *= factor.view(1, -1, *[1] * (layer.weight.ndim - 2))
 
 

@@ -9,7 +9,7 @@ The same function, but for rounding; `lower` alone changes no bit under autocast
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from models import groupmixformer, sgformer, stvit
 from models.backbone import Backbone
 from models.fold import fold
-from models.layers import Conv1x1, DepthwiseConv, Mlp
+from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, Mlp
 from models.sgformer_attention import SelfGuidedAttention
 
 FAMILIES = (sgformer.SGFormer, groupmixformer.GroupMixFormer, stvit.STViT)
@@ -29,9 +29,10 @@ ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.Identity: "none"}
 def prepare_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Backbone:
     """Make a model in evaluation mode ready, in place; return it. `dtype` is that of the autocast it will be called under.
 
-    It fits no checkpoint any more. Raises ValueError in training mode, and for a model that is not of our families.
+    It fits no checkpoint any more, and where a BatchNorm precedes the classifier, `forward_features` leaves it out. Raises
+    ValueError in training mode, and for a model that is not of our families.
     """
-    if not isinstance(model, FAMILIES):
+    if not is_known(model):
         raise ValueError(f"{type(model).__name__} is not of SG-Former, GroupMixFormer or STViT, which alone are folded")
     fold(model)
     parameter = next(model.parameters())
@@ -39,8 +40,13 @@ def prepare_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Bac
     if dtype is not None:
         lower(model, dtype)
     if fusing:
-        fuse(model)
+        fuse(model, dtype or torch.float32)
     return model.requires_grad_(False)
+
+
+def is_known(model: nn.Module) -> TypeGuard[Backbone]:
+    """Say whether a model is of our families, and no subclass, which may use its layers in other ways."""
+    return type(model) in FAMILIES
 
 
 def lower(model: nn.Module, dtype: torch.dtype) -> None:
@@ -49,12 +55,13 @@ def lower(model: nn.Module, dtype: torch.dtype) -> None:
         layer.to(dtype)
 
 
-def fuse(model: nn.Module) -> int:
-    """Put oneDNN's layers in the place of linear layers and convolutions, in place; return how many.
+def fuse(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
+    """Put oneDNN's layers in the place of linear layers and convolutions of type `dtype`, in place; return how many.
 
-    Where this PyTorch has no such operations, or they do not compute what its own do, the model stays as it is: 0.
+    Where this PyTorch has no such operations, this processor does not run them in this type, or they do not compute what
+    PyTorch's own do, the model stays as it is: 0.
     """
-    if not _usable():
+    if not _usable(dtype):
         return 0
     for module in list(model.modules()):
         _join(module, _FOLLOWED_BY_ACT.get(type(module), ()))
@@ -71,10 +78,13 @@ def fuse(model: nn.Module) -> int:
 def _products(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:
     """Give each linear layer and convolution that is called as one, with the module it belongs to and its name there."""
     guided = [module for module in model.modules() if isinstance(module, SelfGuidedAttention)]
-    runs = {run for module in guided for run in module.runs}  # their weights are used otherwise, in their own type
+    others: set[nn.Module] = {run for module in guided for run in module.runs}  # used otherwise, in their own type
+    others |= {
+        module for module in model.modules() if isinstance(module, GeluDepthwiseConv)
+    }  # so do those with a kernel
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear | nn.Conv2d) and child not in runs:
+            if isinstance(child, nn.Linear | nn.Conv2d) and child not in others:
                 yield module, name, child
 
 
@@ -161,22 +171,26 @@ def _algorithm(layer: Any) -> str:
 
 
 @torch.no_grad()
-def _usable() -> bool:
-    """Say whether oneDNN's fused operations are there and compute what PyTorch's do. They are not a public interface."""
+def _usable(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN's fused operations are there and compute what PyTorch's do in float32.
+
+    They are not a public interface, and those in bfloat16 need AVX-512, which PyTorch's own do not.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     with torch.device("meta"):
         linear, convolution = nn.Linear(8, 16), DepthwiseConv(8, 3)
     for layer in (linear, convolution):  # no random numbers are drawn from PyTorch's stream
-        layer.to_empty(device="cpu")
+        layer.to_empty(device="cpu").float()
         for parameter in layer.parameters():
-            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view(parameter.shape))
-    x = torch.linspace(-3, 3, 2 * 4 * 4 * 8).view(2, 4, 4, 8)
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).to(dtype).view(parameter.shape))
+    x = torch.linspace(-3, 3, 2 * 4 * 4 * 8).to(dtype).float().view(2, 4, 4, 8)
     with torch.autocast("cpu", enabled=False):
         want = (F.gelu(linear(x)), F.hardswish(linear(x)), linear(x), F.gelu(convolution(x)))
         try:
-            got = [OneDnnLinear(linear, act)(x) for act in ("gelu", "hardswish", "none")]
-            got.append(OneDnnDepthwiseConv(convolution, "gelu")(x))
+            got = [OneDnnLinear(linear.to(dtype), act)(x) for act in ("gelu", "hardswish", "none")]
+            got.append(OneDnnDepthwiseConv(convolution.to(dtype), "gelu")(x))
         except (AttributeError, RuntimeError, TypeError):
             return False
-    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, want, strict=True))
+    near = 1e-4 if dtype == torch.float32 else 0.02
+    return all(torch.allclose(a.float(), b, rtol=near, atol=near) for a, b in zip(got, want, strict=True))

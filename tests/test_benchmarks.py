@@ -150,10 +150,14 @@ def test_turns_alternate_and_ratios_are_by_round():
 
 def test_throughput_takes_each_batch_size(tmp_path, capsys):
     out = tmp_path / "found"
-    assert throughput.main([*TINY, *FLOOR, "--modes", "infer", "--batches", "1,2", "--out", str(out)]) == 0
+    assert throughput.main([*TINY, *FLOOR, "--modes", "train", "--batches", "2,3", "--out", str(out)]) == 0
     rows = json.loads(out.with_suffix(".json").read_text())["runs"][0]["rows"]
-    assert [row["batch"] for row in rows] == [1, 2]
+    assert [row["batch"] for row in rows] == [2, 3]
     assert "ratio" not in out.with_suffix(".md").read_text()  # to nothing
+    assert throughput.main([*TINY, *FLOOR, "--modes", "infer", "--batches", "1", "--out", str(out)]) == 0
+    text = out.with_suffix(".md").read_text()
+    assert "| ratio | its lowest .. highest |" in text
+    assert "| ours, folded |" in text
     compiled = ["--modes", "infer", "--batches", "1", "--compile", "--backend", "eager", "--out", str(out)]
     assert throughput.main([*TINY, *FLOOR, *compiled]) == 0
     text = out.with_suffix(".md").read_text()

@@ -49,6 +49,15 @@ def test_model_without_a_classifier_keeps_the_norm_before_it():
     torch.testing.assert_close(model(images(1, 3, 64, 64)), want, rtol=1e-3, atol=1e-4)
 
 
+def test_folding_under_autocast_rounds_nothing():
+    model = scrambled(shrunken("groupmixformer_mobile")).eval()
+    folded = copy.deepcopy(model)
+    fold(folded)
+    with torch.autocast("cpu", torch.bfloat16):
+        fold(model)
+    torch.testing.assert_close(model.state_dict(), folded.state_dict(), rtol=0, atol=0)
+
+
 def test_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"call eval\(\) first"):
         fold(shrunken("groupmixformer_mobile").train())

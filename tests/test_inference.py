@@ -11,6 +11,7 @@ from models.backbone import Backbone
 from models.fold import fold
 from models.inference import OneDnnConv, OneDnnLinear, fuse, lower, prepare_inference
 from models.layers import GeluDepthwiseConv
+from models.stvit import STViT
 from tests.small_models import SMALLEST, images, scrambled, shrunken
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
@@ -88,6 +89,23 @@ def test_model_stays_as_it_is_where_the_operations_are_missing_or_differ(monkeyp
     assert fuse(model) > 0
 
 
+def test_model_stays_as_it_is_where_the_processor_lacks_bfloat16(monkeypatch):
+    """As with AVX2 only (ONEDNN_MAX_CPU_ISA=AVX2)."""
+    model, x, convolve = trained("stvit_small"), images(2, 3, 64, 64), OneDnnConv.forward
+
+    def forward(self, x):
+        if self.weight.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
+        return convolve(self, x)
+
+    monkeypatch.setattr(OneDnnConv, "forward", forward)
+    folded = copy.deepcopy(model)
+    fold(folded)
+    with torch.no_grad(), BF16:
+        assert torch.equal(prepare_inference(copy.deepcopy(model), torch.bfloat16)(x), folded(x))
+    assert any(isinstance(module, OneDnnConv) for module in prepare_inference(model).modules())
+
+
 def test_no_random_number_is_drawn():
     model = trained("stvit_small")
     state = torch.get_rng_state()
@@ -120,14 +138,27 @@ def test_a_model_of_ones_own_is_refused():
         def __init__(self):
             nn.Module.__init__(self)
 
-    with pytest.raises(ValueError, match="Own is not of SG-Former"):
-        prepare_inference(Own().eval())
+    class Changed(STViT):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    for kind in (Own, Changed):
+        with pytest.raises(ValueError, match=f"{kind.__name__} is not of SG-Former"):
+            prepare_inference(kind().eval())
 
 
-def test_layers_that_run_a_kernel_keep_it():
-    model = trained("stvit_small")
+def test_layers_that_run_a_kernel_keep_it_and_their_weights():
+    model, seen = trained("stvit_small"), []
+
+    def kernel(x, weight, bias, before):
+        seen.append((weight.dtype, bias.dtype))
+        return x
+
     for module in model.modules():
         if isinstance(module, GeluDepthwiseConv):
-            module.kernel = lambda *unused: None
-    prepare_inference(model)
+            module.kernel, module.kernel_device = kernel, "cpu"
+    prepare_inference(model, torch.bfloat16)
     assert sum(isinstance(module, GeluDepthwiseConv) for module in model.modules()) == 8
+    with BF16:
+        model(images(2, 3, 64, 64))
+    assert seen == [(torch.float32, torch.float32)] * 8  # models/depthwise_kernel.py rounds none

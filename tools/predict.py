@@ -22,7 +22,7 @@ from arguments import Parser
 from data.decode import UnreadableImageError
 from engine.heap import keep_freed_memory
 from engine.tables import TABLES, check_target, write_table
-from models.inference import FAMILIES, prepare_inference
+from models.inference import is_known, prepare_inference
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
 
 THREADS = 8  # that decode
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail(error)
     if device.type == "cpu":
         keep_freed_memory()
-    if isinstance(classifier.model, FAMILIES):
+    if is_known(classifier.model):
         prepare_inference(classifier.model.to(device))
     top = min(args.top, len(classifier.classes))
     screen.print(classifier.describe(), markup=False, style="dim")
