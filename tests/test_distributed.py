@@ -305,7 +305,8 @@ def test_one_process_is_alone(monkeypatch):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to it
 import eval as script
 def wait(cfg, args, processes):
     print("evaluating", flush=True)
@@ -324,10 +325,17 @@ def test_ctrl_c_ends_an_evaluation_without_a_traceback(world):
     }
     argv, pipe = (sys.executable, "-c", INTERRUPTED), subprocess.PIPE
     started = [subprocess.Popen(argv, cwd=ROOT, env=clean | env, stdout=pipe, stderr=pipe, text=True) for env in envs]
-    for process in started:
-        assert process.stdout.readline() == "evaluating\n"
-    for process in started:
-        process.send_signal(signal.SIGINT)
-    errors = [process.communicate(timeout=60)[1] for process in started]
+    try:
+        for process in started:
+            assert process.stdout.readline() == "evaluating\n"
+        for process in started:
+            process.send_signal(signal.SIGINT)
+        errors = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
     assert [process.returncode for process in started] == [130] * world
     assert errors == ["interrupted\n", ""][:world]
