@@ -4,6 +4,7 @@ import difflib
 import io
 import math
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Classifier:
 
 
 def add_checkpoint_options(parser: Parser) -> None:
-    """Add the options that `load_classifier` takes."""
+    """Add the options that `load_asked` reads."""
     parser.add_argument("--model", metavar="NAME", default="", help="what the file holds, if it does not say")
     parser.add_argument(
         "--module", metavar="FILE", default="", help="file or module that registers a model of your own"
@@ -81,6 +82,19 @@ def add_checkpoint_options(parser: Parser) -> None:
     parser.add_argument("--size", metavar="PIXELS", type=int, help="side of the model's input (the checkpoint's)")
     parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="crop as a share of the resized image (same)")
     parser.add_argument("--class-index", metavar="FILE", default="", help="names of the classes, in label order")
+
+
+def load_asked(args: Namespace) -> Classifier:
+    """Load what a command line asks for with `checkpoint` and the options above. Raises ValueError as `load_classifier` does."""
+    return load_classifier(
+        Path(args.checkpoint) if args.checkpoint else None,
+        args.model,
+        args.weights,
+        args.size,
+        args.crop_pct,
+        args.class_index,
+        args.module,
+    )
 
 
 def load_classifier(
@@ -94,8 +108,8 @@ def load_classifier(
 ) -> Classifier:
     """Load a file of any layout that models/weights.py lists; without one, `model` gets random weights.
 
-    `module` is imported first (models/own_file.py). The evaluation crop is the one that the file states, else timm's default for the model. Raises ValueError with the
-    remedy for a file that cannot be read or does not fit, and for classes of another number.
+    `module` is imported first (models/own_file.py). The evaluation crop is the one that the file states, else timm's default for
+    the model. Raises ValueError with the remedy for a file that cannot be read or does not fit, and for classes of another number.
     """
     if module:
         import_models(module, "--module")

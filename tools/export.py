@@ -28,7 +28,7 @@ from arguments import Parser
 from engine.checkpoint import write_atomically
 from models.backbone import Backbone
 from models.fold import fold
-from tools.classifier import Classifier, add_checkpoint_options, load_classifier
+from tools.classifier import Classifier, add_checkpoint_options, load_asked
 from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "published": ".pth"}
@@ -51,15 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if args.opset is not None and args.format != "onnx":
             raise ValueError(f"--opset has no effect with --format {args.format}; leave it out")
-        classifier = load_classifier(
-            Path(args.checkpoint),
-            args.model,
-            args.weights,
-            args.size,
-            args.crop_pct,
-            args.class_index,
-            args.module,
-        )
+        classifier = load_asked(args)
         screen.print(classifier.describe(), markup=False)
         for note in classifier.notes:
             screen.print(f"note: {note}", markup=False)

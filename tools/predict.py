@@ -3,8 +3,8 @@
     python -m tools.predict output/NAME/best_raw.safetensors cat.jpg holiday/
     python -m tools.predict output/NAME/best_raw.safetensors holiday/ --csv holiday.csv --top 3
 
-Images are turned upright and cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at least one image
-was named. 1: none could be read. 2: there is a mistake in the command.
+Images are turned upright and cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at
+least one image was named. 1: none could be read. 2: there is a mistake in the command.
 """
 
 import sys
@@ -23,7 +23,7 @@ from data.decode import UnreadableImageError
 from engine.heap import keep_freed_memory
 from engine.tables import TABLES, check_target, write_table
 from models.inference import is_known, prepare_inference
-from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
+from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
 
 THREADS = 8  # that decode
 SHOWN = 20  # unreadable files that are listed
@@ -50,15 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{flag} {number} must be 1 or more")
         table = check_target("--csv", args.csv, TABLES) if args.csv else None
         images = find_images(args.images)
-        classifier = load_classifier(
-            Path(args.checkpoint),
-            args.model,
-            args.weights,
-            args.size,
-            args.crop_pct,
-            args.class_index,
-            args.module,
-        )
+        classifier = load_asked(args)
         device = choose_device(args.device)
     except ValueError as error:
         parser.fail(error)

@@ -24,7 +24,7 @@ from arguments import Parser
 from data.decode import UnreadableImageError
 from models.backbone import Backbone
 from models.look import Position, all_blocks, check_blocks, has_maps, last_blocks, look
-from tools.classifier import Classifier, add_checkpoint_options, find_images, load_classifier, read_image
+from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
 
 PAGE = 4  # photographs on a page of the contact sheet
 FORMATS = ("png", "pdf", "svg")
@@ -40,15 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_matplotlib()
         check_folder(out)
         images = find_images(args.images)
-        classifier = load_classifier(
-            Path(args.checkpoint) if args.checkpoint else None,
-            args.model,
-            args.weights,
-            args.size,
-            args.crop_pct,
-            args.class_index,
-            args.module,
-        )
+        classifier = load_asked(args)
         if not has_maps(classifier.model):
             raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
         blocks = parse_blocks(args.blocks, classifier.model)
