@@ -25,7 +25,7 @@ $(STAMP): requirements.txt requirements-dev.txt | $(BIN)/python
 	@touch $(STAMP)
 
 demo: install
-	$(BIN)/python -m data.demo output/demo-data
+	$(BIN)/python -m tools.demo output/demo-data
 	$(BIN)/python train.py --cfg configs/demo.yaml --data-path output/demo-data
 	$(BIN)/python -m tools.report output/demo
 

@@ -19,20 +19,20 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-import arguments
+from config import command_line
 from data.build import EvalData, ValFolder, build_eval_data
-from data.real_labels import RealLabels, read_real_labels
-from engine import distributed
+from data.stores.real_labels import RealLabels, read_real_labels
 from engine.build import prepare_model
-from engine.distributed import Processes
+from engine.distributed import processes as distributed
+from engine.distributed.processes import Processes
+from engine.distributed.signals import ENDED
 from engine.evaluate import Accuracy, evaluate
-from engine.interruption import ENDED
-from engine.log import Log
+from engine.logging.log import Log
 from engine.precision import DTYPES, Precision
 from engine.predictions import Collector, Predictions
-from engine.tables import TABLES, check_target, write_json, write_table
+from engine.result_files import TABLES, check_target, write_json, write_table
 from models.build import build_model, is_retoken
-from models.inference import prepare_inference
+from models.inference.prepare import prepare_inference
 from models.weights import fit, load_weights
 
 KINDS = ("raw", "ema")
@@ -55,11 +55,11 @@ class Evaluation:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = arguments.eval_parser()
+    parser = command_line.eval_parser()
     args = parser.parse_args(argv)
     try:
-        cfg = arguments.resolve(args, arguments.EVAL_FLAGS)
-        arguments.check_eval(args)
+        cfg = command_line.resolve(args, command_line.EVAL_FLAGS)
+        command_line.check_eval(args)
         processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
@@ -113,7 +113,7 @@ def load_all(checkpoint: Path, which: str | None) -> list[tuple[dict, dict]]:
     """Return (weights, facts) of the weights asked for, raw, ema or both; ValueError if the file does not hold them."""
     if which != "both":
         weights, facts = load_weights(checkpoint, which or "raw")
-        arguments.check_which(facts, which, str(checkpoint))
+        command_line.check_which(facts, which, str(checkpoint))
         return [(weights, facts)]
     first = load_weights(checkpoint, "raw")
     if tuple(first[1]["holds"]) != KINDS:

@@ -10,7 +10,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
-from engine.interruption import ENDED, PREEMPTED, Interruption, PreemptedError
+from engine.distributed.signals import ENDED, PREEMPTED, Interruption, PreemptedError
 
 INTERRUPTION = Interruption()
 if __name__ == "__main__":
@@ -26,30 +26,30 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-import arguments
 import config
-from data.decode import UnreadableImageError
-from divergence import go_back
-from engine import distributed
-from engine.agreement import Wish
-from engine.distributed import Processes
-from engine.elastic import Elastic, give_up
+from config import command_line
+from data.loaders.decode import UnreadableImageError
+from engine.checkpoint.async_saver import Saver, SavingError
+from engine.checkpoint.run_directory import OccupiedError, RunDirectory
+from engine.distributed import processes as distributed
+from engine.distributed.consensus import Wish
+from engine.distributed.elastic import Elastic, give_up
+from engine.distributed.processes import Processes
 from engine.evaluate import Accuracy, evaluate
-from engine.log import Log
+from engine.logging.log import Log
 from engine.loop import Step
-from engine.run import OccupiedError, RunDirectory
-from engine.safety import DivergedError
-from engine.saver import Saver, SavingError
-from report import estimate_memory, report
-from session import Session, build
+from engine.optim.clip_and_step import DivergedError
+from trainer.rollback import go_back
+from trainer.session import Session, build
+from trainer.summary import estimate_memory, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = arguments.train_parser()
+    parser = command_line.train_parser()
     args = parser.parse_args(argv)
     try:
-        cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
+        cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
     except ValueError as error:
         give_up()
         parser.fail(error)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(
-    parser: arguments.Parser, cfg: CfgNode, args: argparse.Namespace, elastic: Elastic, processes: Processes
+    parser: command_line.Parser, cfg: CfgNode, args: argparse.Namespace, elastic: Elastic, processes: Processes
 ) -> int:
     """Do what the command line asks for; return the exit status, or raise SystemExit with that of a failure."""
     session, log = None, Log(processes.main, dali=cfg.DATA.LOADER == "dali")
@@ -119,7 +119,7 @@ def where(s: Session | None) -> str:
 
 
 def build_or_fail(
-    parser: arguments.Parser,
+    parser: command_line.Parser,
     cfg: CfgNode,
     args: argparse.Namespace,
     processes: Processes,

@@ -26,17 +26,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from arguments import Parser
 from benchmarks.loader import find_source
-from data import rand_augment
-from data.address import generator
-from data.augment import RandAugment, augment
-from data.batch import Batch
-from data.device import DeviceStage
-from data.mixing import Mixing
-from data.rand_augment import INCREASING_OPS, Op, argument, parse_policy
-from data.torch_loader import load
-from data.transforms import EvalTransform
+from common.rng import generator
+from config.command_line import Parser
+from data.augment import rand_augment
+from data.augment.device_stage import DeviceStage
+from data.augment.mixup import Mixing
+from data.augment.rand_augment import INCREASING_OPS, Op, argument, parse_policy
+from data.augment.rand_augment_tensor import RandAugment, augment
+from data.augment.transforms import EvalTransform
+from data.loaders.batch import Batch
+from data.loaders.torch_loader import load
 
 FILL = (124, 116, 104)
 POLICY = "rand-m9-mstd0.5-inc1"

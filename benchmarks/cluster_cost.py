@@ -6,7 +6,7 @@
 The defaults are STViT-Large at 224 on nodes of 8 GPUs. Every assumption is an argument; docs/clusters.md discusses the result.
 An update is `accumulation` micro-batches, a third of each forward, two thirds backward. The gradients are all-reduced in buckets
 as the last backward fills them, one after the other; what lasts longer than that backward is exposed. So is the sum of the
-BatchNorm statistics after it. The processes' agreement whether to stop (engine/agreement.py) goes on behind the next update.
+BatchNorm statistics after it. The processes' agreement whether to stop (engine/distributed/consensus.py) goes on behind the next update.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields
 from rich.console import Console
 from rich.table import Table
 
-from arguments import Parser
-from engine.plan import divisors
+from config.command_line import Parser
+from engine.batch_plan import divisors
 
 FORWARD = 1 / 3  # of a micro-batch's time
 MB = 1e6

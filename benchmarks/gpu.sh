@@ -65,7 +65,7 @@ part() { # name, limit in seconds, command ...
 
 # shellcheck disable=SC2317 # these two are called through bash -c
 pictures() { # the loaders, DALI's on the GPU too, on drawn pictures
-    "$PYTHON" -m data.demo "$out/pictures" --train "$pictures" --val 10 &&
+    "$PYTHON" -m tools.demo "$out/pictures" --train "$pictures" --val 10 &&
         "$PYTHON" benchmarks/loader.py --data "$out/pictures" --images $((pictures * 4)) --rounds 2 --batch "$pictures" \
             --only decode torch_uint8 dali_cpu dali_gpu --out "$out/dali"
 }

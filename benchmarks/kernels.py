@@ -27,9 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 import models  # noqa: F401  registers the families
-from arguments import Parser
 from benchmarks import record
-from models.kernels import use_kernels
+from config.command_line import Parser
+from models.kernels.switch import use_kernels
 from models.layers import GeluDepthwiseConv
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -159,23 +159,23 @@ def judge(row: dict[str, Any], itemsize: int, peak: float) -> dict[str, Any]:
 
 def try_tiles(subject: Subject, span: float) -> Iterator[dict[str, Any]]:
     """Yield the milliseconds of every tile, the forward one in inference, the backward one in training."""
-    from models import depthwise_kernel
+    from models.kernels import depthwise
 
-    kept = depthwise_kernel.FORWARD, depthwise_kernel.BACKWARD
+    kept = depthwise.FORWARD, depthwise.BACKWARD
     for what, name in (("inference", "FORWARD"), ("training", "BACKWARD")):
         for tile in (
-            depthwise_kernel.Tile(s, c, n, w)
+            depthwise.Tile(s, c, n, w)
             for s in STRIPS
             for c in COLUMNS
             for n in CHANNELS
             for w in WARPS
             if 2 <= s * n / (32 * w) <= 4  # elements of a thread
         ):
-            setattr(depthwise_kernel, name, tile)
+            setattr(depthwise, name, tile)
             time_of = 1e3 * seconds(subject.call("kernel", what), subject.device, span)
             place = {"model": subject.place.model, "stage": subject.place.stage, "what": what}
             yield {**place, "tile": tile._asdict(), "milliseconds": time_of}
-        depthwise_kernel.FORWARD, depthwise_kernel.BACKWARD = kept
+        depthwise.FORWARD, depthwise.BACKWARD = kept
 
 
 HEADER = (
@@ -233,7 +233,7 @@ def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], facts
 
 def gather_facts(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[str, Any]:
     """Return what a reader must know to judge the numbers."""
-    from models.depthwise_kernel import BACKWARD, FORWARD, INTERPRETED
+    from models.kernels.depthwise import BACKWARD, FORWARD, INTERPRETED
 
     facts = record.facts("benchmarks/kernels.py", argv, ("triton",))
     return {
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         use_kernels(GeluDepthwiseConv(1, True))
-        from models.depthwise_kernel import DEVICE
+        from models.kernels.depthwise import DEVICE
 
         if device.type != DEVICE:
             raise ValueError("there is no CUDA device; on a CPU set TRITON_INTERPRET=1 and see that it runs")

@@ -28,16 +28,16 @@ import timm
 import torch
 from PIL import Image
 
-from arguments import Parser
 from benchmarks import record
-from data.dali_loader import DaliTrainLoader, check_dali
-from data.device import DeviceStage
-from data.folder import FolderSource, class_folders, scan
-from data.mixing import Mixing
-from data.rand_augment import parse_policy
-from data.stream import IndexStream
-from data.torch_loader import TrainLoader, load
-from data.transforms import TrainTransform
+from config.command_line import Parser
+from data.augment.device_stage import DeviceStage
+from data.augment.mixup import Mixing
+from data.augment.rand_augment import parse_policy
+from data.augment.transforms import TrainTransform
+from data.loaders.dali_loader import DaliTrainLoader, check_dali
+from data.loaders.sampler import IndexStream
+from data.loaders.torch_loader import TrainLoader, load
+from data.stores.folder import FolderSource, class_folders, scan
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POLICY = "rand-m9-mstd0.5-inc1"

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from arguments import Parser
 from benchmarks import record
-from benchmarks.contenders import Ours, Step, parse_choices, parse_models
+from benchmarks.baselines import Ours, Step, parse_choices, parse_models
 from benchmarks.record import Row
 from benchmarks.step import PRECISIONS, find_device
+from config.command_line import Parser
 from engine.memory import activations, estimate, gib
 from engine.precision import Precision
 

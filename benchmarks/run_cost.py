@@ -18,7 +18,7 @@ from rich.table import Table
 from yacs.config import CfgNode
 
 import config
-from arguments import ROOT, Parser
+from config.command_line import ROOT, Parser
 
 TRAINING, VALIDATION = 1_281_167, 50_000  # images of ImageNet-1k
 GPUS = (1, 8, 16)

@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from arguments import Parser
 from benchmarks import record, roofline
-from benchmarks.contenders import Opponent, Ours, Step, parse_choices, parse_models, parse_opponent
+from benchmarks.baselines import Opponent, Ours, Step, parse_choices, parse_models, parse_opponent
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
-from engine.heap import keep_freed_memory
+from config.command_line import Parser
+from engine.malloc import keep_freed_memory
 from engine.memory import gib
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from benchmarks import record
-from benchmarks.contenders import parse_choices, parse_models
+from benchmarks.baselines import parse_choices, parse_models
 from benchmarks.record import Row
 from benchmarks.step import COLUMNS, MODES, PRECISIONS, Bench, check, facts, make_parser, measure
 

@@ -35,20 +35,20 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn import functional as F
 
-import arguments
-import session
 import train
 from benchmarks import record
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, timed
-from engine import distributed
+from config import command_line
 from engine.build import build_optimizer, prepare_model, wrap_model
-from engine.distributed import Processes
-from engine.log import Log
+from engine.checkpoint.async_saver import Saver
+from engine.checkpoint.run_directory import RunDirectory
+from engine.distributed import processes as distributed
+from engine.distributed.processes import Processes
+from engine.logging.log import Log
 from engine.precision import Precision
-from engine.run import RunDirectory
-from engine.saver import Saver
 from models.build import build_model
+from trainer import session
 
 COLUMNS: record.Columns = {
     "config": lambda row: row["config"],
@@ -86,8 +86,8 @@ def load(args: Namespace, world: int, folder: str) -> tuple[Any, Namespace]:
         options += ["DATA.PATH", args.data]
     else:
         options += ["DATA.LOADER", "synthetic", "DATA.SYNTHETIC_TRAIN", args.updates * accumulation, "AUG.REPEATS", 1]
-    typed = arguments.train_parser().parse_args(["--cfg", args.cfg, "--opts", *map(str, options), *args.opts])
-    return arguments.resolve(typed, arguments.TRAIN_FLAGS), typed
+    typed = command_line.train_parser().parse_args(["--cfg", args.cfg, "--opts", *map(str, options), *args.opts])
+    return command_line.resolve(typed, command_line.TRAIN_FLAGS), typed
 
 
 def bare_step(s: session.Session) -> Callable[[], None]:
@@ -223,7 +223,7 @@ def launch(argv: Sequence[str], processes: int) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = arguments.Parser("Measure what train.py adds to the bare step of its model.")
+    parser = command_line.Parser("Measure what train.py adds to the bare step of its model.")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config, e.g. configs/stvit/small_224.yaml")
     parser.add_argument("--batch", type=int, default=32, help="micro-batch (default 32)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches an update (default 1)")

@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from data.bad_images import BadImages
-from data.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
-from data.device import DeviceStage
-from data.erasing import EraseBoxes
-from data.folder import FolderSource, class_folders, read_class_index, scan_labelled, val_folder
-from data.labels import class_names, label_folders
-from data.layout import has_split
-from data.mixing import Mixing
-from data.rand_augment import parse_policy
-from data.shared_memory import check_shared_memory, default_workers
-from data.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
-from data.store_index import NoImagesError, Say
-from data.stream import IndexStream
-from data.synthetic import SyntheticEval, SyntheticTrain
-from data.torch_loader import EvalLoader, TrainLoader
-from data.transforms import EvalTransform, TrainTransform
-from timeline import Timeline, parse_optional
+from common.timeline import Timeline, parse_optional
+from data.augment.device_stage import DeviceStage
+from data.augment.mixup import Mixing
+from data.augment.rand_augment import parse_policy
+from data.augment.random_erasing import EraseBoxes
+from data.augment.transforms import EvalTransform, TrainTransform
+from data.loaders.bad_images import BadImages
+from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
+from data.loaders.sampler import IndexStream
+from data.loaders.shared_memory import check_shared_memory, default_workers
+from data.loaders.synthetic import SyntheticEval, SyntheticTrain
+from data.loaders.torch_loader import EvalLoader, TrainLoader
+from data.stores.archive_index import NoImagesError, Say
+from data.stores.class_labels import class_names, label_folders
+from data.stores.folder import FolderSource, class_folders, read_class_index, scan_labelled, val_folder
+from data.stores.layout import has_split
+from data.stores.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
 
 Source = FolderSource | ArchiveSource
 SIZES, LARGE = 256, 95  # files whose sizes tell what a batch of them takes, and the percentile that does

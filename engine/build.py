@@ -19,18 +19,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from engine.apex import apex_optimizer
+from common.timeline import parse_optional
+from engine.batch_plan import Plan, accumulation, scaled_lr
 from engine.compilation import Compilation, vary_drop_path
-from engine.distill import DistillationLoss, Teacher
-from engine.distributed import Processes
-from engine.ema import AveragedModel
+from engine.distributed.processes import Processes
 from engine.loop import Loop
-from engine.optimizer import backend_settings, settle
-from engine.plan import Plan, accumulation, scaled_lr
+from engine.loss import DistillationLoss, Teacher
+from engine.optim.apex import apex_optimizer
+from engine.optim.backends import backend_settings, settle
+from engine.optim.ema import AveragedModel
+from engine.optim.lr_schedule import LearningRate, Schedule, drop_path_setter
 from engine.precision import Precision
-from engine.schedule import LearningRate, Schedule, drop_path_setter
 from engine.state import TrainState
-from timeline import parse_optional
 
 HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # of DIST.COMPRESS
 
@@ -134,7 +134,7 @@ def wrap_model(model: nn.Module, processes: Processes, cfg: CfgNode | None = Non
     if processes.world == 1:
         return model
     ids = [processes.device.index] if processes.device.type == "cuda" else None
-    # Buffers are not broadcast in the forward pass: engine/batchnorm.py keeps them equal.
+    # Buffers are not broadcast in the forward pass: engine/batch_norm.py keeps them equal.
     named = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.15
     settings: dict[str, Any] = {buffers: False}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.distributed import Processes
+from engine.distributed.processes import Processes
 from engine.precision import Precision
 
 

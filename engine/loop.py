@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from engine.batchnorm import RunningStatistics
-from engine.distributed import Processes
-from engine.plan import Plan
+from common.seeding import seed_process
+from engine.batch_norm import RunningStatistics
+from engine.batch_plan import Plan
+from engine.distributed.processes import Processes
+from engine.optim.clip_and_step import DivergedError, Row, count, seed_of, step_if
 from engine.precision import Precision
-from engine.randomness import seed_process
-from engine.safety import DivergedError, Row, count, seed_of, step_if
 from engine.state import TrainState
 
 

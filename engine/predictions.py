@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.distributed import Processes
+from engine.distributed.processes import Processes
 from engine.evaluate import TOP
 
 Columns = dict[str, Sequence[Any] | np.ndarray]

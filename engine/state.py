@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import Processes
-from engine.ema import AveragedModel
-from engine.optimizer import settle
-from engine.plan import Plan
-from engine.schedule import Schedule
+from engine.batch_plan import Plan
+from engine.distributed.processes import Processes
+from engine.optim.backends import settle
+from engine.optim.ema import AveragedModel
+from engine.optim.lr_schedule import Schedule
 
 # Of an optimiser's group: what the config says, and how the device lets it be computed.
 SETTINGS = (

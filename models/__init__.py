@@ -1,5 +1,5 @@
 """The three backbone families; importing this package registers them with timm."""
 
-from models import groupmixformer, sgformer, stvit
+from . import groupmixformer, sgformer, stvit
 
 __all__ = ["groupmixformer", "sgformer", "stvit"]

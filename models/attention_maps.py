@@ -11,10 +11,10 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from models.groupmixformer import KERNELS, GroupMixAttention
-from models.layers import wide_softmax
-from models.neighbours import neighbours, overlap_add
-from models.sgformer_attention import (
+from .groupmixformer import KERNELS, GroupMixAttention
+from .kernels.neighborhood import neighbours, overlap_add
+from .layers import wide_softmax
+from .sgformer_attention import (
     SIDE,
     HybridScaleAttention,
     PlainAttention,
@@ -27,7 +27,7 @@ from models.sgformer_attention import (
     to_heads,
     window_attention,
 )
-from models.stvit import EPS, Attention, SuperTokenAttention, average, from_cells, to_cells
+from .stvit import EPS, Attention, SuperTokenAttention, average, from_cells, to_cells
 
 # B batch, H W grid, N = H*W tokens, K heads, D head channels, M reduced tokens, S channels of a segment
 Place = tuple[int, int]  # row and column of a token

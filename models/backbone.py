@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from models.published import Rule, from_published, is_published
+from .published import Rule, from_published, is_published
 
 STRIDES = (4, 8, 16, 32)
 

@@ -11,11 +11,11 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
+from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
-from models.kernels import use_kernels
-from models.own_file import digest, import_models
+from models.custom_model import digest, import_models
+from models.kernels.switch import use_kernels
 from models.weights import adapt, classifier_names, fit, load_weights
-from timeline import parse_optional
 
 
 def build_model(cfg: Any, num_classes: int) -> nn.Module:

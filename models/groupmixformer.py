@@ -12,10 +12,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, depthwise
-from models.layers import wide_softmax as softmax
-from models.published import Rule
+from .backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
+from .layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, depthwise
+from .layers import wide_softmax as softmax
+from .published import Rule
 
 # B batch, C channels, H W grid, N = H*W tokens, S = C/5 channels of a segment, K heads, D = 4S/K head channels
 SEGMENTS = 5

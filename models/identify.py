@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor
 
-from models.backbone import Backbone
-from models.build import retoken_models
-from models.published import COUNTER, find_rule
+from .backbone import Backbone
+from .build import retoken_models
+from .published import COUNTER, find_rule
 
 ENOUGH = 0.5  # of a variant's entries; a file with fewer of them is not taken for that variant
 SIZED = ("head.", "stem.pos_embed")  # entries whose shape depends on classes and image size

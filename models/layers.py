@@ -74,7 +74,7 @@ class ResidualDepthwiseConv(DepthwiseConv):
 class GeluDepthwiseConv(ResidualDepthwiseConv):
     """ResidualDepthwiseConv with GELU before it, or after. (B, H, W, C) -> same.
 
-    kernel, if set (models/kernels.py), computes both at once on devices of the type kernel_device.
+    kernel, if set (models/kernels/switch.py), computes both at once on devices of the type kernel_device.
     """
 
     kernel: Callable[[Tensor, Tensor, Tensor, bool], Tensor] | None = None

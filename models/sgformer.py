@@ -13,10 +13,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, activate
-from models.published import Rule
-from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
+from .backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
+from .layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, activate
+from .published import Rule
+from .sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
 
 # B batch, C channels, H W grid, N = H*W tokens
 REDUCTIONS = (8, 4, 2, 1)  # of the stages; 1 for plain attention

@@ -14,7 +14,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import DepthwiseConv, LayerNorm, attend_all, lowered
+from .layers import DepthwiseConv, LayerNorm, attend_all, lowered
 
 # B batch, C channels, H W grid, N = H*W tokens, K heads, D = C/K head channels, M reduced tokens
 # h w windows, S their side, T = S*S tokens of one
@@ -28,7 +28,7 @@ class PlainAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.softmax_scale: float | None = None  # D^-0.5; 1 where it is in the weights (models/fold.py)
+        self.softmax_scale: float | None = None  # D^-0.5; 1 where it is in the weights (models/inference/fold.py)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.position = LocalPosition(dim)
         self.proj = nn.Linear(dim, dim)

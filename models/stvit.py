@@ -12,8 +12,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from models.layers import (
+from .backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
+from .kernels.neighborhood import neighbours, overlap_add
+from .layers import (
     Conv1x1,
     DepthwiseConv,
     GeluDepthwiseConv,
@@ -23,8 +24,7 @@ from models.layers import (
     batch_norm,
     lowered,
 )
-from models.neighbours import neighbours, overlap_add
-from models.published import Rule
+from .published import Rule
 
 # B batch, C channels, H W grid, N = H*W tokens, h w cells, M pixels of a cell, K heads, D = C/K
 MLP_RATIO = 4
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
-        self.softmax_scale: float | None = None  # D^-0.5; 1 where it is in the weights (models/fold.py)
+        self.softmax_scale: float | None = None  # D^-0.5; 1 where it is in the weights (models/inference/fold.py)
         self.qkv = Conv1x1(dim, 3 * dim)  # rows by head, within it q, k, v
         self.proj = Conv1x1(dim, dim)
 

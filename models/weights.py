@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from models.backbone import Backbone
-from models.published import COUNTER, from_published, is_published, to_published
+from .backbone import Backbone
+from .published import COUNTER, from_published, is_published, to_published
 
 EMA_ENTRIES = ("ema", "state_dict_ema", "model_ema")
 RAW_ENTRIES = ("model", "state_dict")

@@ -22,15 +22,14 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-import arguments
 import config
 import eval as eval_script
 import train as train_script
-from config_files import keys
-from engine.plan import accumulation
-
-from .conftest import draw_folder
-from .documented import PAGES, ROOT, Command, anchors, commands, fragments, links, read
+from config import command_line
+from config.merge import keys
+from engine.batch_plan import accumulation
+from tests.conftest import draw_folder
+from tests.helpers.documented import PAGES, ROOT, Command, anchors, commands, fragments, links, read
 
 SMALL = ("MODEL.NAME=test_efficientnet", "DATA.IMG_SIZE=32", "DATA.EVAL_RESIZE=36")
 SHORT = (
@@ -56,7 +55,7 @@ OTHERS = {
 QUICK: dict[str, list[str]] = {
     "benchmarks.cluster_cost": [],
     "benchmarks.run_cost": [],
-    "data.demo": ["--train", "20", "--val", "10"],
+    "tools.demo": ["--train", "20", "--val", "10"],
     "tools.compare": [],
     "tools.index": ["--workers", "1"],
     "tools.inspect": ["--no-latency"],
@@ -212,8 +211,8 @@ def parse(main, whole=True):
 
 
 def train(words: list[str], desk: Desk, run: bool, processes: int = 1) -> str:
-    args = arguments.train_parser().parse_args([desk.here(word) for word in words])
-    cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
+    args = command_line.train_parser().parse_args([desk.here(word) for word in words])
+    cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
     accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes)
     if not run or tuple(words) in desk.seen:
         return "checked"
@@ -230,10 +229,12 @@ def train(words: list[str], desk: Desk, run: bool, processes: int = 1) -> str:
 
 def evaluate(words: list[str], desk: Desk, run: bool, processes: int = 1) -> str:
     argv = [desk.here(word) for word in words]
-    args = arguments.eval_parser().parse_args(argv)
-    arguments.resolve(args, arguments.EVAL_FLAGS)
-    arguments.check_eval(args)
-    if not run or args.fold:  # the model that stands in here is timm's; tests/test_eval_protocols.py folds one of ours
+    args = command_line.eval_parser().parse_args(argv)
+    command_line.resolve(args, command_line.EVAL_FLAGS)
+    command_line.check_eval(args)
+    if (
+        not run or args.fold
+    ):  # the model that stands in here is timm's; tests/trainer/test_eval_protocols.py folds one of ours
         return "checked"
     assert eval_script.main(with_opts(argv, args.cfg)) == 0
     return "run"
@@ -304,7 +305,7 @@ def measure(command: Command, desk: Desk) -> str:
 
 def sbatch(command: Command, desk: Desk) -> str:
     """Check sbatch's options, the script's and train.py's."""
-    parser = arguments.Parser("sbatch")
+    parser = command_line.Parser("sbatch")
     for flag in (
         "--account",
         "--cpus-per-task",
@@ -320,7 +321,7 @@ def sbatch(command: Command, desk: Desk) -> str:
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     args = parser.parse_args(command.words[1:])
     assert (ROOT / args.script).is_file()
-    own = arguments.Parser(args.script)
+    own = command_line.Parser(args.script)
     own.add_argument("-s")
     own.add_argument("-g")
     own.add_argument("cfg")
@@ -340,7 +341,7 @@ def make(command: Command, desk: Desk) -> str:
 
 def pytest_(command: Command, desk: Desk) -> str:
     """Check markers and paths."""
-    parser = arguments.Parser("pytest")
+    parser = command_line.Parser("pytest")
     for flag in ("-m", "-k", "-n"):
         parser.add_argument(flag, default="")
     parser.add_argument("-r", action="append", default=[])
@@ -385,7 +386,7 @@ def test_keys_exist(page):
 
 
 def test_flags_named_here_beside_those_of_others_exist():
-    parsers = (arguments.train_parser(), arguments.eval_parser())
+    parsers = (command_line.train_parser(), command_line.eval_parser())
     known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
     rows = [line.split("|") for _, line in read(ROOT / "docs/migrating.md")[1] if line.startswith("| `")]
     named = {flag for row in rows for flag in re.findall(r"`(--[\w-]+)", row[2])}

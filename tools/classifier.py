@@ -18,14 +18,14 @@ from PIL import Image
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from arguments import Parser, check_which
-from data.decode import UnreadableImageError, decode
-from data.folder import SUFFIXES
-from data.labels import class_names, readable_names
-from data.transforms import EvalTransform
+from config.command_line import Parser, check_which
+from data.augment.transforms import EvalTransform
+from data.loaders.decode import UnreadableImageError, decode
+from data.stores.class_labels import class_names, readable_names
+from data.stores.folder import SUFFIXES
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
+from models.custom_model import import_models
 from models.identify import identify
-from models.own_file import import_models
 from models.weights import classifier_names, fit, load_weights
 from tools.convert import convert
 
@@ -108,7 +108,7 @@ def load_classifier(
 ) -> Classifier:
     """Load a file of any layout that models/weights.py lists; without one, `model` gets random weights.
 
-    `module` is imported first (models/own_file.py). The evaluation crop is the one that the file states, else timm's default for
+    `module` is imported first (models/custom_model.py). The evaluation crop is the one that the file states, else timm's default for
     the model. Raises ValueError with the remedy for a file that cannot be read or does not fit, and for classes of another number.
     """
     if module:

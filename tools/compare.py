@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from arguments import Parser
-from tools.runs import ABSENT, Comparison, compare, number, read_run
+from config.command_line import Parser
+from tools.run_comparison import ABSENT, Comparison, compare, number, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

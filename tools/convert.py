@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arguments import Parser
-from engine.checkpoint import save_state, save_weights, write_atomically
+from config.command_line import Parser
+from engine.checkpoint.files import save_state, save_weights, write_atomically
 from models.backbone import Backbone
 from models.build import check_name, retoken_models
 from models.identify import identify, skeleton

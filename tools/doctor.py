@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.text import Text
 from yacs.config import CfgNode
 
-import arguments
 import config
-from arguments import KEY_FLAGS, TRAIN_FLAGS, Parser
+from config import command_line
+from config.command_line import KEY_FLAGS, TRAIN_FLAGS, Parser
 from tools import doctor_machine, doctor_run
-from tools.findings import LEVELS, Finding, guarded
+from tools.doctor_findings import LEVELS, Finding, guarded
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 WIDTH = max(len(level) for level in LEVELS)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.processes is not None and args.processes < 1:
             raise ValueError(f"--processes {args.processes} must be 1 or more")
         args.cfg = args.cfg or []
-        cfg = arguments.resolve(args, TRAIN_FLAGS)
+        cfg = command_line.resolve(args, TRAIN_FLAGS)
     except ValueError as error:
         parser.fail(error)
     asked = bool(args.cfg or args.data_path or args.opts)

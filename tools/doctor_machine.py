@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from yacs.config import CfgNode
 
-from arguments import ROOT
-from data.shared_memory import SHM, default_workers, neighbours
+from config.command_line import ROOT
+from data.loaders.shared_memory import SHM, default_workers, neighbours
 from engine.memory import gib
-from tools.findings import Finding, fail, ok, warn
+from tools.doctor_findings import Finding, fail, ok, warn
 
 PYTHON = (3, 11)
 DALI, MATPLOTLIB = "nvidia-dali", "matplotlib"  # what can be done without

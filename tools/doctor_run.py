@@ -14,16 +14,16 @@ from yacs.config import CfgNode
 
 import config
 from data.build import Data
-from data.store import open_store
-from engine.distributed import Processes
-from engine.log import Log
+from data.stores.store import open_store
+from engine.batch_plan import accumulation
+from engine.checkpoint.async_saver import Saver
+from engine.checkpoint.run_directory import RunDirectory
+from engine.distributed.processes import Processes
+from engine.logging.log import Log
 from engine.memory import Memory, gib
-from engine.plan import accumulation
-from engine.run import RunDirectory
-from engine.saver import Saver
-from report import estimate_memory, inert
-from session import build
-from tools.findings import Finding, fail, ok, warn
+from tools.doctor_findings import Finding, fail, ok, warn
+from trainer.session import build
+from trainer.summary import estimate_memory, inert
 
 PROBE = 64 * 2**20  # bytes written to see how fast the disk is
 SLOW = 50e6  # bytes/s; a checkpoint then takes long, though training goes on meanwhile

@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from arguments import Parser
-from engine.checkpoint import write_atomically
+from config.command_line import Parser
+from engine.checkpoint.files import write_atomically
 from models.backbone import Backbone
-from models.fold import fold
+from models.inference.fold import fold
 from tools.classifier import Classifier, add_checkpoint_options, load_asked
 from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
 

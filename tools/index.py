@@ -21,14 +21,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from arguments import Parser
+from config.command_line import Parser
 from data.build import Source
-from data.decode import UnreadableImageError
-from data.folder import read_class_index
-from data.layout import NoSplitError
-from data.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
-from data.store_index import NoImagesError
-from data.torch_loader import load
+from data.loaders.decode import UnreadableImageError
+from data.loaders.torch_loader import load
+from data.stores.archive_index import NoImagesError
+from data.stores.folder import read_class_index
+from data.stores.layout import NoSplitError
+from data.stores.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32

@@ -28,10 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
 
-from arguments import Parser
+from config.command_line import Parser
 from engine.memory import estimate
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
-from models.own_file import import_models
+from models.custom_model import import_models
 
 PARTS = ("output", "params M", "GMACs", "activations M")
 BATCH = 64  # images of the training step whose memory is estimated

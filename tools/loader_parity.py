@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from yacs.config import CfgNode
 
-import arguments
 import config
-from data.batch import Batch
+from config import command_line
 from data.build import EvalData, build_data, build_eval_data
-from data.layout import has_split
-from engine import distributed
+from data.loaders.batch import Batch
+from data.stores.layout import has_split
 from engine.build import prepare_model
-from engine.distributed import Processes
+from engine.distributed import processes as distributed
+from engine.distributed.processes import Processes
 from engine.evaluate import evaluate
 from engine.precision import Precision
 from models.build import build_model
@@ -82,7 +82,7 @@ class Differences:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = arguments.Parser("Compare the torch and the DALI loader on your data.")
+    parser = command_line.Parser("Compare the torch and the DALI loader on your data.")
     parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML config")
     parser.add_argument("--data-path", metavar="PATH", help="as in train.py [DATA.PATH]")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", action="extend", default=[], help="keys to change")

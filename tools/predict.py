@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from arguments import Parser
-from data.decode import UnreadableImageError
-from engine.heap import keep_freed_memory
-from engine.tables import TABLES, check_target, write_table
-from models.inference import is_known, prepare_inference
+from config.command_line import Parser
+from data.loaders.decode import UnreadableImageError
+from engine.malloc import keep_freed_memory
+from engine.result_files import TABLES, check_target, write_table
+from models.inference.prepare import is_known, prepare_inference
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
 
 THREADS = 8  # that decode

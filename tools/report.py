@@ -20,10 +20,10 @@ import jinja2
 from PIL import Image
 
 import config
-from arguments import Parser
-from engine.checkpoint import write_atomically
-from tools.run_facts import HEADLINES, LOG_LINES, RunFacts, ago, lasting
-from tools.runs import ABSENT, manifest_differences
+from config.command_line import Parser
+from engine.checkpoint.files import write_atomically
+from tools.run_comparison import ABSENT, manifest_differences
+from tools.run_info import HEADLINES, LOG_LINES, RunFacts, ago, lasting
 
 PAGE = Path(__file__).parent / "page"
 QUALITY = 88  # of pictures as JPEG, where that is smaller

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import arguments
 import config
+from config import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = arguments.train_parser()
+    parser = command_line.train_parser()
     args = parser.parse_args(argv)
     try:
-        cfg = arguments.resolve(args, arguments.TRAIN_FLAGS)
+        cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
     except ValueError as error:
         parser.fail(error)
     print(Path(cfg.OUTPUT) / config.run_name(cfg))

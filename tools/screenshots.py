@@ -17,12 +17,12 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from arguments import Parser
-from data.demo import draw_dataset
+from config.command_line import Parser
 from tools import report
 from tools.browser import MISSING, find_browser, screenshot
-from tools.run_facts import RunFacts
-from tools.terminal import record, screen_when
+from tools.demo import draw_dataset
+from tools.run_info import RunFacts
+from tools.terminal_recorder import record, screen_when
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, ROWS = 100, 24

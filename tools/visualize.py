@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from arguments import Parser
-from data.decode import UnreadableImageError
+from config.command_line import Parser
+from data.loaders.decode import UnreadableImageError
+from models.attention_hooks import Position, all_blocks, check_blocks, has_maps, last_blocks, look
 from models.backbone import Backbone
-from models.look import Position, all_blocks, check_blocks, has_maps, last_blocks, look
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
 
 PAGE = 4  # photographs on a page of the contact sheet
@@ -138,8 +138,8 @@ def draw_all(
     formats: Sequence[str],
 ) -> tuple[list[Path], list[UnreadableImageError]]:
     """Write a folder of pictures for each photograph and contact sheets; return the sheets and what could not be read."""
-    from pictures.figures import save, sheet, single
-    from pictures.panels import Panel
+    from trainer.figures.figure import save, sheet, single
+    from trainer.figures.panels import Panel
 
     rows: list[list[Panel]] = []
     captions: list[str] = []
@@ -180,8 +180,8 @@ def draw(
     smooth: bool,
 ) -> tuple[list, str]:
     """Return the panels of a photograph, uint8 (3, H, W), and the model's answer."""
-    from pictures.panels import original, panels
-    from pictures.photograph import Photograph
+    from trainer.figures.panels import original, panels
+    from trainer.figures.photograph import Photograph
 
     height, width = image.shape[1:]
     photo = Photograph.framed(image.permute(1, 2, 0).numpy(), *classifier.transform.geometry(height, width), path.name)

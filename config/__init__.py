@@ -1,0 +1,3 @@
+"""The configuration: schema, merging of YAML files and options, validation, command lines. Imports no torch."""
+
+from config.schema import *  # noqa: F403

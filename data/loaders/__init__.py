@@ -1,0 +1,1 @@
+"""Loaders and the sampler that drives them: PyTorch workers, DALI, synthetic images."""

@@ -1,0 +1,91 @@
+"""Bytes of an image file to RGB pixels: JPEG through torchvision, everything else through Pillow, EXIF ignored.
+
+Both decode a JPEG to the same pixels, grey and CMYK ones too, torchvision faster. Its operator is called by the registered
+name, because torchvision 0.29 warns at each call of the Python wrapper that decoding moves to TorchCodec; a torchvision
+that no longer has the operator leaves all decoding to Pillow and says so once.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+import torchvision.io  # registers torch.ops.image
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data.loaders.jpeg import START, stated_size
+
+MAX_PIXELS = 178_956_970  # of an image, 16 times an ordinary photograph; Pillow refuses more, too
+RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB, which is deprecated with the wrapper
+HAS_JPEG_OPERATOR = hasattr(torch.ops.image, "decode_jpeg")
+if not HAS_JPEG_OPERATOR:
+    warnings.warn(
+        f"torchvision {torchvision.__version__} cannot decode JPEG; Pillow does, at about 3/4 of the speed "
+        "(an older torchvision brings it back)",
+        stacklevel=2,
+    )
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be read or decoded."""
+
+    def __init__(self, name: str, reason: str = "", remedy: str = "") -> None:
+        super().__init__(f"{name}: {reason}; {remedy}" if reason else name)
+        self.name, self.reason = name, reason
+
+
+def decode(data: np.ndarray, name: str) -> Tensor:
+    """Decode a file's bytes, uint8 (n,), to uint8 (3, H, W); UnreadableImageError names a file that is no image."""
+    try:
+        if data[:2].tobytes() == START:
+            _check_pixels(*(stated_size(data) or (0, 0)))
+            if HAS_JPEG_OPERATOR:
+                try:
+                    return torch.ops.image.decode_jpeg(torch.from_numpy(data), RGB_MODE, False)
+                except RuntimeError:
+                    pass  # Pillow either can, or says better what is wrong
+        return _decode_pillow(data)
+    except Exception as error:  # Pillow's readers meet damage with many kinds of errors
+        raise UnreadableImageError(
+            name,
+            f"cannot be decoded ({len(data)} bytes; {_why(data, error)})",
+            "restore the file or take it out of the folder",
+        ) from error
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+
+
+def _why(data: np.ndarray, error: Exception) -> str:
+    if len(data) == 0:
+        return "the file is empty"
+    if not data.any():
+        return "all bytes are zero"
+    if data[:512].tobytes().lstrip()[:5].lower() in (b"<html", b"<!doc"):
+        return "a web page, not an image"
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format that Pillow knows"
+    return str(error) or type(error).__name__
+
+
+def _decode_pillow(data: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which are checked here, and of odd metadata
+        return _pixels(data)
+
+
+def _pixels(data: np.ndarray) -> Tensor:
+    with Image.open(io.BytesIO(data.data)) as file:
+        _check_pixels(file.height, file.width)
+        file.load()
+        image: Image.Image = file
+        if image.mode.startswith("I"):  # 16 bit grey; Pillow's own conversion would clip it at 255
+            grey = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
+        pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,1 @@
+"""Where images lie: class folders, archives and their index, labels."""

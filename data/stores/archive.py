@@ -1,0 +1,142 @@
+"""What lies in a tar or a stored zip: the name, offset and length of every file, so that it can be read in place.
+
+Both are read with stdlib's parsers, over windows of a file that `os.pread` fills: a tar inside a tar is a window, too.
+"""
+
+import os
+import struct
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from data.stores.folder import SUFFIXES
+
+TAR, ZIP = ".tar", ".zip"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+CHUNK = 1 << 20  # read at a time to see whether a tar goes on after its end mark
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
+
+
+class Member(NamedTuple):
+    """A file in an archive: where its bytes lie in the archive's file."""
+
+    path: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Contents:
+    """The files of an archive, and what is wrong with it though it can be used."""
+
+    members: list[Member]
+    problems: list[str] = field(default_factory=list)
+
+
+class Window:
+    """A piece of an open file as a file of its own, read with os.pread."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self.fd, self.start, self.size, self.at = fd, start, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        """Return up to `count` bytes from the current position on."""
+        left = max(0, self.size - self.at)
+        count = left if count < 0 else min(count, left)
+        data = os.pread(self.fd, count, self.start + self.at)
+        self.at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position."""
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self.at
+
+    def seekable(self) -> bool:
+        """Say that positions can be chosen."""
+        return True
+
+
+def list_archive(path: Path, start: int = 0, size: int | None = None, inner: str = "") -> Contents:
+    """List the files of an archive, or of the tar `inner` that lies in it at `start`. ValueError if it cannot be used."""
+    name = f"{path}:{inner}" if inner else str(path)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        window = Window(fd, start, os.fstat(fd).st_size - start if size is None else size)
+        if path.name.lower().endswith(ZIP) and not inner:
+            return Contents(list(_zip_members(window, name)))
+        return _tar_contents(window, name)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OverflowError) as error:
+        raise ValueError(
+            f"{name} cannot be read ({error}); it is damaged, or no {path.suffix[1:]} file: copy it again and compare checksums"
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def _tar_contents(window: Window, name: str) -> Contents:
+    members: list[Member] = []
+    if window.read(2) == b"\x1f\x8b":
+        raise ValueError(f"{name} is compressed; unpack it with gunzip, images are read from a tar in place")
+    window.seek(0)
+    with tarfile.open(fileobj=window, mode="r:", errorlevel=0) as tar:  # type: ignore[call-overload]
+        while (info := tar.next()) is not None:
+            tar.members = []  # which would grow with every member
+            unusable = info.issparse() or info.islnk() or info.issym()
+            if unusable and info.name.lower().endswith(SUFFIXES):
+                kind = "sparse" if info.issparse() else "a link"
+                raise ValueError(
+                    f"{name} holds {info.name}, which is {kind}; write the tar again with --hard-dereference --dereference"
+                )
+            if info.isfile() and not unusable:
+                members.append(Member(info.name, window.start + info.offset_data, info.size))
+        end = tar.offset
+    window.seek(end)
+    block = window.read(tarfile.BLOCKSIZE)
+    if block and block.strip(b"\0"):
+        raise ValueError(f"{name} is damaged at byte {end}: no file begins there; copy it again and compare checksums")
+    if (more := _after_zeros(window)) is not None:
+        raise ValueError(
+            f"{name} goes on after its end mark, at byte {more}: two tars joined? Join them with tar -A, not with cat"
+        )
+    if members and members[-1].offset + members[-1].size > window.start + window.size:
+        raise ValueError(f"{name} ends within {members[-1].path}; it was cut off: copy it again and compare checksums")
+    cut = (
+        [] if len(block) == tarfile.BLOCKSIZE else [f"{name} has no end mark after {len(members)} files; is it whole?"]
+    )
+    return Contents(members, cut)
+
+
+def _after_zeros(window: Window) -> int | None:
+    """Return the position of the first block that is not zeros, from the current one on; None if there is none."""
+    while chunk := window.read(CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            at = window.tell() - len(rest)
+            return at - at % tarfile.BLOCKSIZE
+    return None
+
+
+def _zip_members(window: Window, name: str) -> Iterator[Member]:
+    with zipfile.ZipFile(window) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+    packed = [info for info in infos if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1]
+    if packed:
+        kind = "encrypted" if packed[0].flag_bits & 1 else "compressed"
+        raise ValueError(
+            f"{name} holds {len(packed)} {kind} files of {len(infos)}, {packed[0].filename} the first; images are read from "
+            "a zip in place: write it again without compression, zip -0 -r"
+        )
+    for info in infos:
+        window.seek(info.header_offset)
+        header = window.read(LOCAL_HEADER.size)
+        if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+            raise zipfile.BadZipFile(f"no file begins at byte {info.header_offset}")
+        _, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        yield Member(info.filename, info.header_offset + LOCAL_HEADER.size + name_length + extra_length, info.file_size)

@@ -1,0 +1,186 @@
+"""Files that tell the classes of images which lie in no class folder, as the official validation tar has them.
+
+    per image   ILSVRC2012_val_00000001.JPEG n01751748    (also "mv FILE CLASS/", the lines of valprep.sh)
+                ILSVRC2012_val_00000001.JPEG 65           0-based, classes sorted by name (Swin's val_map.txt, Caffe's val.txt)
+                ILSVRC2012_val_00000001,n01751748 111 ... Kaggle's LOC_val_solution.csv
+    by position n01751748                                 a line per image, in the order of their numbers
+                490                                       ILSVRC2012_validation_ground_truth.txt of the development kit
+
+The development kit's numbers are ILSVRC2012_IDs, whose order is not that of the sorted classes: they are translated by the
+kit's meta.mat (or map_clsloc.txt), or read with it out of the kit's archive. What could mean two things is refused.
+"""
+
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from data.stores.matlab import synset_ids
+
+KEY = "DATA.VAL_LABELS"
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+KITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
+KNOWN = (
+    *KITS,
+    GROUND_TRUTH,
+    "LOC_val_solution.csv",
+    "val_map.txt",
+    "val.txt",
+    "valprep.sh",
+    "imagenet_2012_validation_synset_labels.txt",
+)
+ID_FILES = ("meta.mat", "map_clsloc.txt")
+Labels = dict[str, str] | dict[str, int]
+
+
+def find_label_file(folder: Path, given: str) -> Path:
+    """Return the file `given`, else the one of a known name in `folder`. ValueError if there is none, or more than one."""
+    if given:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise ValueError(
+                f"{KEY}={given!r} does not exist; give a file that tells the class of each validation image"
+            )
+        return path
+    found = [folder / name for name in KNOWN if (folder / name).exists()]
+    if len(found) == 2 and all(path.name in KITS for path in found):
+        found = found[1:]  # the unpacked one
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(
+            f"{folder} holds several files with the classes of validation images: {names}; name one with {KEY}"
+        )
+    if not found:
+        raise ValueError(
+            f"the validation images of {folder} lie in no class folders and no file tells their classes; put "
+            f"{KITS[0]} there, or another of {', '.join(KNOWN[2:])}, or name a file with {KEY}"
+        )
+    return found[0]
+
+
+def inputs_of(path: Path) -> list[Path]:
+    """Return the files that the labels of a label file depend on."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.name in (GROUND_TRUTH, *ID_FILES))
+    beside = [path.parent / name for name in ID_FILES] if path.name == GROUND_TRUTH else []
+    return [path, *(p for p in beside if p.is_file())]
+
+
+def read_labels(path: Path, images: Sequence[str]) -> Labels:
+    """Return the class, by name or by number, of each of the image file names.
+
+    ValueError if the file does not tell it for each, or can be understood in more than one way.
+    """
+    files = {p.name: p.read_bytes() for p in inputs_of(path)} if path.is_dir() or path.name == GROUND_TRUTH else None
+    if "".join(path.suffixes[-2:]) in (".tar.gz", ".tgz") or path.suffix in (".tgz", ".tar"):
+        files = _unpacked(path)
+    if files is not None:
+        return _kit_labels(files, images, path)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = [fields for line in text.splitlines() if (fields := _fields(line))]
+    if rows and all(len(row) == 1 for row in rows):
+        values = [row[0] for row in rows]
+        if all(value.isdecimal() for value in values):
+            raise ValueError(
+                f"{path} holds a number a line, which could be ILSVRC2012_IDs (1 .. 1000, not in the order of the sorted classes) or "
+                f"0-based labels; name it {GROUND_TRUTH} and put meta.mat beside it, or give a file with an image name a line"
+            )
+        return _by_position(values, images, path)
+    return _per_image(rows, images, path)
+
+
+def _fields(line: str) -> list[str]:
+    """Split a line: image and class, class alone, or nothing if it is a heading or prepares folders."""
+    fields = line.replace(",", " ").split()
+    if not fields or fields[0].startswith("#") or fields[0] in ("ImageId", "mkdir", "wget", "rm"):
+        return []
+    if fields[0] == "mv":
+        return [fields[1], fields[2].rstrip("/")] if len(fields) == 3 else []
+    if len(fields) >= 6 and len(fields) % 5 == 1:  # Kaggle: boxes of a class and four numbers each
+        return [fields[0], *dict.fromkeys(fields[1::5])]
+    return fields
+
+
+def _per_image(rows: list[list[str]], images: Sequence[str], path: Path) -> Labels:
+    odd = next((row for row in rows if len(row) != 2), None)
+    if odd or not rows:
+        raise ValueError(
+            f"{path} is not understood{f' ({odd[:4]})' if odd else ', it is empty'}; expected lines: IMAGE CLASS"
+        )
+    table: dict[str, str] = {}
+    for name, value in rows:
+        stem = _stem(name)
+        if table.setdefault(stem, value) != value:
+            raise ValueError(f"{path} gives {name} two classes, {table[stem]} and {value}; correct it")
+    missing = [image for image in images if _stem(image) not in table]
+    if missing:
+        raise ValueError(
+            f"{path} has no class for {len(missing)} of {len(images)} images: {', '.join(missing[:3])}; is it the right file?"
+        )
+    found = {image: table[_stem(image)] for image in images}
+    numbers = {value for value in table.values() if value.isdecimal()}
+    if not numbers:
+        return found
+    if len(numbers) < len(set(table.values())):
+        raise ValueError(f"{path} mixes numbers and names of classes; use one of them")
+    if min(map(int, numbers)) == 1 and max(map(int, numbers)) == len(numbers):
+        raise ValueError(
+            f"{path} numbers the classes 1 .. {len(numbers)}: these could be ILSVRC2012_IDs, which are not in the order of the sorted "
+            "classes; give a file with class names, or 0-based numbers of the sorted classes"
+        )
+    return {image: int(value) for image, value in found.items()}
+
+
+def _by_position(values: Sequence[str], images: Sequence[str], path: Path) -> dict[str, str]:
+    if len(values) != len(images):
+        raise ValueError(f"{path} has {len(values)} lines for {len(images)} images; is it the right file?")
+    ordered = sorted(images)
+    numbers = [re.search(r"(\d+)$", _stem(image)) for image in ordered]
+    if [int(n.group()) if n else 0 for n in numbers] != list(range(1, len(images) + 1)):
+        raise ValueError(
+            f"{path} tells classes by position, but the images are not numbered 1 .. {len(images)} ({ordered[0]}, ...); "
+            "give a file with an image name a line"
+        )
+    return dict(zip(ordered, values, strict=True))
+
+
+def _kit_labels(files: dict[str, bytes], images: Sequence[str], path: Path) -> dict[str, str]:
+    if GROUND_TRUTH not in files:
+        raise ValueError(f"{path} holds no {GROUND_TRUTH}; give the development kit of ILSVRC2012, tasks 1 and 2")
+    if "meta.mat" in files:
+        try:
+            names = synset_ids(files["meta.mat"])
+        except ValueError as error:
+            raise ValueError(f"meta.mat of {path} cannot be read: {error}; copy it again") from error
+    elif "map_clsloc.txt" in files:
+        rows = [line.split() for line in files["map_clsloc.txt"].decode().splitlines() if line.strip()]
+        names = {int(row[1]): row[0] for row in rows}
+    else:
+        raise ValueError(
+            f"{path} numbers classes by ILSVRC2012_ID, which is not the order of the sorted classes; put meta.mat of the "
+            f"development kit (data/meta.mat in {KITS[0]}) beside it"
+        )
+    ids = [int(value) for value in files[GROUND_TRUTH].split()]
+    unknown = sorted(set(ids) - set(names))
+    if unknown:
+        raise ValueError(f"{path} has ILSVRC2012_IDs that its table lacks: {unknown[:5]}; use both files of one kit")
+    return _by_position([names[i] for i in ids], images, path)
+
+
+def _unpacked(kit: Path) -> dict[str, bytes]:
+    """Return the files of a development kit's archive that tell classes."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(kit) as tar:
+            for info in tar:
+                name = PurePosixPath(info.name).name
+                file = tar.extractfile(info) if name in (GROUND_TRUTH, *ID_FILES) and info.isfile() else None
+                if file:
+                    found[name] = file.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{kit} cannot be read ({error}); copy it again") from error
+    return found
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).name.partition(".")[0]

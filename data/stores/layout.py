@@ -1,0 +1,262 @@
+"""Which files hold a split of DATA.PATH, and how the names in them tell classes: the one place that decides both.
+
+A split is looked for in this order; ROOT is DATA.PATH, and val may be called validation:
+
+    ROOT/<split>/                          class folders, or archives of any kind below
+    ROOT/<split>.tar  ROOT/<split>.zip  ROOT/ILSVRC2012_img_<split>.tar
+    ROOT/<name>-<split>-000000.tar ...     shards
+    ROOT itself, a tar or zip with <split>/ in it
+
+Archives hold one of four layouts:
+
+    shards     KEY.jpg beside KEY.cls or KEY.json: the class's number or name (WebDataset)
+    folders    <class>/<file>
+    tars       <class>.tar with its files: in a folder, or inside a tar as in ILSVRC2012_img_train.tar
+    flat       files only, whose classes another file tells (label_files.py), as for ILSVRC2012_img_val.tar
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data.stores.archive import COMPRESSED, TAR, ZIP, Member
+from data.stores.folder import SUFFIXES, listing, split_folder
+
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
+JSON_KEYS = ("label", "cls", "class", "target", "wnid")
+LABEL_SUFFIXES = (".cls", ".json")
+LABEL_BYTES = 1 << 20  # a longer one is no label
+SHARD_STEM = re.compile(r"(.*[-_.])\d+|\d{4,}")
+EXPECTED = (
+    "train/<class>/<image> and val/<class>/<image>; train.tar or train.zip, also as folders of tars; "
+    "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; or shards such as imagenet-train-000000.tar"
+)
+
+
+class NoSplitError(ValueError):
+    """Nothing below DATA.PATH is named like the split."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a split lies: a folder of class folders, or archives."""
+
+    split: str
+    root: Path  # DATA.PATH
+    folder: Path | None  # of class folders
+    archives: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()  # what lies beside it and is not read
+
+    @property
+    def inside(self) -> bool:
+        """Whether DATA.PATH itself is the archive, of which only what lies below <split>/ belongs to the split."""
+        return self.archives == (self.root,)
+
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        if self.folder:
+            return str(self.folder)
+        return str(self.archives[0]) + (f" and {len(self.archives) - 1} more" if len(self.archives) > 1 else "")
+
+
+class Sample(NamedTuple):
+    """An image in an archive: its class if it is known, and the folders and the name that its class orders it by."""
+
+    label: str | int | None
+    place: str
+    member: Member
+
+
+def find_split(root: str | Path, split: str) -> Place:
+    """Find a split below DATA.PATH. NoSplitError if there is none, ValueError if more than one could be meant."""
+    if not str(root):
+        split_folder(root, split)  # says that it is not set
+    root = Path(root).expanduser()
+    if root.is_file():
+        if not _is_archive(root.name):
+            raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
+        return Place(split, root, None, (root,))
+    if not root.is_dir():
+        split_folder(root, split)  # says what is wrong
+    names = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+    beside = [group for group in _groups(names, split) if group]
+    for folder in (root / name for name in SPLIT_NAMES[split]):
+        if not folder.is_dir():
+            continue
+        inner = tuple(p for p in sorted(folder.iterdir()) if _is_archive(p.name) and not p.name.startswith("."))
+        folders = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        if inner and folders:
+            raise ValueError(
+                f"{folder} holds archives ({inner[0].name}, ...) and folders ({sorted(folders)[0]}/, ...); which are the images? "
+                "Move one kind away"
+            )
+        notes = [f"{folder} is read; {' '.join(group[:2])} beside it is not" for group in beside]
+        return Place(split, root, None if inner else folder, inner, tuple(notes))
+    if len(beside) > 1:
+        kinds = ", ".join(group[0] for group in beside)
+        raise ValueError(f"DATA.PATH={str(root)!r} holds {split} more than once: {kinds}; move all but one away")
+    if beside:
+        return Place(split, root, None, tuple(root / name for name in beside[0]))
+    raise NoSplitError(_nothing_found(root, split, names))
+
+
+def has_split(root: str | Path, split: str) -> bool:
+    """Return whether DATA.PATH is a folder with something for the split, or an archive, which may have it.
+
+    ValueError if it cannot be told what the split is.
+    """
+    try:
+        find_split(root, split)
+    except NoSplitError:
+        return False
+    return True
+
+
+def _groups(names: Sequence[str], split: str) -> list[list[str]]:
+    """Return the archives for a split among names, a list for each way of naming them."""
+    words = "|".join(SPLIT_NAMES[split])
+    patterns = [
+        rf"({words})\.tar",
+        rf"({words})\.zip",
+        rf"ILSVRC2012_img_{split}\.tar",
+        rf"(.+[-_.])?({words})[-_.]\d+.*\.tar",
+    ]
+    return [[name for name in names if re.fullmatch(pattern, name)] for pattern in patterns]
+
+
+def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
+    packed = [name for name in names if name.lower().endswith(COMPRESSED) and split in name]
+    if packed:
+        return f"DATA.PATH={str(root)!r} holds {packed[0]}; {_remedy(packed[0])}"
+    try:
+        split_folder(root, split)
+    except ValueError as error:
+        return f"{error}, or archives: expected one of {EXPECTED} (docs/data.md)"
+    return f"DATA.PATH={str(root)!r} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
+
+
+def _remedy(name: str) -> str:
+    if name.lower().endswith(COMPRESSED):
+        return (
+            "unpack the compression (gunzip, unxz, ...), images are read from a tar in place; the tar itself may stay"
+        )
+    return f"expected a folder or an archive with one of {EXPECTED}"
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith((TAR, ZIP))
+
+
+def of_split(members: Sequence[Member], split: str, inside: bool) -> list[tuple[str, Member]]:
+    """Return (path below the split's folder, member), hidden ones left out.
+
+    A leading <split>/ is taken off; with `inside`, members without it do not belong to the split.
+    """
+    found: list[tuple[str, Member]] = []
+    for member in members:
+        parts = [part for part in member.path.split("/") if part not in ("", ".")]
+        if any(part.startswith(".") for part in parts):
+            continue
+        at = next((i for i, part in enumerate(parts[:-1]) if part in SPLIT_NAMES[split]), None) if inside else None
+        if inside and at is None:
+            continue
+        if not inside and len(parts) > 1 and parts[0] in SPLIT_NAMES[split]:
+            at = 0
+        found.append(("/".join(parts[0 if at is None else at + 1 :]), member))
+    return found
+
+
+def shard_labels(entries: Sequence[tuple[str, Member]], name: str) -> dict[str, Member]:
+    """Return the members that hold labels, by the keys of the images they belong to; .cls comes before .json.
+
+    ValueError if two samples share a key, so that it does not tell which label is whose.
+    """
+    keys = {_key(path) for path, _ in entries if path.lower().endswith(SUFFIXES)}
+    found: dict[str, Member] = {}
+    for suffix in reversed(LABEL_SUFFIXES):
+        own: dict[str, Member] = {}
+        for path, member in entries:
+            if (
+                path.lower().endswith(suffix)
+                and (key := _key(path)) in keys
+                and own.setdefault(key, member) is not member
+            ):
+                raise ValueError(
+                    f"{name} holds {path} twice; the samples of a shard must have keys of their own: write it again"
+                )
+        found |= own
+    return found
+
+
+def parse_label(data: bytes, member: str, name: str) -> str | int:
+    """Return the class that a shard's .cls or .json states: its number, or its name."""
+    text = data.decode("utf-8", errors="replace").strip()
+    value: object = text
+    if member.lower().endswith(".json"):
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{name}: {member} is no JSON ({error}); write the shard again") from error
+        value = next((tree[key] for key in JSON_KEYS if key in tree), None) if isinstance(tree, dict) else tree
+    if isinstance(value, str) and re.fullmatch(r"\d+", value):
+        value = int(value)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, str | int)
+        or value == ""
+        or (isinstance(value, int) and value < 0)
+    ):
+        raise ValueError(
+            f"{name}: {member} tells no class; it must be a number or a name, in JSON under one of {', '.join(JSON_KEYS)}"
+        )
+    return value
+
+
+def samples_of(entries: Sequence[tuple[str, Member]], labels: dict[str, str | int], name: str) -> list[Sample]:
+    """Return an archive's images with the classes that shard labels or folders tell; ValueError if they lie at odds."""
+    images = [(path, member) for path, member in entries if path.lower().endswith(SUFFIXES)]
+    if labels:
+        bare = [path for path, _ in images if _key(path) not in labels]
+        if bare:
+            raise ValueError(
+                f"{name} has labels for {len(labels)} of {len(images)} images; {bare[0]} has none: write it again"
+            )
+        return [Sample(labels[_key(path)], path, member) for path, member in images]
+    deep = [path for path, _ in images if "/" in path]
+    if deep and len(deep) < len(images):
+        flat = next(path for path, _ in images if "/" not in path)
+        raise ValueError(f"{name} holds images in folders ({deep[0]}) and beside them ({flat}); which tells the class?")
+    return [Sample(path.split("/")[0] if deep else None, path, member) for path, member in images]
+
+
+def without_shared_folder(samples: list[Sample]) -> list[Sample]:
+    """Take off a leading folder that all images of a split share if there are class folders below it."""
+    while samples and len({sample.place.split("/")[0] for sample in samples}) == 1:
+        if any(sample.place.count("/") < 2 for sample in samples):
+            break
+        rest = [sample.place.split("/", 1)[1] for sample in samples]
+        samples = [
+            Sample(place.split("/")[0], place, sample.member) for place, sample in zip(rest, samples, strict=True)
+        ]
+    return samples
+
+
+def refuse_shard_names(stems: Sequence[str], name: str) -> None:
+    """Raise ValueError if tars without labels are all named like shards, so that their names cannot be classes."""
+    matches = [SHARD_STEM.fullmatch(stem) for stem in stems]
+    if all(matches) and len({match.group(1) for match in matches if match}) == 1:
+        raise ValueError(
+            f"{name} holds images without labels (no KEY.cls, KEY.json or <class>/ folders) and is named like a shard; "
+            "write shards with labels, or name each tar after its class"
+        )
+
+
+def _key(path: str) -> str:
+    """Return the key of a shard's member: its path up to the first dot of the file name."""
+    folder, slash, file = path.rpartition("/")
+    return folder + slash + file.partition(".")[0]

@@ -1,0 +1,1 @@
+"""Checkpoint files, their asynchronous saver and the run directory."""

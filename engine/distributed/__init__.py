@@ -1,0 +1,1 @@
+"""Processes of a run: launch, DDP, consensus, signals, elastic restarts."""

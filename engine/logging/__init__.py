@@ -1,0 +1,1 @@
+"""Log of the main process: terminal, log.txt, metrics.jsonl, trackers."""

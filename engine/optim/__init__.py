@@ -1,0 +1,1 @@
+"""Optimisers, learning rate schedule, EMA, clipping."""

@@ -1,0 +1,76 @@
+"""Results as files that other programs read: tables as CSV or parquet, everything as JSON. Written whole or not at all."""
+
+import csv
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint.files import write_atomically
+
+TABLES = (".csv", ".parquet")
+
+
+def check_target(flag: str, path: str, suffixes: Sequence[str]) -> Path:
+    """Return the path of a result file; ValueError, before any work is done, if it could not be written in the end."""
+    target = Path(path).expanduser()
+    if target.suffix not in suffixes:
+        raise ValueError(f"{flag} {path}: its name must end in {' or '.join(suffixes)}, which says the format")
+    if target.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; give a file in it, e.g. {target / ('result' + suffixes[0])}")
+    if not target.parent.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {target.parent}; make it, or name another one")
+    if target.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(
+            f"{flag} {path}: parquet files need pyarrow, which is not installed; run pip install pyarrow, or name it "
+            f"{target.stem}.csv"
+        )
+    return target
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
+    """Write columns of one length, as CSV or parquet by the file's suffix."""
+    if path.suffix == ".parquet":
+        import pyarrow  # optional: check_target asks for it
+        import pyarrow.parquet
+
+        table = pyarrow.table({name: _text(values) for name, values in columns.items()})
+        write_atomically(path, lambda file: pyarrow.parquet.write_table(table, file))
+        return
+
+    def write(file: Path) -> None:
+        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write plain values as JSON; numbers that are not finite, which JSON does not know, become null."""
+    text = json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def _text(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
+    """Return file names that are not UTF-8 with the odd bytes escaped, which parquet asks for."""
+    if isinstance(values, np.ndarray):
+        return values
+    return [v.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for v in values]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

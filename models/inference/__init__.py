@@ -1,0 +1,1 @@
+"""Models prepared for inference: folded weights and fused operations."""

@@ -1,0 +1,1 @@
+"""Operators with hand-written backward passes, Triton kernels and apex."""

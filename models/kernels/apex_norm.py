@@ -1,0 +1,51 @@
+"""NVIDIA's apex for LayerNorm (MODEL.NORM_BACKEND), where a machine has it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import LayerNorm
+
+BUILD = (
+    "git clone https://github.com/NVIDIA/apex && cd apex && "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation --no-cache-dir ."
+)
+
+
+def use_apex_norms(model: nn.Module) -> None:
+    """Put apex's FusedLayerNorm in the place of every plain LayerNorm, with its weights and names.
+
+    It computes in float32 under autocast, as what it replaces. Raises ValueError if the model has none, or apex is missing.
+    """
+    try:
+        from apex.normalization import FusedLayerNorm
+    except ImportError as error:
+        raise ValueError(
+            f"MODEL.NORM_BACKEND=apex: NVIDIA's apex with its CUDA extensions is missing ({error}); build it with `{BUILD}`, "
+            "or set NORM_BACKEND to torch"
+        ) from error
+    fused = _wide(FusedLayerNorm)
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) in (LayerNorm, nn.LayerNorm) and norm.bias is not None:
+                own = fused(norm.normalized_shape, eps=norm.eps).train(norm.training)
+                own.weight, own.bias = norm.weight, norm.bias
+                setattr(parent, name, own)
+                replaced += 1
+    if not replaced:
+        raise ValueError(
+            f"MODEL.NORM_BACKEND=apex has no effect: {type(model).__name__} has no LayerNorm; set it to torch"
+        )
+
+
+def _wide(base: Any) -> Any:
+    class ApexLayerNorm(base):
+        """apex's FusedLayerNorm in the type of its weights, whatever autocast says."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.to(self.weight.dtype))
+
+    return ApexLayerNorm

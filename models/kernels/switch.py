@@ -1,0 +1,21 @@
+"""The switch that lets the layers which have a Triton kernel run it."""
+
+from torch import nn
+
+from ..layers import GeluDepthwiseConv
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Run the depthwise kernel of each GeluDepthwiseConv wherever it is on a CUDA device; parameters stay as they are.
+
+    Raises ValueError without Triton and for a model that has no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GeluDepthwiseConv)]
+    if not layers:
+        raise ValueError("no layer of this model has a Triton kernel: those of SG-Former and STViT do")
+    try:
+        from ..kernels import depthwise
+    except ImportError as error:
+        raise ValueError(f"Triton is missing ({error}): the CUDA builds of PyTorch bring it") from error
+    for layer in layers:
+        layer.kernel, layer.kernel_device = depthwise.gelu_depthwise, depthwise.DEVICE

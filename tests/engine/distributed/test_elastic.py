@@ -1,0 +1,180 @@
+"""Elastic runs: after the death of a worker or of a node the run continues on what is left, and ends as if nothing had happened."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_script
+from engine.checkpoint.files import load_state
+from engine.distributed.elastic import Elastic
+from tests.conftest import ROOT
+from tests.helpers.slurm_cluster import wait_for
+
+# 20 epochs of 4 updates of 12 images in 4 micro-batches; saved after every update. Larger eps: see test_any_machine.py.
+OPTS = (
+    *("MODEL.NAME", "test_vit", "TRAIN.EPOCHS", "20", "TRAIN.GLOBAL_BATCH", "12", "TRAIN.MICRO_BATCH", "3"),
+    *("OPTIM.EPS", "1e-3", "LOG.EVERY", "1", "EVAL.EVERY", "10", "CHECKPOINT.EVERY_UPDATES", "1"),
+)
+LAST = "checkpoints/update-00000080.pt"
+
+
+@pytest.mark.parametrize(
+    ("batch", "came", "used"),
+    [(12, 4, 4), (12, 3, 2), (12, 1, 1), (12, 9, 4), (1024 * 3, 24, 16), (1024 * 3, 1000, 512)],
+)
+def test_batch_is_divided_among_the_most_processes_that_fit(batch, came, used):
+    micro = 3
+    idle = []
+    for rank in range(came):
+        env = {"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": str(came), "RANK": str(rank)}
+        elastic = Elastic(batch, micro, env)
+        idle.append(elastic.idle)
+        assert env["WORLD_SIZE"] == str(min(used, came))
+        assert any("stand by" in note for note in elastic.notes(1)) == (used < came)
+    assert idle == [rank >= used for rank in range(came)]
+
+
+def test_processes_that_cannot_restart_are_left_as_they_are():
+    env = {"TORCHELASTIC_MAX_RESTARTS": "0", "WORLD_SIZE": "3", "RANK": "2"}
+    elastic = Elastic(12, 3, env)
+    assert not elastic.idle
+    assert env["WORLD_SIZE"] == "3"
+    assert elastic.notes(0) == []
+
+
+def test_restarts_without_care_are_warned_of():
+    env = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    first, second = Elastic(12, 3, env).notes(0)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in first
+    assert "CHECKPOINT.EVERY_UPDATES=0" in second
+
+
+@pytest.fixture(scope="module")
+def whole(small_cfg, tmp_path_factory):
+    """The uninterrupted run on one process."""
+    output = tmp_path_factory.mktemp("whole")
+    assert train_script.main(["--cfg", str(small_cfg), "--output", str(output), "--opts", *OPTS]) == 0
+    return output / "small"
+
+
+@pytest.fixture
+def agents():
+    """Starts launch_scripts/elastic.sh, as often as it is called; ends what is left."""
+    started = []
+
+    def start(nodes, processes, port, output, said, *argv):
+        command = ("launch_scripts/elastic.sh", "-n", nodes, "-g", str(processes), "-a", "localhost", "-p", str(port))
+        env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        with said.open("w") as file:
+            agent = subprocess.Popen(
+                [*command, *map(str, argv), "--output", str(output), "--opts", *OPTS],
+                cwd=ROOT,
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(agent)
+        return agent
+
+    yield start
+    for agent in started:
+        if agent.poll() is None:
+            kill_all(agent)
+
+
+def workers(agent):
+    """Return {rank: process number} of an agent's workers."""
+    found = {}
+    listed = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
+    for pid in map(int, listed.split()):
+        try:
+            rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+        except OSError:
+            continue
+        if rank:
+            found[int(rank[1])] = pid
+    return found
+
+
+def kill_all(agent):
+    """Let a node die: the agent and its workers at once."""
+    for pid in (agent.pid, *workers(agent).values()):
+        os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]
+
+
+def reached(run, update):
+    metrics = run / "metrics.jsonl"
+    return lambda: metrics.exists() and f'"update": {update},' in metrics.read_text()
+
+
+def assert_same_to_round_off(a, b):
+    x, y = load_state(a / LAST), load_state(b / LAST)
+    for part in ("model", "ema"):
+        torch.testing.assert_close(x[part], y[part], rtol=1e-3, atol=5e-6)
+    first, second = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b))
+    assert [(row["kind"], row["update"]) for row in first] == [(row["kind"], row["update"]) for row in second]
+
+
+@pytest.mark.slow
+def test_run_whose_worker_dies_continues_by_itself(small_cfg, whole, tmp_path, agents):
+    # Three processes for four micro-batches: two train, one stands by, and all leave in order at the end.
+    run, said = tmp_path / "small", tmp_path / "said.txt"
+    agent = agents("1:1", 3, free_port(), tmp_path, said, small_cfg)
+    wait_for(reached(run, 10), "update 10", 120)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    assert agent.wait(240) == 0, said.read_text()
+    assert "3 processes came, the global batch divides among 2: 1 stand by" in said.read_text()
+    starts = json.loads((run / "manifest.json").read_text())["starts"]
+    assert [start["processes"] for start in starts] == [2, 2]
+    assert starts[1]["update"] >= 9
+    assert_same_to_round_off(whole, run)
+
+
+@pytest.mark.slow
+def test_run_continues_on_the_node_that_is_left(small_cfg, whole, tmp_path, agents):
+    run, said = tmp_path / "small", [tmp_path / "said0.txt", tmp_path / "said1.txt"]
+    port = free_port()
+    host = agents("1:2", 1, port, tmp_path, said[0], small_cfg)
+    wait_for(lambda: socket_is_open(port), "the meeting", 60)
+    other = agents("1:2", 1, port, tmp_path, said[1], small_cfg)
+    wait_for(reached(run, 10), "update 10", 120)
+    kill_all(other)
+    assert host.wait(240) == 0, said[0].read_text()
+    starts = json.loads((run / "manifest.json").read_text())["starts"]
+    assert [start["processes"] for start in starts][-2:] == [2, 1]
+    assert_same_to_round_off(whole, run)
+
+
+@pytest.mark.slow
+def test_end_that_restarts_would_come_to_again_is_final_on_all_nodes(small_cfg, tmp_path, agents):
+    said, port = [tmp_path / "said0.txt", tmp_path / "said1.txt"], free_port()
+    started = []
+    for path in said:
+        started.append(agents("2:2", 1, port, tmp_path, path, small_cfg, "--init", "no-such-file.safetensors"))
+        wait_for(lambda: socket_is_open(port), "the meeting", 60)
+    for agent, path in zip(started, said, strict=True):
+        assert agent.wait(120) == 1, path.read_text()
+        assert path.read_text().count("no-such-file.safetensors does not exist") <= 1
+    everything = "".join(path.read_text() for path in said)
+    assert "no-such-file.safetensors does not exist" in everything
+    assert "RendezvousClosedError" in everything
+
+
+def socket_is_open(port):
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0

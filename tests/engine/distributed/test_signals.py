@@ -1,0 +1,234 @@
+"""Signals to running processes: the run saves at the next update, says so, and continues to the same end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train as train_script
+from engine.checkpoint.files import load_state, read_facts
+from engine.distributed.consensus import Agreement, Wish
+from engine.distributed.processes import Processes
+from engine.distributed.signals import Interruption
+from engine.logging.log import Log
+from tests.conftest import ROOT
+from tests.helpers.small_runs import rows, run_here
+
+LAST = "checkpoints/update-00000018.pt"
+
+
+def start(cfg, output, *opts, processes=0, env=None, **how):
+    """Start train.py as a user does, with one thread."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    argv = [sys.executable, *launcher, "train.py", "--cfg", cfg, "--output", output, "--opts", *opts]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
+    env = clean | {"OMP_NUM_THREADS": "1"} | (env or {})
+    pipe = subprocess.PIPE
+    return subprocess.Popen([str(a) for a in argv], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, **how)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def assert_same_run(a, b):
+    x, y = load_state(a / LAST), load_state(b / LAST)
+    torch.testing.assert_close([x[k] for k in ("model", "ema")], [y[k] for k in ("model", "ema")], rtol=0, atol=0)
+    assert x["best"] == y["best"]
+    assert rows(a) == rows(b)
+    for which, entry in x["best"].items():
+        facts = read_facts(a / f"best_{which}.safetensors")
+        assert {key: facts[key] for key in entry} == entry
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(small_cfg, tmp_path_factory, one_thread):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole")
+    assert run_here(small_cfg, output) == 0
+    assert (output / "small/done").exists()
+    return output / "small"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_marks_and_continues_to_the_same_end(small_cfg, whole, tmp_path, one_thread, number):
+    run = tmp_path / "small"
+    process = start(small_cfg, tmp_path, "LOG.EVERY", "1", "DATA.WORKERS", "1", start_new_session=True)
+    wait_for(
+        lambda: (run / "metrics.jsonl").exists() and '"update": 2,' in (run / "metrics.jsonl").read_text(), process
+    )
+    os.killpg(process.pid, number)  # the loader's workers get it too, as from a terminal or from SLURM
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == os.EX_TEMPFAIL, out + err
+    assert number.name in (run / "preempted").read_text()
+    assert f"stopped by {number.name} after update" in out
+    assert err == ""
+    state = load_state(max((run / "checkpoints").iterdir()))
+    assert 2 <= state["update"] < 18
+    assert run_here(small_cfg, tmp_path) == 0
+    assert not (run / "preempted").exists()
+    assert (run / "done").exists()
+    x, y = load_state(run / LAST), load_state(whole / LAST)
+    torch.testing.assert_close([x["model"], x["ema"]], [y["model"], y["ema"]], rtol=0, atol=0)
+
+
+def test_two_processes_stop_at_the_same_update_though_one_got_the_signal(small_cfg, tmp_path):
+    run = tmp_path / "small"
+    opts = ("LOG.EVERY", "1", "TRAIN.EPOCHS", "50")
+    process = start(small_cfg, tmp_path, *opts, processes=2)
+    wait_for(
+        lambda: (run / "metrics.jsonl").exists() and '"update": 2,' in (run / "metrics.jsonl").read_text(), process
+    )
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err  # torchrun's: the mark tells
+    assert "stopped by" in out
+    assert (run / "preempted").exists()
+    assert not (run / "done").exists()
+
+
+@pytest.mark.parametrize("end", ["kill", "error"])
+def test_loader_workers_end_with_their_parent(small_cfg, pictures, tmp_path, end):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    if end == "error":
+        (data / "val/red/004.jpg").write_bytes(b"<html>")
+    opts = ("LOG.EVERY", "1", "DATA.WORKERS", "2", "DATA.PATH", data, "TRAIN.EPOCHS", "30")
+    process = start(small_cfg, tmp_path, *opts, start_new_session=True)
+    if end == "kill":
+        metrics = tmp_path / "small/metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"update": 2,' in metrics.read_text(), process)
+        process.kill()
+    assert process.wait(60) == (-signal.SIGKILL if end == "kill" else 1)
+    deadline = time.monotonic() + 30
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "workers are left"
+        time.sleep(0.1)
+    process.communicate()
+
+
+def test_only_ctrl_c_counts_and_only_a_second_one_that_a_person_gave(monkeypatch):
+    now, ended = [100.0], []
+    monkeypatch.setattr("engine.distributed.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.distributed.signals.os._exit", ended.append)
+    interruption = Interruption()
+    with pytest.raises(KeyboardInterrupt):
+        interruption._receive(signal.SIGINT, None)
+    assert interruption.received is None
+    interruption.defer()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        interruption._receive(number, None)
+    assert interruption.received is signal.SIGTERM
+    for _ in range(2):
+        interruption._count_ctrl_c()
+    assert ended == []  # torchrun repeats a terminal's Ctrl-C at once
+    now[0] += 2
+    interruption._count_ctrl_c()
+    assert ended == [130]
+
+
+# The main thread never comes back from C, as in an exchange with a process that is gone; a forked worker gets signals, too.
+STUCK = """
+import ctypes, os, signal, sys, time
+from engine.distributed.signals import Interruption
+interruption = Interruption()
+interruption.listen()
+interruption.defer()
+worker = os.fork()
+if not worker:
+    while True:
+        time.sleep(1)
+lock = ctypes.create_string_buffer(128)
+print(worker, flush=True)
+for _ in range(2):
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+def test_second_ctrl_c_ends_a_process_that_hangs_in_c_and_a_second_sigterm_does_not():
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    worker = int(process.stdout.readline())
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, None, signal.SIGTERM):
+            time.sleep(1.1) if number is None else process.send_signal(number)
+        for _ in range(2):  # the worker's own do not count
+            os.kill(worker, signal.SIGINT)
+            time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        process.kill()
+        _, error = process.communicate()
+    assert "interrupted twice: ended at once" in error
+
+
+@pytest.mark.parametrize("call", [0, 5])  # of the raw weights; of the EMA weights
+def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
+    small_cfg, whole, tmp_path, one_thread, monkeypatch, call
+):
+    polls, epochs = [], []
+
+    def begin_epoch(self, epoch, *args):
+        epochs.append(epoch)
+        return whole_begin_epoch(self, epoch, *args)
+
+    whole_begin_epoch = Log.begin_epoch
+
+    def poll(self):  # the signal comes before a batch of the second evaluation
+        if epochs and epochs[-1] == 1:
+            polls.append(1)
+            if len(polls) == 6 + call + 1:  # the epoch's updates come first
+                train_script.INTERRUPTION.received = signal.SIGTERM
+        return self.own()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "INTERRUPTION", Interruption())
+        patch.setattr(Agreement, "poll", poll)
+        patch.setattr(Log, "begin_epoch", begin_epoch)
+        assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
+    state = load_state(tmp_path / "small/checkpoints/update-00000012.pt")
+    assert (state["update"], state["closed"]) == (12, 6)
+    assert state["best"]["raw"]["update"] == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "INTERRUPTION", Interruption())
+        assert run_here(small_cfg, tmp_path) == 0
+    assert_same_run(tmp_path / "small", whole)
+
+
+def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_path, monkeypatch):
+    interruption = Interruption()
+    interruption.received = signal.SIGUSR1
+    monkeypatch.setattr(train_script, "INTERRUPTION", interruption)
+    assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
+    assert (tmp_path / "small/preempted").exists()
+    assert not list(tmp_path.glob("small/checkpoints/*"))
+
+
+def test_one_process_agrees_with_itself_and_watches_every_batch():
+    agreement = Agreement(Processes(0, 1, 0, torch.device("cpu"), "test"), lambda: Wish.STOP)
+    assert agreement.poll() is Wish.STOP
+    assert agreement.settle() is Wish.STOP
+    seen = []
+    assert list(agreement.watch("abc", 3, seen.append)) == ["a", "b", "c"]
+    assert seen == [Wish.STOP] * 3

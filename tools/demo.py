@@ -1,0 +1,114 @@
+"""Draw the demo data set: ten classes of JPEG pictures in train/ and val/, the same bytes each time.
+
+    python -m tools.demo OUT
+
+OUT appears in one step when everything is drawn; a complete OUT is left as it is, an interrupted one is drawn again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from rich.progress import track
+
+from common.rng import generator
+from tools.demo_pictures import FORMS, draw
+
+VERSION = 1  # of the drawing; raise it when the pictures change
+MARKER = "demo.json"
+CHUNK = 20  # pictures drawn per task
+SPLITS = ("train", "val")
+
+Picture = tuple[str, int, int, str]  # split, number in it, seed, folder to draw into
+
+
+def main() -> None:
+    """Draw the data set that the command line describes."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description="Draw a ten-class JPEG picture folder.")
+    parser.add_argument("out", type=Path, help="folder to draw; it will hold train/ and val/")
+    parser.add_argument("--train", type=int, default=2000, help="training pictures (default 2000)")
+    parser.add_argument("--val", type=int, default=500, help="validation pictures (default 500)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        draw_dataset(args.out, args.train, args.val, args.seed)
+    except ValueError as error:
+        sys.exit(f"data.demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"data.demo: interrupted; {args.out} is not drawn, the same command starts again")
+
+
+def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, workers: int | None = None) -> bool:
+    """Draw the data set into `out` unless it lies there; return whether it was drawn.
+
+    ValueError if `out` holds something that this program did not draw.
+    """
+    if min(train, val) < len(FORMS):
+        raise ValueError(f"train={train} and val={val} must be at least {len(FORMS)}, one picture a class")
+    described = {"version": VERSION, "train": train, "val": val, "seed": seed}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name another folder")
+    if (out / MARKER).is_file():
+        if json.loads((out / MARKER).read_text()) == described and _count(out) == train + val:
+            print(f"{out}: {train} + {val} pictures of {len(FORMS)} classes are there already")
+            return False
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and was not drawn by data.demo; name another folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for split in SPLITS:
+        for name in FORMS:
+            (partial / split / name).mkdir(parents=True)
+    start = time.perf_counter()
+    pictures = [(s, i, seed, str(partial)) for s, n in zip(SPLITS, (train, val), strict=True) for i in range(n)]
+    for _ in _shown(_drawn(pictures, workers), len(pictures)):
+        pass
+    (partial / MARKER).write_text(json.dumps(described))
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    print(f"{out}: drew {train} + {val} pictures of {len(FORMS)} classes in {time.perf_counter() - start:.0f} s")
+    return True
+
+
+def draw_picture(picture: Picture) -> None:
+    """Draw one picture into its file."""
+    split, number, seed, folder = picture
+    name = list(FORMS)[number % len(FORMS)]
+    rng = generator(seed, f"demo {split}", number)
+    quality = int(rng.randint(75, 93))
+    draw(name, rng).save(Path(folder, split, name, f"{name}_{number:05d}.jpg"), quality=quality)
+
+
+def _drawn(pictures: list[Picture], workers: int | None) -> Iterator[None]:
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1:
+        yield from map(draw_picture, pictures)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(draw_picture, pictures, chunksize=CHUNK)
+
+
+def _shown(done: Iterator[None], total: int) -> Iterator[None]:
+    """Show progress: a bar on a terminal, a line every tenth elsewhere."""
+    if sys.stdout.isatty():
+        yield from track(done, "Drawing pictures", total=total)
+        return
+    for count, item in enumerate(done, 1):
+        if count * 10 // total > (count - 1) * 10 // total:
+            print(f"drew {count} of {total} pictures", flush=True)
+        yield item
+
+
+def _count(folder: Path) -> int:
+    return sum(1 for split in SPLITS for _ in (folder / split).glob("*/*.jpg"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Runs read back from their directories, and what differs between two: settings, facts, numbers at common updates."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.checkpoint.run_directory import differences
+
+RATES = ("images_per_s", "data_share", "seconds")  # of the machine, not of the run
+PLACE = (
+    "kind",
+    "weights",
+    "epoch",
+    "update",
+    "update_in_epoch",
+    "best",
+)  # where a row belongs, and what follows from it
+SINCE_ROW = ("loss", "grad_norm")  # of training rows: means since the row before
+SINCE_EPOCH = ("epoch_loss",)
+START_FACTS = (
+    "processes",
+    "device",
+    "cuda",
+    "cores",
+    "system",
+    "python",
+    "model_file_sha256",
+)  # of the manifest's starts; also commit, packages
+NEEDED = {"train": ("epoch", "loss"), "eval": ("epoch", "weights", "top1")}  # of a row, by kind
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of itself."""
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    train: dict[int, dict[str, Any]]  # rows by update
+    evals: dict[tuple[int, str], dict[str, Any]]  # rows by update and weights, raw or ema
+
+    @cached_property
+    def before(self) -> dict[int, int]:
+        """The update of the row before each training row's; 0 for the first."""
+        return dict(map(reversed, pairwise([0, *sorted(self.train)])))  # type: ignore[arg-type]
+
+    @property
+    def last(self) -> int:
+        """The last update that a row is of."""
+        return max([*self.train, *(update for update, _ in self.evals)])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number that is not the same in two runs; None where it was not finite."""
+
+    update: int
+    where: str  # train, eval raw or eval ema
+    name: str
+    a: float | None
+    b: float | None
+    relative: float | None  # to the larger one; None where one of them is not finite
+
+    def beyond(self, tolerance: float) -> bool:
+        """Say whether it is more than what is tolerated."""
+        return self.relative is None or self.relative > tolerance
+
+    def __str__(self) -> str:
+        a, b = (ABSENT if value is None else f"{value:.6g}" for value in (self.a, self.b))
+        if a == b:
+            a, b = repr(self.a), repr(self.b)
+        return f"{'' if self.where == 'train' else f'{self.where} '}{self.name} {a} vs {b}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs side by side."""
+
+    a: str
+    b: str
+    config: list[str]
+    manifest: list[tuple[str, str, str]]
+    parting: dict[
+        str, list[Difference]
+    ]  # all that differ beyond the tolerance in the first row that has any: train, eval
+    largest_loss: Difference | None
+    best: dict[str, list[dict[str, Any] | None]]  # by weights: of a, of b
+    rows: dict[str, int]  # compared
+    through: int  # the last update compared
+    same: bool
+    verdict: str
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path, may_be_empty: bool = False) -> Run:
+    """Read a run directory. Raises ValueError if it does not exist, or has no rows and `may_be_empty` is false."""
+    if not path.is_dir():
+        raise ValueError(f"run directory {path} does not exist{_near(path)}")
+    metrics = path / "metrics.jsonl"
+    may_be_empty = may_be_empty and (path / "config.yaml").is_file()
+    if not (metrics.is_file() or may_be_empty):
+        raise ValueError(f"{path} holds no metrics.jsonl, it is no run directory{_near(path)}")
+    train, evals = {}, {}
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+            update = int(row["update"])
+            for name in NEEDED.get(row["kind"], ()):
+                row[name]
+            if row["kind"] == "train":
+                train[update] = row
+            elif row["kind"] == "eval":
+                evals[update, str(row["weights"])] = row
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):  # a crash may cut off the last one
+                raise ValueError(
+                    f"{metrics}, line {number} is no row of metrics: {line[:80]!r}; mend or delete it"
+                ) from error
+    if not (train or evals or may_be_empty):
+        raise ValueError(f"{metrics} has no rows yet: the run has not come to its first report{_near(path)}")
+    return Run(path, _read_tree(path / "config.yaml"), _read_tree(path / "manifest.json"), train, evals)
+
+
+def compare(a: Run, b: Run, tolerance: float) -> Comparison:
+    """Compare two runs as far as both go. Raises ValueError if they have no update in common."""
+    updates = [u for u in sorted(a.train) if u in b.train]
+    evaluations = [key for key in sorted(a.evals, key=lambda key: (key[0], key[1] != "raw")) if key in b.evals]
+    if not (updates or evaluations):
+        raise ValueError(
+            f"{a.path} and {b.path} have rows of no common update ({_span(a)}; {_span(b)}); run both with one LOG.EVERY"
+        )
+    found = [d for update in updates for d in _train_differences(a, b, update)]
+    found += [d for key in evaluations for d in row_differences(a.evals[key], b.evals[key], f"eval {key[1]}")]
+    parting = {kind: _first(found, kind, tolerance) for kind in ("train", "eval")}
+    losses = [d for d in found if d.where == "train" and "loss" in d.name]
+    same = not any(parting.values())
+    through = max([*updates, *(update for update, _ in evaluations)])
+    return Comparison(
+        a=str(a.path),
+        b=str(b.path),
+        config=differences(a.config, b.config, ()),
+        manifest=manifest_differences(a.manifest, b.manifest),
+        parting=parting,
+        largest_loss=max(losses, key=_size, default=None),
+        best={which: [best(run, which) for run in (a, b)] for which in ("raw", "ema")},
+        rows={"train": len(updates), "eval": len(evaluations)},
+        through=through,
+        same=same,
+        verdict=_verdict(found, parting, tolerance, through, [*updates, *(update for update, _ in evaluations)]),
+        notes=_notes(a, b, updates),
+    )
+
+
+def row_differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], where: str, skip: Sequence[str] = ()
+) -> Iterator[Difference]:
+    """Yield the numbers that differ between two rows of an update, the loss first."""
+    names = [name for name in a if name in b and name not in (*PLACE, *RATES, *skip)]
+    for name in sorted(names, key=lambda name: name != "loss"):
+        x, y = a[name], b[name]
+        if x == y or not all(value is None or isinstance(value, int | float) for value in (x, y)):
+            continue
+        relative = None if x is None or y is None else abs(x - y) / max(abs(x), abs(y))
+        yield Difference(int(a["update"]), where, name, x, y, relative)
+
+
+def manifest_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """List what differs of commit, packages, hardware, processes, data, seed and model, as (name, of a, of b)."""
+    facts_a, facts_b = _facts(a), _facts(b)
+    return [
+        (name, _brief(facts_a.get(name, ABSENT)), _brief(facts_b.get(name, ABSENT)))
+        for name in {**facts_a, **facts_b}
+        if facts_a.get(name) != facts_b.get(name)
+    ]
+
+
+def best(run: Run, which: str) -> dict[str, Any] | None:
+    """Return the first of the best evaluations of the raw or EMA weights: top1, epoch (from 1), update."""
+    rows = [run.evals[key] for key in sorted(run.evals) if key[1] == which]
+    if not rows:
+        return None
+    row = max(rows, key=lambda row: row["top1"])
+    return {"top1": row["top1"], "epoch": row["epoch"] + 1, "update": row["update"]}
+
+
+def number(value: float | None, digits: int = 9) -> str:
+    """Write a number that may not be finite."""
+    return "not finite" if value is None else f"{value:.{digits}g}"
+
+
+def _train_differences(a: Run, b: Run, update: int) -> Iterator[Difference]:
+    row_a, row_b = a.train[update], b.train[update]
+    skip: list[str] = []
+    if a.before[update] != b.before[update]:
+        skip += SINCE_ROW
+    if any(row_a.get(key) != row_b.get(key) for key in ("epoch", "update_in_epoch")):
+        skip += SINCE_EPOCH
+    return row_differences(row_a, row_b, "train", skip)
+
+
+def _first(found: Sequence[Difference], kind: str, tolerance: float) -> list[Difference]:
+    """Return what is beyond the tolerance in the first row, of training or evaluation, that has anything beyond it."""
+    beyond = [d for d in found if d.where.startswith(kind) and d.beyond(tolerance)]
+    return [d for d in beyond if (d.update, d.where) == (beyond[0].update, beyond[0].where)]
+
+
+def _verdict(
+    found: Sequence[Difference],
+    parting: Mapping[str, Sequence[Difference]],
+    tolerance: float,
+    through: int,
+    updates: Sequence[int],
+) -> str:
+    firsts = [differences[0] for differences in parting.values() if differences]
+    if firsts:
+        first = min(firsts, key=lambda d: d.update)
+        before = max((u for u in updates if u < first.update), default=None)
+        return f"part at update {first.update}: {first}" + (f"; the same through update {before}" if before else "")
+    if found:
+        largest = max(found, key=_size)
+        return f"within {tolerance:g} throughout, to update {through}; the largest difference is {number(largest.relative, 2)}"
+    return f"identical through update {through}"
+
+
+def _notes(a: Run, b: Run, updates: Sequence[int]) -> list[str]:
+    notes = []
+    if a.last != b.last:
+        notes.append(f"{a.path} goes to update {a.last}, {b.path} to {b.last}: compared as far as both go")
+    common = sum(a.before[u] == b.before[u] for u in updates)
+    if common < max(sum(u <= min(a.last, b.last) for u in run.train) for run in (a, b)):
+        notes.append(
+            f"rows at other intervals: {len(updates)} updates in common, loss and grad_norm compared at {common} of them"
+        )
+    notes += [
+        f"{run.path} holds no {name}" for run in (a, b) for name in ("config", "manifest") if not getattr(run, name)
+    ]
+    return notes
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten what a manifest says of the run and, in order, of its starts."""
+    facts: dict[str, Any] = {}
+    starts = manifest.get("starts", [])
+    packages = sorted({name for start in starts for name in start.get("packages", {})})
+    columns = {
+        "commit": [_commit(start) for start in starts],
+        **{name: [start.get(name) for start in starts] for name in START_FACTS},
+        **{name: [start.get("packages", {}).get(name) for start in starts] for name in packages},
+    }
+    for name, values in columns.items():
+        facts[name] = " then ".join(dict.fromkeys(str(value) for value in values if value is not None)) or ABSENT
+    for name, value in manifest.items():
+        if isinstance(value, Mapping):
+            facts |= {f"{name}.{key}": entry for key, entry in value.items()}
+        elif name != "starts":
+            facts[name] = value
+    return facts
+
+
+def _commit(start: Mapping[str, Any]) -> str:
+    commit, changed = str(start.get("commit") or "unknown")[:10], start.get("changed_files")
+    return f"{commit} + {changed} changed files" if changed else commit
+
+
+def _brief(value: Any) -> str:
+    text = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """Read YAML or JSON; nothing if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); mend or delete it") from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _size(difference: Difference) -> float:
+    return math.inf if difference.relative is None else difference.relative
+
+
+def _span(run: Run) -> str:
+    updates = sorted({*run.train, *(update for update, _ in run.evals)})
+    return ", ".join(map(str, updates[:3])) + (f", ... {updates[-1]}" if len(updates) > 3 else "")
+
+
+def _near(path: Path) -> str:
+    folder = next((p for p in path.resolve().parents if p.is_dir()), Path())
+    runs = [p.parent for p in sorted({*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")})]
+    runs = [run for run in runs if run.resolve() != path.resolve()]
+    names = difflib.get_close_matches(path.name, [run.name for run in runs], n=3, cutoff=0.0)
+    shown = [next(run for run in runs if run.name == name) for name in dict.fromkeys(names)]
+    return f"; near it lie {', '.join(map(str, shown))}" if shown else f"; {folder} holds no run"

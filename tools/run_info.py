@@ -1,0 +1,211 @@
+"""What there is to tell of a run, read from its directory: running, interrupted or complete, with or without rows yet."""
+
+import contextlib
+import json
+import re
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.checkpoint.run_directory import RunDirectory
+from engine.memory import gib
+from tools.published_results import published_top1
+from tools.run_comparison import Run, best, read_run
+
+LOG_LINES = 200
+WARNING = re.compile(r"(\d\d:\d\d:\d\d) warning: (.*)")
+NUMBER = re.compile(r"\d+(\.\d+)?")
+HEADLINES = {"raw": "raw", "ema": "EMA"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run directory, and what can be derived from it."""
+
+    run: Run
+
+    @classmethod
+    def read(cls, path: Path) -> "RunFacts":
+        """Read a run directory. Raises ValueError if it is none."""
+        return cls(read_run(path, may_be_empty=True))
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def status(self) -> str:
+        """What the run does: complete, running (a process holds its directory), interrupted (by a signal) or stopped."""
+        if (self.path / "done").exists():
+            return "complete"
+        if RunDirectory(self.path, keep=1).occupied():
+            return "running"
+        return "interrupted" if (self.path / "preempted").exists() else "stopped"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.run.config
+
+    def key(self, name: str, default: Any = None) -> Any:
+        """Return a value of the config by its dotted name."""
+        found: Any = self.config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return default if found is None else found
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        return list(self.run.manifest.get("starts", []))
+
+    @property
+    def last(self) -> int:
+        """The last update that a row tells of; 0 before any."""
+        return self.run.last if self.run.train or self.run.evals else 0
+
+    @cached_property
+    def updates_per_epoch(self) -> int | None:
+        """Updates in an epoch, from the data's size or the rows; None if neither tells."""
+        images, batch = self.run.manifest.get("data", {}).get("train"), self.key("TRAIN.GLOBAL_BATCH")
+        for row in self.run.train.values():
+            if row.get("epoch"):
+                return int((row["update"] - row["update_in_epoch"]) // row["epoch"])
+        for row in self.run.evals.values():
+            return int(row["update"] // (row["epoch"] + 1))
+        return images // batch if images and batch else None
+
+    @property
+    def epochs(self) -> int:
+        return int(self.key("TRAIN.EPOCHS", 0)) + int(self.key("SCHEDULE.COOLDOWN_EPOCHS", 0))
+
+    @property
+    def published(self) -> float | None:
+        """The authors' top-1 of this model at this size, if the run is on ImageNet-1k."""
+        data = self.run.manifest.get("data", {})
+        if (data.get("classes"), data.get("train")) != (1000, 1_281_167) or data.get("synthetic"):
+            return None
+        return published_top1(self.key("MODEL.NAME", ""), self.key("DATA.IMG_SIZE", 0))
+
+    def results(self) -> list[tuple[str, dict[str, Any]]]:
+        """List the best evaluations of the raw and the EMA weights, the recipe's own first."""
+        headline = self.key("RECIPE.HEADLINE", "raw")
+        order = sorted(HEADLINES, key=lambda which: which != headline)
+        return [(which, found) for which in order if (found := best(self.run, which))]
+
+    def rate(self) -> float | None:
+        """Return the median of images/s."""
+        rates = [row["images_per_s"] for row in self.run.train.values() if row.get("images_per_s")]
+        return statistics.median(rates) if rates else None
+
+    def left(self, updates: int) -> float | None:
+        """Return the seconds that the rest of so many updates takes at the median rate, evaluations aside; None if unknown."""
+        rate, batch = self.rate(), self.key("TRAIN.GLOBAL_BATCH")
+        return (updates - self.last) * batch / rate if rate and batch and updates > self.last else None
+
+    @property
+    def written(self) -> float | None:
+        """When the newest row was written, in seconds since 1970."""
+        metrics = self.path / "metrics.jsonl"
+        return metrics.stat().st_mtime if metrics.is_file() else None
+
+    def first_start(self) -> datetime | None:
+        """Return when the run began."""
+        return _time(self.starts[0].get("time", "")) if self.starts else None
+
+    def columns(self) -> dict[str, Any]:
+        """Return every number of metrics.jsonl by column: train, and evals by weights."""
+        return {
+            "train": _columns([self.run.train[update] for update in sorted(self.run.train)]),
+            "evals": {
+                which: _columns([row for (_, w), row in sorted(self.run.evals.items()) if w == which])
+                for which in sorted({which for _, which in self.run.evals}, reverse=True)
+            },
+        }
+
+    @cached_property
+    def log(self) -> list[str]:
+        path = self.path / "log.txt"
+        return path.read_text(errors="replace").splitlines() if path.is_file() else []
+
+    def warnings(self) -> list[tuple[str, int, str]]:
+        """List the log's warnings that differ by more than numbers: time of the last, how often, text of the last."""
+        counts: Counter[str] = Counter()
+        last: dict[str, tuple[str, str]] = {}
+        for line in self.log:
+            if found := WARNING.fullmatch(line):
+                kind = NUMBER.sub("#", found[2])
+                counts[kind] += 1
+                last[kind] = found[1], found[2]
+        return [(last[kind][0], count, last[kind][1]) for kind, count in counts.items()]
+
+    def bad_images(self) -> list[tuple[str, str]]:
+        """List the training images that could not be read, and why."""
+        path = self.path / "bad_images.jsonl"
+        found = []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError):  # a crash may cut off the last line
+                row = json.loads(line)
+                found.append((str(row.get("path", "")), str(row.get("reason", ""))))
+        return found
+
+    def diverged(self) -> str:
+        """Return what diverged.json says, "" if there is none."""
+        path = self.path / "diverged.json"
+        if not path.is_file():
+            return ""
+        with contextlib.suppress(ValueError):
+            record = json.loads(path.read_text())
+            back = record.get("went_back_to")
+            return f"{record.get('error')}; {f'went back to {back}' if back else 'could not go back'}. More in {path}."
+        return f"{path} is damaged"
+
+    def files(self) -> list[tuple[str, str]]:
+        """List weights and checkpoints with their sizes."""
+        paths = [*sorted(self.path.glob("best_*.safetensors")), *sorted(self.path.glob("checkpoints/*.pt"))]
+        return [(str(path.relative_to(self.path)), gib(path.stat().st_size)) for path in paths]
+
+    def config_text(self) -> str:
+        """Return config.yaml as it is."""
+        return yaml.safe_dump(self.config, sort_keys=False) if self.config else ""
+
+    def pictures(self) -> dict[str, list[Path]]:
+        """Return the pictures by the folder they lie in, "" first, then epoch_0010 and so on."""
+        folder = self.path / "pictures"
+        found: dict[str, list[Path]] = {}
+        for path in sorted(folder.rglob("*.png")):
+            found.setdefault(str(path.parent.relative_to(folder)).replace(".", ""), []).append(path)
+        return dict(sorted(found.items()))
+
+
+def ago(moment: float) -> str:
+    """Write how long ago something was."""
+    return f"{lasting(max(time.time() - moment, 0))} ago"
+
+
+def lasting(seconds: float) -> str:
+    """Write a duration in a number of two digits or so and its unit."""
+    for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("kind", "weights")]
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _time(text: str) -> datetime | None:
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")
+    return None

@@ -1,0 +1,1 @@
+"""One run, composed from models/, data/ and engine/: session, resume, rollback, summary, sample images, evaluation."""

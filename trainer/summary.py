@@ -1,0 +1,262 @@
+"""What a run is about to do, derived values included: train.py says it when it starts and under --dry-run."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from yacs.config import CfgNode
+
+import config
+from common.timeline import Timeline, parse_optional
+from data.build import Data
+from engine.batch_plan import divisors
+from engine.build import build_optimizer, optimizer_takes
+from engine.memory import Memory, estimate, gib
+from engine.optim.backends import backend_of, skips_on_device
+from engine.precision import Precision
+from engine.state import TrainState
+
+Line = tuple[str, str]  # label, text
+OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # what optimisers of timm's call it
+
+
+def report(
+    cfg: CfgNode, state: TrainState, data: Data, launcher: str, device: torch.device, run: Path, memory: Memory | None
+) -> list[Line]:
+    """Describe a run; `memory` is left out if it was not estimated."""
+    bytes_of_weights = memory.stored if memory else None
+    return [
+        ("run", f"{run}, {state.update} of {state.plan.updates:,} updates done"),
+        ("recipe", f"mode {cfg.RECIPE.MODE}; the result is the {_which(cfg.RECIPE.HEADLINE)} weights'"),
+        ("processes", f"{state.plan.world} ({launcher}), device {device.type}, amp {cfg.TRAIN.AMP}"),
+        *_data(cfg, data),
+        *_model(cfg, state.model),
+        *_length(cfg, state),
+        *_optimiser(cfg, state.optimizer),
+        *_schedule(cfg, state),
+        *_augmentation(cfg),
+        *_evaluation(cfg),
+        ("checkpoints", _checkpoints(cfg, bytes_of_weights)),
+        *([("memory", _memory(memory, cfg))] if memory else []),
+        *(("inert", text) for text in inert(cfg, state.model, state.plan.world)),
+    ]
+
+
+def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Memory:
+    """Estimate what a process will hold, at the largest image size of the run."""
+    sizes = parse_optional(cfg.TIMELINE.IMG_SIZE, "TIMELINE.IMG_SIZE")
+    size = int(max(sizes.values)) if sizes else cfg.DATA.IMG_SIZE
+    state.model.train(not cfg.TRAIN.EVAL_MODE)
+    images = (cfg.TRAIN.MICRO_BATCH, 3, size, size)
+    plain = cfg.clone()
+    plain.defrost()
+    plain.OPTIM.LAYER_DECAY = 1.0
+    plain.OPTIM.BACKEND = "auto"  # all keep the same
+    return estimate(
+        state.model, lambda layer: build_optimizer(plain, layer), bool(state.ema), images, precision.autocast
+    )
+
+
+def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
+    """Yield the options that are set and have no effect, with the reason."""
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if cfg.MODEL.SYNC_BN and not cfg.TRAIN.EVAL_MODE and (world == 1 or not has_batch_norm):
+        yield f"MODEL.SYNC_BN: {'there is one process' if has_batch_norm else 'the model has no BatchNorm'}"
+    if world == 1:
+        for key in ("DIST.BUCKET_MB", "DIST.COMPRESS", "DIST.STATIC_GRAPH"):
+            if (value := config.get(cfg, key)) != config.get(config.defaults(), key):
+                yield f"{key} {value}: there is one process"
+    if cfg.TRAIN.EVAL_MODE:
+        for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TIMELINE.DROP_PATH_RATE", "MODEL.SYNC_BN"):
+            if value := config.get(cfg, key):
+                yield f"{key} {value}: TRAIN.EVAL_MODE keeps the model in evaluation mode"
+    for key in config.TIMELINES:
+        line = parse_optional(config.get(cfg, key), key)
+        if line and line.end >= cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS:
+            yield f"{key} {line}: the run ends before epoch {line.end:g}"
+    yield from _unused(cfg)
+    if cfg.DATA.LOADER == "synthetic":
+        yield "AUG.SCALE, RATIO, HFLIP, RAND_AUGMENT, DATA.INTERPOLATION, EVAL_RESIZE, EVAL.MODE, CROP_PCT: images are synthetic"
+
+
+def _unused(cfg: CfgNode) -> Iterator[str]:
+    """Yield what was changed from its default but is not used by what was chosen."""
+    aug, schedule, default = cfg.AUG, cfg.SCHEDULE, config.defaults()
+    takes = optimizer_takes(cfg.OPTIM.NAME)
+    users = {
+        "SCHEDULE.MIN_LR": (*config.TO_MIN_LR,),
+        "SCHEDULE.DECAY_EPOCHS": ("step",),
+        "SCHEDULE.MILESTONES": ("multistep",),
+        "SCHEDULE.DECAY_RATE": ("step", "multistep"),
+        "SCHEDULE.POWER": ("poly",),
+    }
+    reasons = dict.fromkeys(("OPTIM.BETAS", "OPTIM.EPS", "OPTIM.MOMENTUM"), f"OPTIM.NAME {cfg.OPTIM.NAME} has none")
+    reasons = {key: why for key, why in reasons.items() if key not in takes}
+    reasons |= {key: f"SCHEDULE.NAME {schedule.NAME}" for key, names in users.items() if schedule.NAME not in names}
+    for key in ("TIMELINE.DROP_PATH_RATE", "TIMELINE.MIX_PROB"):
+        if config.get(cfg, key):
+            reasons[config.TIMELINES[key]] = f"{key} takes its place"
+    if not schedule.WARMUP_EPOCHS:
+        reasons["SCHEDULE.WARMUP_LR"] = "there is no warmup"
+        if schedule.NAME == "constant":
+            reasons["SCHEDULE.DELAY"] = "the learning rate does not change"
+    if not aug.ERASE_PROB:
+        reasons |= dict.fromkeys(("AUG.ERASE_MODE", "AUG.ERASE_COUNT", "AUG.ERASE_AREA"), "AUG.ERASE_PROB is 0")
+    if not (aug.MIXUP or aug.CUTMIX):
+        off = "AUG.MIXUP and AUG.CUTMIX are 0"
+        reasons |= dict.fromkeys(("AUG.MIX_PROB", "TIMELINE.MIX_PROB", "AUG.MIX_SWITCH_PROB"), off)
+    elif not (aug.MIX_PROB or cfg.TIMELINE.MIX_PROB):
+        reasons |= dict.fromkeys(("AUG.MIXUP", "AUG.CUTMIX", "AUG.MIX_SWITCH_PROB"), "AUG.MIX_PROB is 0")
+    elif not (aug.MIXUP and aug.CUTMIX):
+        reasons["AUG.MIX_SWITCH_PROB"] = "only one of mixup and cutmix is on"
+    if cfg.EVAL.MODE != "center" or cfg.EVAL.CROP_PCT:
+        reasons["DATA.EVAL_RESIZE"] = (
+            "EVAL.CROP_PCT sets the size" if cfg.EVAL.CROP_PCT else f"EVAL.MODE {cfg.EVAL.MODE}"
+        )
+    if cfg.DISTILL.TYPE == "none":
+        reasons |= dict.fromkeys(("DISTILL.ALPHA", "DISTILL.TAU"), "DISTILL.TYPE is none")
+    if not cfg.MODEL.INIT:
+        reasons["MODEL.INIT_WEIGHTS"] = "MODEL.INIT is not set"
+    for key, why in reasons.items():
+        if (value := config.get(cfg, key)) != config.get(default, key):
+            yield f"{key} {value}: {why}"
+
+
+def _which(weights: str) -> str:
+    return "averaged (EMA)" if weights == "ema" else "raw"
+
+
+def _data(cfg: CfgNode, data: Data) -> Iterator[Line]:
+    counts = f"{data.fingerprint['train']:,} training and {data.val.num_images:,} validation images"
+    yield "data", f"{counts}, {len(data.classes):,} classes; loader {cfg.DATA.LOADER}"
+
+
+def _model(cfg: CfgNode, model: nn.Module) -> Iterator[Line]:
+    parameters = sum(p.numel() for p in model.parameters())
+    drop_path = _over_time(cfg, "DROP_PATH_RATE", cfg.MODEL.DROP_PATH_RATE)
+    mode = ", trained in evaluation mode" if cfg.TRAIN.EVAL_MODE else ""
+    yield "model", f"{cfg.MODEL.NAME}, {parameters:,} parameters, drop path {drop_path}{mode}"
+    if cfg.MODEL.NORM_BACKEND != "torch":
+        yield "", f"LayerNorm by {cfg.MODEL.NORM_BACKEND}"
+    if cfg.TRAIN.COMPILE != "off":
+        yield "", f"torch.compile {cfg.TRAIN.COMPILE}, once for each size of batch and image"
+    if count := cfg.TRAIN.CHECKPOINT_BLOCKS:
+        which = "all blocks" if count < 0 else f"the first {count} blocks"
+        yield "", f"gradient checkpointing: {which} run again in the backward pass"
+
+
+def _length(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
+    plan, cooldown = state.plan, cfg.SCHEDULE.COOLDOWN_EPOCHS
+    division = f"{plan.micro_batch} images x {plan.world} processes x {plan.accumulation} accumulation"
+    worlds = ", ".join(map(str, divisors(plan.global_batch // plan.micro_batch)))
+    yield "batch", f"{plan.global_batch} = {division}; fits {worlds} processes"
+    if plan.world > 1:
+        form = "in float32" if cfg.DIST.COMPRESS == "none" else f"rounded to {cfg.DIST.COMPRESS}"
+        static = ", static graph" if cfg.DIST.STATIC_GRAPH else ""
+        yield "exchange", f"gradients once an update, {form}, in buckets of {cfg.DIST.BUCKET_MB:g} MiB{static}"
+    epochs = f"{cfg.TRAIN.EPOCHS} + {cooldown} cooldown epochs" if cooldown else f"{cfg.TRAIN.EPOCHS} epochs"
+    images = plan.updates * plan.global_batch
+    yield "length", f"{epochs} of {plan.updates_per_epoch:,} updates = {plan.updates:,} updates, {images:,} images"
+
+
+def _optimiser(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Iterator[Line]:
+    optim, groups = cfg.OPTIM, optimizer.param_groups
+    factor = f" = {optim.LR:g} x {cfg.TRAIN.GLOBAL_BATCH}/{optim.SCALE_BATCH}" if optim.SCALE_BATCH else ""
+    clip = f"gradient clipped to norm {cfg.TRAIN.CLIP_GRAD:g}" if cfg.TRAIN.CLIP_GRAD else "no gradient clipping"
+    clip += "".join(f", {optim.NAME}'s own {key} {groups[0][key]:g}" for key in OWN_CLIPPING if groups[0].get(key))
+    yield "optimiser", f"{optim.NAME}, learning rate {groups[-1]['initial_lr']:.4g}{factor}; {clip}"
+    settings = {key: groups[0][key] for key in ("betas", "eps", "momentum") if key in groups[0]}
+    yield "", ", ".join(f"{key} {value}" for key, value in settings.items()) or "no other settings"
+    waits = "" if skips_on_device(optimizer) else "; the host reads whether an update is finite, on CUDA a wait each"
+    yield "", f"backend {backend_of(optimizer)}{waits}"
+    for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
+        found = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
+        yield "", f"weight decay {decay:g}: {len(found)} tensors, {sum(p.numel() for p in found):,} parameters"
+    scales = [group.get("lr_scale", 1.0) for group in groups]
+    if min(scales) < 1:
+        layers = len(set(scales))
+        yield (
+            "",
+            f"layer decay {optim.LAYER_DECAY:g}: {layers} layers, learning rate x {min(scales):.4g} to {max(scales):g}",
+        )
+
+
+def _schedule(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
+    schedule, plan = cfg.SCHEDULE, state.plan
+    lag = f", {schedule.DELAY} {schedule.UNIT} late" if schedule.DELAY else ""
+    end = f" to {_lr(state, plan.updates - 1):.4g}"
+    yield "schedule", f"{schedule.NAME}{end}, by {schedule.UNIT}{lag}; warmup {schedule.WARMUP_EPOCHS:g} epochs"
+    warm = math.ceil(schedule.WARMUP_EPOCHS)
+    asked = {0, 1, 2, warm - 1, warm, warm + 1, plan.epochs // 2, cfg.TRAIN.EPOCHS - 1, plan.epochs - 1}
+    epochs = sorted(epoch for epoch in asked if 0 <= epoch < plan.epochs)
+    rates = (f"{epoch}: {_lr(state, epoch * plan.updates_per_epoch):.4g}" for epoch in epochs)
+    yield "", f"learning rate where epochs begin (from 0)  {'  '.join(rates)}"
+    if state.ema:
+        yield "ema", f"decay {_over_time(cfg, 'EMA_DECAY', cfg.EMA.DECAY)} an update"
+
+
+def _lr(state: TrainState, update: int) -> float:
+    """Return the learning rate of an update, counted from 0."""
+    state.schedule.set(update)
+    rate = max(group["lr"] for group in state.optimizer.param_groups)
+    state.schedule.set(state.update)
+    return rate
+
+
+def _augmentation(cfg: CfgNode) -> Iterator[Line]:
+    aug, timeline = cfg.AUG, cfg.TIMELINE
+    size = _over_time(cfg, "IMG_SIZE", cfg.DATA.IMG_SIZE)
+    magnitude = f" (magnitude {timeline.MAGNITUDE})" if timeline.MAGNITUDE else ""
+    resampling = "bilinear or bicubic" if cfg.DATA.INTERPOLATION == "random" else cfg.DATA.INTERPOLATION
+    crop = f"crop of {aug.SCALE[0]:g} to {aug.SCALE[1]:g} of the area, {resampling}, to {size} pixels"
+    policy = f"{aug.RAND_AUGMENT or 'no RandAugment'}{magnitude}"
+    repeats = f"; each image {aug.REPEATS} times an epoch" if aug.REPEATS > 1 else ""
+    yield "augment", f"{crop}, flip {aug.HFLIP:g}, {policy}{repeats}"
+    erase = f"erasing {aug.ERASE_PROB:g} ({aug.ERASE_MODE})" if aug.ERASE_PROB else "no erasing"
+    prob = _over_time(cfg, "MIX_PROB", aug.MIX_PROB)
+    mix = f"mixup {aug.MIXUP:g}, cutmix {aug.CUTMIX:g} with probability {prob}"
+    yield "", f"{mix}, {erase}, {aug.ORDER}; label smoothing {aug.LABEL_SMOOTHING:g}"
+    if cfg.DISTILL.TYPE != "none":
+        teaching = (
+            f"{cfg.DISTILL.TYPE} from {cfg.DISTILL.TEACHER}, alpha {cfg.DISTILL.ALPHA:g}, tau {cfg.DISTILL.TAU:g}"
+        )
+        yield "distill", teaching
+
+
+def _evaluation(cfg: CfgNode) -> Iterator[Line]:
+    size, ev = cfg.DATA.IMG_SIZE, cfg.EVAL
+    if ev.MODE != "center":
+        how = f"{ev.MODE} to {math.floor(size / (ev.CROP_PCT or 1))}, centre crop {size}"
+    elif ev.CROP_PCT:
+        how = f"shorter side to {math.floor(size / ev.CROP_PCT)}, centre crop {size}"
+    elif cfg.DATA.EVAL_RESIZE:
+        how = f"shorter side to {cfg.DATA.EVAL_RESIZE}, centre crop {size}"
+    else:
+        how = f"whole image to {size}"
+    flip = ", averaged with the mirror image" if ev.FLIP else ""
+    weights = "raw and EMA weights" if cfg.EMA.DECAY else "raw weights"
+    often = "every epoch" if ev.EVERY == 1 else f"every {ev.EVERY} epochs"
+    yield "evaluate", f"{often}, {weights}; {how}, {cfg.DATA.EVAL_INTERPOLATION}{flip}"
+
+
+def _checkpoints(cfg: CfgNode, size: int | None) -> str:
+    often = f" and every {cfg.CHECKPOINT.EVERY_UPDATES} updates" if cfg.CHECKPOINT.EVERY_UPDATES else ""
+    each = f", about {gib(size)} each" if size else ""
+    return f"every epoch{often}, the last {cfg.CHECKPOINT.KEEP} kept{each}; best raw{' and EMA' if cfg.EMA.DECAY else ''} weights"
+
+
+def _memory(memory: Memory, cfg: CfgNode) -> str:
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimizer, "EMA": memory.ema}
+    kept = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    activations = f"activations {gib(memory.activations)} for {cfg.TRAIN.MICRO_BATCH} images"
+    without = "workspace and teacher" if cfg.DISTILL.TYPE != "none" else "workspace"
+    return f"about {gib(memory.total)} a process: {activations}, {kept} (estimated, without {without})"
+
+
+def _over_time(cfg: CfgNode, key: str, constant: Any) -> str:
+    timeline: Timeline | None = parse_optional(cfg.TIMELINE[key], f"TIMELINE.{key}")
+    return f"{timeline} (epoch:value)" if timeline else f"{constant:g}"
