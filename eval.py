@@ -89,32 +89,34 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
             f"--fold knows SG-Former, GroupMixFormer and STViT, not MODEL.NAME={cfg.MODEL.NAME}; leave it out"
         )
     loaded = load_all(checkpoint, args.weights)
-    facts = loaded[0][1]
+    metadata = loaded[0][1]
     folder = None
     if args.val_path is not None:
-        known, count = facts.get("classes", []), facts.get("num_classes", 0)
+        known, count = metadata.get("classes", []), metadata.get("num_classes", 0)
         folder = ValFolder(args.val_path, known, count, args.all_logits)
-    say = log.say if processes.main else None
+    say = log.info if processes.main else None
     data = build_eval_data(cfg, processes.rank, processes.world, processes.device, say, folder)
-    check_classes(cfg, facts, data.classes, str(checkpoint), log)
+    check_classes(cfg, metadata, data.classes, str(checkpoint), log)
     real = None
     if args.real_labels is not None:
         files = [data.names(index) for index in range(data.val.num_images)]
         real = read_real_labels(args.real_labels, files, data.classes)
     evaluation = Evaluation(cfg, processes, log, data, checkpoint, real, per_class, predictions, args.fold)
     announce(evaluation)
-    results = {facts["weights"]: run(evaluation, weights, facts["weights"], len(loaded)) for weights, facts in loaded}
+    results = {
+        metadata["weights"]: run(evaluation, weights, metadata["weights"], len(loaded)) for weights, metadata in loaded
+    }
     if summary and processes.main:
-        write_json(summary, report(evaluation, results, facts))
-        log.say(f"all numbers are in {summary}")
+        write_json(summary, report(evaluation, results, metadata))
+        log.info(f"all numbers are in {summary}")
 
 
 def load_all(checkpoint: Path, which: str | None) -> list[tuple[dict, dict]]:
     """Return (weights, facts) of the weights asked for, raw, ema or both; ValueError if the file does not hold them."""
     if which != "both":
-        weights, facts = load_weights(checkpoint, which or "raw")
-        command_line.check_which(facts, which, str(checkpoint))
-        return [(weights, facts)]
+        weights, metadata = load_weights(checkpoint, which or "raw")
+        command_line.check_which(metadata, which, str(checkpoint))
+        return [(weights, metadata)]
     first = load_weights(checkpoint, "raw")
     if tuple(first[1]["holds"]) != KINDS:
         raise ValueError(
@@ -124,27 +126,27 @@ def load_all(checkpoint: Path, which: str | None) -> list[tuple[dict, dict]]:
     return [first, load_weights(checkpoint, "ema")]
 
 
-def check_classes(cfg: CfgNode, facts: dict, classes: list[str], source: str, log: Log) -> None:
+def check_classes(cfg: CfgNode, metadata: dict, classes: list[str], source: str, log: Log) -> None:
     """Raise ValueError if the checkpoint is of another model or class count; warn if the class names differ."""
-    if facts.get("model", cfg.MODEL.NAME) != cfg.MODEL.NAME:
+    if metadata.get("model", cfg.MODEL.NAME) != cfg.MODEL.NAME:
         raise ValueError(
-            f"{source} holds a {facts['model']}, MODEL.NAME is {cfg.MODEL.NAME}; use the config it was trained with"
+            f"{source} holds a {metadata['model']}, MODEL.NAME is {cfg.MODEL.NAME}; use the config it was trained with"
         )
-    if facts.get("num_classes", len(classes)) != len(classes):
+    if metadata.get("num_classes", len(classes)) != len(classes):
         raise ValueError(
-            f"{source} was trained for {facts['num_classes']} classes, {cfg.DATA.PATH or 'the data'} has {len(classes)}; "
+            f"{source} was trained for {metadata['num_classes']} classes, {cfg.DATA.PATH or 'the data'} has {len(classes)}; "
             "evaluate it on the classes it knows, or give a folder of some of them as --val-path"
         )
-    if facts.get("classes", classes) != classes:
-        pairs = [f"{a} there, {b} here" for a, b in zip(facts["classes"], classes, strict=True) if a != b]
-        log.warn(f"class names differ from those {source} was trained on: {'; '.join(pairs[:3])}")
+    if metadata.get("classes", classes) != classes:
+        pairs = [f"{a} there, {b} here" for a, b in zip(metadata["classes"], classes, strict=True) if a != b]
+        log.warning(f"class names differ from those {source} was trained on: {'; '.join(pairs[:3])}")
 
 
 def announce(evaluation: Evaluation) -> None:
     """Say what is about to be evaluated."""
-    cfg, data, say = evaluation.cfg, evaluation.data, evaluation.log.say
+    cfg, data, say = evaluation.cfg, evaluation.data, evaluation.log.info
     for note in data.notes:
-        evaluation.log.warn(note)
+        evaluation.log.warning(note)
     folded = ", folded" if evaluation.fold else ""
     say(
         f"{cfg.MODEL.NAME} from {evaluation.checkpoint}, {evaluation.processes.device.type}, amp {cfg.TRAIN.AMP}{folded}"
@@ -187,7 +189,7 @@ def run(evaluation: Evaluation, weights: dict, which: str, of: int) -> dict[str,
     )
     predictions = collector.gather() if collector else None
     real = evaluation.real.count(predictions.ranked) if evaluation.real and predictions else None
-    log.say(
+    log.info(
         f"{which:<3}  {result}{f'  {real}' if real else ''}  {result.images} images in {result.seconds:.1f} s  "
         f"[{which} weights, {protocol(evaluation)}]"
     )
@@ -206,7 +208,7 @@ def write_tables(evaluation: Evaluation, predictions: Predictions, suffix: str) 
         if path:
             target = path.with_stem(path.stem + suffix)
             write_table(target, make())
-            evaluation.log.say(f"{what}: {target}")
+            evaluation.log.info(f"{what}: {target}")
 
 
 def numbers(result: Accuracy) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def numbers(result: Accuracy) -> dict[str, Any]:
     return asdict(result) | rates
 
 
-def report(evaluation: Evaluation, results: dict[str, Any], facts: dict) -> dict[str, Any]:
+def report(evaluation: Evaluation, results: dict[str, Any], metadata: dict) -> dict[str, Any]:
     """Return all that is known of the evaluation, as plain values for JSON."""
     cfg, data, processes = evaluation.cfg, evaluation.data, evaluation.processes
     transform = asdict(data.transform) if data.transform else {"crop": cfg.DATA.IMG_SIZE}
@@ -235,7 +237,7 @@ def report(evaluation: Evaluation, results: dict[str, Any], facts: dict) -> dict
             "processes": processes.world,
         },
         "data": {"origin": data.origin, **data.fingerprint},
-        "facts": {key: value for key, value in facts.items() if key != "weights"},
+        "facts": {key: value for key, value in metadata.items() if key != "weights"},
     }
 
 

@@ -10,9 +10,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
 
-from engine.distributed.signals import ENDED, PREEMPTED, Interruption, PreemptedError
+from engine.distributed.signals import ENDED, PREEMPTED, PreemptedError, StopSignals
 
-INTERRUPTION = Interruption()
+INTERRUPTION = StopSignals()
 if __name__ == "__main__":
     INTERRUPTION.listen()  # before torch too, whose import takes seconds
 
@@ -29,19 +29,19 @@ from yacs.config import CfgNode
 import config
 from config import command_line
 from data.loaders.decode import UnreadableImageError
-from engine.checkpoint.async_saver import Saver, SavingError
+from engine.checkpoint.async_saver import AsyncSaver, SavingError
 from engine.checkpoint.run_directory import OccupiedError, RunDirectory
 from engine.distributed import processes as distributed
-from engine.distributed.consensus import Wish
+from engine.distributed.consensus import Vote
 from engine.distributed.elastic import Elastic, give_up
 from engine.distributed.processes import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
-from engine.loop import Step
+from engine.loop import StepMetrics
 from engine.optim.clip_and_step import DivergedError
-from trainer.rollback import go_back
-from trainer.session import Session, build
-from trainer.summary import estimate_memory, report
+from trainer.rollback import roll_back
+from trainer.session import Session, build_session
+from trainer.summary import estimate_memory, summarize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,9 +77,9 @@ def work(
     """Do what the command line asks for; return the exit status, or raise SystemExit with that of a failure."""
     session, log = None, Log(processes.main, dali=cfg.DATA.LOADER == "dali")
     for note in elastic.notes(cfg.CHECKPOINT.EVERY_UPDATES):
-        log.warn(note)
+        log.warning(note)
     run = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
-    saver = Saver(run, log, cfg.CHECKPOINT.MAX_FAILURES)
+    saver = AsyncSaver(run, log, cfg.CHECKPOINT.MAX_FAILURES)
     try:
         session = build_or_fail(parser, cfg, args, processes, saver)
         if not (args.dry_run or args.eval):
@@ -90,10 +90,10 @@ def work(
         give_up()
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
-        log.warn("interrupted; the same command continues from the last checkpoint")
+        log.warning("interrupted; the same command continues from the last checkpoint")
         return ENDED
     except PreemptedError:
-        log.warn("interrupted")
+        log.warning("interrupted")
         return PREEMPTED
     except RuntimeError as error:
         if processes.world == 1 or not distributed.is_lost_contact(error):
@@ -123,13 +123,13 @@ def build_or_fail(
     cfg: CfgNode,
     args: argparse.Namespace,
     processes: Processes,
-    saver: Saver,
+    saver: AsyncSaver,
 ) -> Session:
     """Build the session; end the process with the message of what the user can mend."""
     try:
         if args.dry_run:
             saver.run.check_place()
-        return build(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
+        return build_session(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
     except OccupiedError as error:
         parser.fail(error, processes.name)
     except ValueError as error:
@@ -140,22 +140,22 @@ def build_or_fail(
 def train(s: Session) -> int:
     """Do what is left of the run, or save and stop early if a signal asks for it; return the exit status."""
     if s.state.complete:
-        s.log.say(f"{s.run.path} is complete: {s.state.plan.epochs} epochs, best {describe_best(s)}")
+        s.log.info(f"{s.run.path} is complete: {s.state.plan.epochs} epochs, best {describe_best(s)}")
     else:
         INTERRUPTION.defer()
         announce(s)
-        s.gallery.catch_first_batch(s.loop, s.state)
+        s.sample_images.catch_first_batch(s.loop, s.state)
         try:
-            s.check(s.agreement.settle())
+            s.check(s.consensus.agree())
             while not s.state.complete:
                 (end_epoch if s.state.between_epochs else train_epoch)(s)
             if not s.saver.finish():
                 s.saver.failures = s.saver.max_failures
-            if s.agreement.settle() is Wish.FAIL:
+            if s.consensus.agree() is Vote.FAIL:
                 raise s.saver.complaint()
         except PreemptedError:
             return stop_early(s)
-        s.log.say(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
+        s.log.info(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
     if s.processes.main and not s.run.done.exists():
         leave_mark(s, s.run.done, f"after update {s.state.update}")
     return 0
@@ -165,29 +165,29 @@ def train_epoch(s: Session) -> None:
     """Train the updates that are left of the epoch, or go back if they diverge."""
     state, plan, log, every = s.state, s.state.plan, s.log, s.cfg.CHECKPOINT.EVERY_UPDATES
 
-    def report(step: Step) -> None:
+    def log_step(step: StepMetrics) -> None:
         log.step(step, plan.epochs, plan.updates_per_epoch)
         note_bad_images(s)
 
     def after_update() -> None:
         if s.compilation:
-            s.compilation.after_update(log.say)
+            s.compilation.after_update(log.info)
         log.advance()
         s.saver.poll()
         if every and state.update % every == 0 and state.update_in_epoch:
             save(s)
-        s.check(s.agreement.poll())
+        s.check(s.consensus.poll())
 
     epoch = state.epoch
     if s.compilation:
-        s.compilation.begin(log.say)
+        s.compilation.begin(log.info)
     log.begin_epoch(epoch, plan.epochs, state.update_in_epoch, plan.updates_per_epoch)
     batches = s.data.bad.watch(s.data.train.epoch(epoch, state.update_in_epoch))
     try:
-        s.loop.train_epoch(state, batches, report, after_update)
+        s.loop.train_epoch(state, batches, log_step, after_update)
     except DivergedError as error:
         log.end_epoch()
-        go_back(error, state, s.loop, s.data.stream, s.saver, s.processes)
+        roll_back(error, state, s.loop, s.data.sampler, s.saver, s.processes)
         save(s)
         s.saver.wait()  # a run that is killed from here on does not go back a second time
         log.open_again(s.run.path, s.open_log)
@@ -202,8 +202,8 @@ def end_epoch(s: Session) -> None:
     if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
         save(s)
         best = note_results(s, evaluate_all(s), epoch)
-        if s.gallery.is_due(epoch + 1, state.trained):
-            s.gallery.draw(state.weights()[s.cfg.RECIPE.HEADLINE], s.precision, epoch + 1, state.update)
+        if s.sample_images.is_due(epoch + 1, state.trained):
+            s.sample_images.draw(state.weights()[s.cfg.RECIPE.HEADLINE], s.precision, epoch + 1, state.update)
     state.closed = state.update
     save(s, best)
 
@@ -219,13 +219,13 @@ def stop_early(s: Session) -> int:
         save(s)
     if not s.saver.finish():  # a mark would have it started again, for ever without progress
         s.saver.failures = s.saver.max_failures
-    if s.agreement.settle() is Wish.FAIL:
+    if s.consensus.agree() is Vote.FAIL:
         raise s.saver.complaint()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
         leave_mark(s, s.run.preempted, f"by {why} after update {s.state.update}")
-        s.log.say(f"stopped by {why} after update {s.state.update}; the same command continues")
-    s.agreement.settle()  # nobody leaves before the mark is there
+        s.log.info(f"stopped by {why} after update {s.state.update}; the same command continues")
+    s.consensus.agree()  # nobody leaves before the mark is there
     INTERRUPTION.release()
     return 0 if s.processes.launcher == "torchrun" else PREEMPTED
 
@@ -235,7 +235,7 @@ def leave_mark(s: Session, mark: Path, text: str) -> None:
     try:
         s.run.mark(mark, text)
     except OSError as error:
-        s.log.warn(f"{mark} cannot be written ({error.strerror}): whoever looks for it finds nothing")
+        s.log.warning(f"{mark} cannot be written ({error.strerror}): whoever looks for it finds nothing")
 
 
 def note_bad_images(s: Session) -> None:
@@ -243,21 +243,21 @@ def note_bad_images(s: Session) -> None:
     new = s.data.bad.take_new()
     if not s.processes.sum(torch.tensor(float(len(new)), device=s.processes.device)):
         return
-    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None, s.log.warn):
-        s.log.warn(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")
+    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None, s.log.warning):
+        s.log.warning(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")
 
 
 def save(s: Session, best: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Store the whole state, and the new best weights; called by all processes."""
-    s.saver.save(s.state, s.processes, s.facts(), best or {})
+    s.saver.save(s.state, s.processes, s.metadata(), best or {})
 
 
 def evaluate_all(s: Session) -> dict[str, Accuracy]:
     """Evaluate the raw and, if kept, the EMA weights on every validation image."""
     results: dict[str, Accuracy] = {}
     for which, model in s.state.weights().items():
-        watched = s.agreement.watch(s.data.val, len(s.data.val), s.check)
-        kept = s.gallery.watch(watched, -(-s.data.val.num_images // s.processes.world))
+        watched = s.consensus.watch(s.data.val, len(s.data.val), s.check)
+        kept = s.sample_images.watch(watched, -(-s.data.val.num_images // s.processes.world))
         batches = s.log.track(kept, len(s.data.val), f"evaluate {which}")
         results[which] = evaluate(
             model,
@@ -274,7 +274,7 @@ def evaluate_all(s: Session) -> dict[str, Accuracy]:
 def evaluate_only(s: Session) -> None:
     """Evaluate the weights the session starts from, and say the result."""
     for which, result in evaluate_all(s).items():
-        s.log.say(f"{which:<3}  {result}")
+        s.log.info(f"{which:<3}  {result}")
 
 
 def note_results(s: Session, results: dict[str, Accuracy], epoch: int) -> dict[str, dict[str, Any]]:
@@ -301,10 +301,10 @@ def describe_best(s: Session) -> str:
 def announce(s: Session, with_memory: bool = False) -> None:
     """Say what is about to happen, derived values included."""
     memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory and s.processes.main else None
-    for label, text in report(s.cfg, s.state, s.data, s.processes.launcher, s.processes.device, s.run.path, memory):
-        s.log.say(f"{label:<12}{text}")
+    for label, text in summarize(s.cfg, s.state, s.data, s.processes.launcher, s.processes.device, s.run.path, memory):
+        s.log.info(f"{label:<12}{text}")
     for note in s.data.notes:
-        s.log.warn(note)
+        s.log.warning(note)
 
 
 if __name__ == "__main__":

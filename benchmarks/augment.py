@@ -27,11 +27,11 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.loader import find_source
-from common.rng import generator
+from common.rng import keyed_generator
 from config.command_line import Parser
 from data.augment import rand_augment
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing
+from data.augment.mixup import Mixup
 from data.augment.rand_augment import INCREASING_OPS, Op, argument, parse_policy
 from data.augment.rand_augment_tensor import RandAugment, augment
 from data.augment.transforms import EvalTransform
@@ -71,7 +71,7 @@ def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[st
 def batch_ways(images: Tensor) -> dict[str, Callable[[], object]]:
     """Return what is measured for a whole batch."""
     policy = parse_policy(POLICY)
-    ops = [rand_augment.draw(policy, generator(0, "augment", 0, row), "bicubic") for row in range(len(images))]
+    ops = [rand_augment.draw(policy, keyed_generator(0, "augment", 0, row), "bicubic") for row in range(len(images))]
     cpu = RandAugment(FILL)
     ways: dict[str, Callable[[], object]] = {
         "timm, Pillow, an image at a time": lambda: [by_timm(*pair) for pair in zip(images, ops, strict=True)],
@@ -79,7 +79,7 @@ def batch_ways(images: Tensor) -> dict[str, Callable[[], object]]:
     }
     if torch.cuda.is_available():
         gpu, moved = RandAugment(FILL, "cuda"), images.cuda()
-        stage = DeviceStage(Mixing(1000), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, "cuda")
+        stage = DeviceStage(Mixup(1000), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, "cuda")
         given = stage_batch(moved)
         ways["ours on the GPU (by groups)"] = lambda: gpu(moved, ops)
         ways["normalise, erase and mix on the GPU"] = lambda: stage.train(given, 0, 0, 0)

@@ -23,7 +23,7 @@ OPPONENTS = ROOT / "oracle"  # for other people's code: on the path, ignored by 
 
 
 @dataclass(frozen=True)
-class Opponent:
+class Baseline:
     """A callable that builds a model; `{model}` in its name stands for the model it is measured against."""
 
     name: str
@@ -54,7 +54,7 @@ class Opponent:
         return make
 
 
-def parse_opponent(text: str) -> Opponent:
+def parse_baseline(text: str) -> Baseline:
     """Read [name=]module:factory. Raises ValueError."""
     name, equals, path = text.rpartition("=")
     module, colon, factory = path.partition(":")
@@ -62,7 +62,7 @@ def parse_opponent(text: str) -> Opponent:
         raise ValueError(f"--opponent {text}: write [NAME=]MODULE:FACTORY, e.g. timm.models.resnet:resnet50")
     if str(OPPONENTS) not in sys.path:
         sys.path.append(str(OPPONENTS))
-    return Opponent(name or factory.replace("{model}", "") or module, module, factory)
+    return Baseline(name or factory.replace("{model}", "") or module, module, factory)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def parse_choices(flag: str, text: str, choices: Sequence[str]) -> list[str]:
     return chosen
 
 
-class Step:
+class ModelStep:
     """A step of a model on random images: inference, or forward, loss, backward and AdamW."""
 
     def __init__(self, model: nn.Module, call: Callable[[Tensor], Tensor], batch: int, size: int, precision: str):

@@ -37,7 +37,7 @@ PASSES = {"inference": 2, "training": 5}  # over the map, at least
 STRIPS, COLUMNS, CHANNELS, WARPS = (2, 4, 8), (2, 4), (32, 64, 128), (2, 4, 8)  # what --tiles tries
 
 
-class Place(NamedTuple):
+class KernelCase(NamedTuple):
     """One map of a model that a kernel runs on: (B, H, W, C)."""
 
     model: str
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     gelu_before: bool
 
 
-def places(names: Sequence[str], batch: int, size: int, channels: int) -> Iterator[Place]:
+def places(names: Sequence[str], batch: int, size: int, channels: int) -> Iterator[KernelCase]:
     """Yield the hidden map of a block of each stage of each model, of at most so many channels."""
     for name in names:
         with torch.device("meta"):
@@ -57,13 +57,15 @@ def places(names: Sequence[str], batch: int, size: int, channels: int) -> Iterat
                 raise ValueError(
                     f"--models {name}: no layer of it has a Triton kernel: those of SG-Former and STViT do"
                 )
-            yield Place(name, stage, (batch, side, side, min(channels, layers[0].in_channels)), layers[0].gelu_before)
+            yield KernelCase(
+                name, stage, (batch, side, side, min(channels, layers[0].in_channels)), layers[0].gelu_before
+            )
 
 
 class Subject:
     """A place with data: the calls that are timed, by contender."""
 
-    def __init__(self, place: Place, dtype: torch.dtype, device: torch.device, compiled: bool):
+    def __init__(self, place: KernelCase, dtype: torch.dtype, device: torch.device, compiled: bool):
         torch.manual_seed(0)
         self.place, self.device = place, device
         self.x = torch.randn(place.shape, device=device, dtype=dtype).requires_grad_()
@@ -217,12 +219,12 @@ def best_tiles(tried: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], facts: dict[str, Any], out: Path) -> None:
+def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], metadata: dict[str, Any], out: Path) -> None:
     """Write the result as JSON and Markdown."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows, "tiles": tried}, indent=2) + "\n")
-    lines = [f"# Kernels, {facts['date']}, {facts['hardware']}", "", f"    {facts['command']}", ""]
-    lines += [f"{key}: {value}. " for key, value in facts.items() if key not in ("date", "hardware", "command")]
+    out.with_suffix(".json").write_text(json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n")
+    lines = [f"# Kernels, {metadata['date']}, {metadata['hardware']}", "", f"    {metadata['command']}", ""]
+    lines += [f"{key}: {value}. " for key, value in metadata.items() if key not in ("date", "hardware", "command")]
     lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     if tried:
@@ -235,10 +237,10 @@ def gather_facts(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[s
     """Return what a reader must know to judge the numbers."""
     from models.kernels.depthwise import BACKWARD, FORWARD, INTERPRETED
 
-    facts = record.facts("benchmarks/kernels.py", argv, ("triton",))
+    metadata = record.metadata("benchmarks/kernels.py", argv, ("triton",))
     return {
-        **facts,
-        "hardware": facts["hardware"] + (", Triton's interpreter: no measure of the kernel" if INTERPRETED else ""),
+        **metadata,
+        "hardware": metadata["hardware"] + (", Triton's interpreter: no measure of the kernel" if INTERPRETED else ""),
         "copying reaches": f"{peak / 1e9:.0f} GB/s",
         "tiles (strips, columns, channels, warps)": f"forward {tuple(FORWARD)}, backward {tuple(BACKWARD)}",
         "n": f"{rounds} rounds, contenders in turn, each the median over its time",
@@ -291,9 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     say.print(table)
     for line in best_tiles(tried):
         say.print(line)
-    facts = gather_facts(argv, args.rounds, peak)
+    metadata = gather_facts(argv, args.rounds, peak)
     out = args.out or record.default_out("kernels")
-    write(rows, tried, facts, out)
+    write(rows, tried, metadata, out)
     say.print(f"written to {out.with_suffix('.md')}")
     return 0
 

@@ -31,11 +31,11 @@ from PIL import Image
 from benchmarks import record
 from config.command_line import Parser
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing
+from data.augment.mixup import Mixup
 from data.augment.rand_augment import parse_policy
 from data.augment.transforms import TrainTransform
 from data.loaders.dali_loader import DaliTrainLoader, check_dali
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import TrainLoader, load
 from data.stores.folder import FolderSource, class_folders, scan
 
@@ -72,26 +72,26 @@ class Contenders:
 
     def torch_floats(self) -> Iterator[int]:
         """The torch loader and the device stage, on the CPU."""
-        mixing = Mixing(1000, mixup=0, cutmix=0, smoothing=0)
+        mixing = Mixup(1000, mixup=0, cutmix=0, smoothing=0)
         stage = DeviceStage(mixing, MEAN, STD, seed=0)
         loader = TrainLoader(self.source, self._transform(), self._stream(), workers=self.workers)
         return self._epochs(loader, lambda batch: stage.train(batch, 0, 0, 0))
 
     def dali_cpu(self) -> Iterator[int]:
         """The DALI loader on its CPU backend."""
-        stream, transform = self._stream(), self._transform()
-        return self._epochs(DaliTrainLoader(self.source, transform, stream, workers=self.workers, backend="cpu"))
+        sampler, transform = self._stream(), self._transform()
+        return self._epochs(DaliTrainLoader(self.source, transform, sampler, workers=self.workers, backend="cpu"))
 
     def dali_gpu(self) -> Iterator[int]:
         """The DALI loader on a GPU."""
-        stream, transform = self._stream(), self._transform()
-        return self._epochs(DaliTrainLoader(self.source, transform, stream, workers=self.workers, device="cuda"))
+        sampler, transform = self._stream(), self._transform()
+        return self._epochs(DaliTrainLoader(self.source, transform, sampler, workers=self.workers, device="cuda"))
 
     def _transform(self) -> TrainTransform:
         return TrainTransform(self.size, seed=0, policy=parse_policy(POLICY))
 
-    def _stream(self) -> IndexStream:
-        return IndexStream(len(self.source), 0, self.batch, self.batch)
+    def _stream(self) -> Sampler:
+        return Sampler(len(self.source), 0, self.batch, self.batch)
 
     def _timm(self, use_prefetcher: bool) -> Any:
         timm.data.auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
@@ -227,7 +227,7 @@ def gather_facts(args: Any, argv: Sequence[str] | None, source: FolderSource, im
     shown = ["DIR" if word == str(args.data) else word for word in typed]
     mean = sum(len(source.read(i)) for i in range(len(source))) / len(source) / 1e3
     return {
-        **record.facts("benchmarks/loader.py", shown, ("torchvision", "timm", "Pillow")),
+        **record.metadata("benchmarks/loader.py", shown, ("torchvision", "timm", "Pillow")),
         "pictures": f"{len(source)} files, mean {mean:.0f} kB",
         "n": f"{args.rounds} rounds of {images} images, contenders in turn",
     }
@@ -270,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 walls[name].append(images / wall)
     rows = rows_of(rates, walls)
     say.print(record.table(COLUMNS, rows))
-    facts = gather_facts(args, argv, source, contenders.images)
-    out = args.out or record.RESULTS / f"{facts['date']}-loader"
-    say.print(f"written to {record.write(out, 'Loaders', COLUMNS, facts, rows, append=False)}")
+    metadata = gather_facts(args, argv, source, contenders.images)
+    out = args.out or record.RESULTS / f"{metadata['date']}-loader"
+    say.print(f"written to {record.write(out, 'Loaders', COLUMNS, metadata, rows, append=False)}")
     return 0
 
 

@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import record
-from benchmarks.baselines import Ours, Step, parse_choices, parse_models
+from benchmarks.baselines import ModelStep, Ours, parse_choices, parse_models
 from benchmarks.record import Row
 from benchmarks.step import PRECISIONS, find_device
+from common.byte_size import format_bytes
 from config.command_line import Parser
-from engine.memory import activations, estimate, gib
+from engine.memory import activations, estimate
 from engine.precision import Precision
 
 COLUMNS: record.Columns = {
@@ -34,8 +35,8 @@ COLUMNS: record.Columns = {
     "precision": lambda row: row["precision"],
     "checkpointing": lambda row: "all blocks" if row["checkpointing"] else "none",
     "largest micro-batch": lambda row: str(row["batch"]) if row["batch"] else "none fits",
-    "memory at it": lambda row: gib(row["bytes"]) if row["batch"] else "",
-    "an image more": lambda row: gib(row["bytes_an_image"]) if row.get("bytes_an_image") else "",
+    "memory at it": lambda row: format_bytes(row["bytes"]) if row["batch"] else "",
+    "an image more": lambda row: format_bytes(row["bytes_an_image"]) if row.get("bytes_an_image") else "",
 }
 
 
@@ -61,7 +62,7 @@ def trained(model: Ours, size: int, precision: str, checkpointing: bool, batch: 
     net = model.build(size, device)
     net.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
     averaged = [p.detach().clone() for p in net.parameters()]  # as EMA holds
-    step = Step(net, net, batch, size, precision).of("train")
+    step = ModelStep(net, net, batch, size, precision).of("train")
     torch.cuda.reset_peak_memory_stats(device)
     step()
     step()
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if limit <= 0 or args.size < 1 or args.most < 1:
             raise ValueError(f"--gib {args.gib:g}, --size {args.size}, --most {args.most}: all must be positive")
         if device.type == "cuda" and limit > torch.cuda.mem_get_info(device)[1]:
-            raise ValueError(f"--gib {args.gib:g}: this GPU has {gib(torch.cuda.mem_get_info(device)[1])}")
+            raise ValueError(f"--gib {args.gib:g}: this GPU has {format_bytes(torch.cuda.mem_get_info(device)[1])}")
         models, rows = parse_models(args.models), []
         for model in models:
             for precision in parse_choices("--precision", args.precision, PRECISIONS):
@@ -130,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += [{**shared, **row} for row in found]
     except ValueError as error:
         parser.fail(error)
-    facts = record.facts("benchmarks/memory.py", argv)
+    metadata = record.metadata("benchmarks/memory.py", argv)
     by_trial = "by trial on this GPU, to 3%; memory is the peak reserved"
-    facts["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
-    facts["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
+    metadata["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
+    metadata["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
     say.print(record.table(COLUMNS, rows))
-    page = record.write(args.out or record.default_out("memory"), "Memory", COLUMNS, facts, rows, args.append)
-    say.print(f"{facts['how']}; written to {page}")
+    page = record.write(args.out or record.default_out("memory"), "Memory", COLUMNS, metadata, rows, args.append)
+    say.print(f"{metadata['how']}; written to {page}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """What a reader of a measurement must know, and the files it goes to: JSON to compute with, Markdown to read."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,9 @@ def command(program: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", program, *words])
 
 
-def facts(program: str, argv: Sequence[str] | None, packages: Sequence[str] = ("timm",)) -> dict[str, str]:
+def metadata(program: str, argv: Sequence[str] | None, packages: Sequence[str] = ("timm",)) -> dict[str, str]:
     """Return date, hardware, command, commit and versions."""
-    versions = [f"torch {torch.__version__}", *(f"{name} {metadata.version(name)}" for name in packages)]
+    versions = [f"torch {torch.__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in packages)]
     return {
         "date": time.strftime("%Y-%m"),
         "hardware": hardware(),

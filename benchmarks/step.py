@@ -30,12 +30,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from benchmarks import record, roofline
-from benchmarks.baselines import Opponent, Ours, Step, parse_choices, parse_models, parse_opponent
+from benchmarks.baselines import Baseline, ModelStep, Ours, parse_baseline, parse_choices, parse_models
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
+from common.byte_size import format_bytes
 from config.command_line import Parser
 from engine.malloc import keep_freed_memory
-from engine.memory import gib
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
 WARM_CALLS = 2
@@ -57,7 +57,7 @@ COLUMNS: record.Columns = {
     "lowest .. highest": spread_of("rates", 1),
     "ratio": lambda row: f"{row['ratio'][0]:.2f}" if "ratio" in row else "",
     "its lowest .. highest": spread_of("ratio", 2),
-    "memory": lambda row: gib(row["memory"]) if row.get("memory") else "",
+    "memory": lambda row: format_bytes(row["memory"]) if row.get("memory") else "",
     "floor, images/s": lambda row: f"{row['floor']:.0f} ({row['floor_added']:.0f})",
     "share": lambda row: f"{row['images_per_s'] / row['floor']:.0%}" if "images_per_s" in row else "",
 }
@@ -67,7 +67,7 @@ SHOWN = ("model", "step", "contender", "images/s", "ratio", "memory", "share")  
 class Bench:
     """The measurements of one run of the program."""
 
-    def __init__(self, args: Namespace, opponents: Sequence[Opponent], device: torch.device, say: Console):
+    def __init__(self, args: Namespace, opponents: Sequence[Baseline], device: torch.device, say: Console):
         self.args, self.opponents, self.device, self.say = args, opponents, device, say
         self.machines: dict[str, roofline.Machine] = {}
         if device.type == "cpu":
@@ -94,7 +94,7 @@ class Bench:
             self.machines[precision] = roofline.machine(self.device, precision, *given, self.args.clock)
         return self.machines[precision]
 
-    def warm(self, name: str, build: Callable[[], nn.Module], mode: str, precision: str) -> tuple[Step, int]:
+    def warm(self, name: str, build: Callable[[], nn.Module], mode: str, precision: str) -> tuple[ModelStep, int]:
         """Build a contender and call it; return it with the bytes it needs."""
         gc.collect()
         before = 0
@@ -104,7 +104,7 @@ class Bench:
             before = torch.cuda.memory_allocated(self.device)
         model = build()
         call = torch.compile(model, backend=self.args.backend) if name.endswith(", compiled") else model
-        step = Step(model, call, self.args.batch, self.args.size, precision)
+        step = ModelStep(model, call, self.args.batch, self.args.size, precision)
         for _ in range(WARM_CALLS):
             step.of(mode)()
         if self.device.type == "cuda":
@@ -217,11 +217,11 @@ def check(args: Namespace) -> torch.device:
     return device
 
 
-def facts(program: str, argv: Sequence[str] | None, bench: Bench) -> dict[str, Any]:
+def metadata(program: str, argv: Sequence[str] | None, bench: Bench) -> dict[str, Any]:
     """Return what a reader must know of the measurements."""
     args, threads = bench.args, torch.get_num_threads()
     return {
-        **record.facts(program, argv),
+        **record.metadata(program, argv),
         "n": f"{args.rounds} rounds of at least {args.seconds:g} s, contenders in turn, {threads} threads",
         "clock": "wall" if args.clock == "wall" else "CPU time of all threads: images/s are per CPU-second",
         "floor": bench.about(),
@@ -250,20 +250,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = parse_models(args.models)
         modes = parse_choices("--modes", args.modes, MODES)
         precisions = parse_choices("--precision", args.precision, PRECISIONS)
-        opponents = [parse_opponent(text) for text in args.opponent]
+        opponents = [parse_baseline(text) for text in args.opponent]
         check_opponents(opponents, models)
         bench = Bench(args, opponents, device, say)
         rows = measure(bench, models, modes, precisions)
     except ValueError as error:
         parser.fail(error)
     say.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
-    found = {**facts("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
+    found = {**metadata("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
     page = record.write(args.out or record.default_out("step"), "Steps", COLUMNS, found, rows, args.append)
     say.print(f"written to {page}")
     return 0
 
 
-def check_opponents(opponents: Sequence[Opponent], models: Sequence[Ours]) -> None:
+def check_opponents(opponents: Sequence[Baseline], models: Sequence[Ours]) -> None:
     """Look every opponent up, so that a wrong name ends the program at once. Raises ValueError."""
     names = [opponent.name for opponent in opponents]
     for name in names:

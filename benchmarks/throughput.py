@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import record
 from benchmarks.baselines import parse_choices, parse_models
 from benchmarks.record import Row
-from benchmarks.step import COLUMNS, MODES, PRECISIONS, Bench, check, facts, make_parser, measure
+from benchmarks.step import COLUMNS, MODES, PRECISIONS, Bench, check, make_parser, measure, metadata
 
 BATCHED: record.Columns = {"batch": lambda row: str(row["batch"]), **COLUMNS}
 RATIO = ("ratio", "its lowest .. highest")  # to the model as it is: nothing without a compiled or a folded one
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compared = any(row["contender"] != "ours" for row in rows)
     shown = (*SHOWN, "ratio") if compared else SHOWN
     say.print(record.table({title: BATCHED[title] for title in shown}, rows))
-    found = {**facts("benchmarks/throughput.py", argv, bench), "images": f"of {args.size} x {args.size}"}
+    found = {**metadata("benchmarks/throughput.py", argv, bench), "images": f"of {args.size} x {args.size}"}
     columns = {title: cell for title, cell in BATCHED.items() if compared or args.append or title not in RATIO}
     page = record.write(args.out or record.default_out("throughput"), "Throughput", columns, found, rows, args.append)
     say.print(f"written to {page}")

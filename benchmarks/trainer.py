@@ -41,7 +41,7 @@ from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, timed
 from config import command_line
 from engine.build import build_optimizer, prepare_model, wrap_model
-from engine.checkpoint.async_saver import Saver
+from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed import processes as distributed
 from engine.distributed.processes import Processes
@@ -164,8 +164,8 @@ def run(args: Namespace) -> Row | None:
         processes = distributed.start(cfg.DEVICE)
         log = Log(processes.main)
         log.console = Console(file=io.StringIO())
-        saver = Saver(RunDirectory(Path(folder) / "run", 1), log, 1)
-        s = session.build(cfg, typed, processes, saver, lambda: False)
+        saver = AsyncSaver(RunDirectory(Path(folder) / "run", 1), log, 1)
+        s = session.build_session(cfg, typed, processes, saver, lambda: False)
         updates = s.state.plan.updates_per_epoch
         bare, whole, pieces = bare_step(s), one_epoch(s), Pieces(s, args.clock)
         bare()
@@ -257,15 +257,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail(error)
     say = record.console()
     say.print(record.table(COLUMNS, rows))
-    facts = record.facts("benchmarks/trainer.py", argv)
-    facts["n"] = (
+    metadata = record.metadata("benchmarks/trainer.py", argv)
+    metadata["n"] = (
         f"{args.rounds} rounds, taking turns; {args.updates} updates a turn"
         if not args.data
         else f"{args.rounds} epochs"
     )
-    facts["images"] = "a folder's" if args.data else "synthetic"
-    facts["clock"] = args.clock
-    page = record.write(args.out or record.default_out("trainer"), "Trainer", COLUMNS, facts, rows, args.append)
+    metadata["images"] = "a folder's" if args.data else "synthetic"
+    metadata["clock"] = args.clock
+    page = record.write(args.out or record.default_out("trainer"), "Trainer", COLUMNS, metadata, rows, args.append)
     say.print(f"written to {page}")
     return 0
 

@@ -1,38 +1,58 @@
-"""Randomness by address: a random stream for each (seed, purpose, address), without any state to save or share.
+"""Counter-based random numbers: each RNG key gives its own numbers, without any state to save or share.
 
-A Philox counter generator is keyed by the seed and the purpose, and its counter starts at the address. So the draws for
-sample 7 of epoch 3 are the same numbers in any worker, on any rank and after any interruption. The streams are frozen:
-Philox's words are fixed by its definition, and NumPy guarantees RandomState's methods (unlike Generator's) for good.
+A key is a seed, a purpose and one to three numbers that say where in the run something is drawn: (epoch, position) for the
+augmentation of a sample, (update, micro-batch) for mixup and drop path. A Philox generator is keyed by seed and purpose, and
+its counter starts at the numbers, so sample 7 of epoch 3 draws the same in any worker, on any rank and after any
+interruption. The numbers are frozen: Philox's words are fixed by its definition, and NumPy guarantees RandomState's methods
+(unlike Generator's) for good.
 """
 
 import functools
 import hashlib
 
 import numpy as np
+import torch
 
-# Philox counts 256-bit blocks; the lowest 64 bits run within a stream, the other three words are the address.
-ADDRESS_WORDS = 3
+# Philox counts 256-bit blocks; the lowest 64 bits run within one generator, the other three words are the key's numbers.
+KEY_WORDS = 3
 
 
 @functools.lru_cache(maxsize=256)
-def _key(seed: int, purpose: str, words: int) -> np.ndarray:
-    """Hash seed, purpose and address length into Philox's 128-bit key."""
+def _philox_key(seed: int, purpose: str, words: int) -> np.ndarray:
+    """Hash seed, purpose and the count of a key's numbers into Philox's 128-bit key."""
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{words}".encode(), digest_size=16).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
-def generator(seed: int, purpose: str, *address: int) -> np.random.RandomState:
-    """Return the random stream of an address, about 10 us.
+def keyed_generator(seed: int, purpose: str, *key: int) -> np.random.RandomState:
+    """Return the generator of an RNG key, in about 10 us.
 
-    `purpose` is a word such as "augment"; `address` is one to three non-negative numbers, such as epoch and position.
+    `purpose` is a word such as "augment"; `key` is one to three non-negative numbers, such as epoch and position. Raises
+    ValueError for more or larger numbers.
     """
-    if len(address) > ADDRESS_WORDS or any(not 0 <= part < 2**64 for part in address):
-        raise ValueError(f"address {address} of {purpose!r} must be at most {ADDRESS_WORDS} numbers in 0 .. 2**64 - 1")
-    counter = np.zeros(1 + ADDRESS_WORDS, dtype=np.uint64)
-    counter[1 : 1 + len(address)] = address
-    return np.random.RandomState(np.random.Philox(key=_key(seed, purpose, len(address)), counter=counter))
+    if len(key) > KEY_WORDS or any(not 0 <= part < 2**64 for part in key):
+        raise ValueError(f"RNG key {key} of {purpose!r} must be at most {KEY_WORDS} numbers in 0 .. 2**64 - 1")
+    counter = np.zeros(1 + KEY_WORDS, dtype=np.uint64)
+    counter[1 : 1 + len(key)] = key
+    return np.random.RandomState(np.random.Philox(key=_philox_key(seed, purpose, len(key)), counter=counter))
 
 
-def torch_seed(seed: int, purpose: str, *address: int) -> int:
-    """Return a 63-bit seed for a torch.Generator, for randomness that is drawn on the device."""
-    return int(generator(seed, purpose, *address).randint(2**63 - 1, dtype=np.int64))
+def keyed_torch_seed(seed: int, purpose: str, *key: int) -> int:
+    """Return a 63-bit seed for a torch.Generator, for random numbers that are drawn on the device."""
+    return int(keyed_generator(seed, purpose, *key).randint(2**63 - 1, dtype=np.int64))
+
+
+def seed_default_generators(seed: int, *key: int) -> None:
+    """Seed torch's default generators (CPU and, once in use, CUDA) by an RNG key; keys of different lengths differ.
+
+    Called before each micro-batch's forward pass with (update, micro-batch): drop path and dropout then depend neither on
+    the number of processes nor on a stored state. Does not synchronise the device.
+    """
+    words = [len(key)]  # SeedSequence ignores trailing zeros: the count comes first, and every number takes two words
+    for number in (seed, *key):
+        words += [number & 0xFFFFFFFF, number >> 32]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    number = int(state[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(number)  # torch.manual_seed records a stack trace for every device it lacks
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)

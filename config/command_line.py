@@ -145,11 +145,11 @@ def check_eval(args: argparse.Namespace) -> None:
                 raise ValueError(f"{other} and {flag} name the same file {path}; give each its own")
 
 
-def check_which(facts: dict[str, Any], asked: str | None, source: str) -> None:
+def check_which(metadata: dict[str, Any], asked: str | None, source: str) -> None:
     """Raise ValueError if a file holds other weights, raw or EMA, than those asked for."""
-    if asked and facts.get("weights", asked) != asked:
+    if asked and metadata.get("weights", asked) != asked:
         raise ValueError(
-            f"{source} holds {facts['weights']} weights, {asked} were asked for; name another file or ask for those"
+            f"{source} holds {metadata['weights']} weights, {asked} were asked for; name another file or ask for those"
         )
 
 

@@ -44,7 +44,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 @dataclass
-class Step:
+class ConfigLayer:
     """Keys to merge: a file's, or its PUBLISHED section. `ends` says that what was published before counts no more."""
 
     tree: dict[str, Any]
@@ -54,7 +54,7 @@ class Step:
     resolved: bool = False  # of a dump, which is in one mode for good
 
 
-def steps_of_mode(cfg: CfgNode, steps: Sequence[Step], asked: str | None, names: str) -> Iterator[Step]:
+def steps_of_mode(cfg: CfgNode, steps: Sequence[ConfigLayer], asked: str | None, names: str) -> Iterator[ConfigLayer]:
     """Yield the steps that count in the mode asked for, else in the one the files say."""
     said = [step.tree["RECIPE"]["MODE"] for step in steps if "MODE" in (step.tree.get("RECIPE") or {})]
     mode = asked or (said[-1] if said else cfg.RECIPE.MODE)
@@ -76,7 +76,7 @@ def steps_of_mode(cfg: CfgNode, steps: Sequence[Step], asked: str | None, names:
             yield step
 
 
-def read_steps(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[Step]:
+def read_steps(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[ConfigLayer]:
     """Yield what a file and those it builds on say, in the order in which it counts."""
     path = file.resolve()
     if path in parents:
@@ -93,11 +93,11 @@ def read_steps(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[
     overlay = tree.pop("PUBLISHED", False)
     if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
         raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {overlay!r}")
-    yield Step(tree, str(file), ends=overlay is None, resolved=overlay == RESOLVED)
+    yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=overlay == RESOLVED)
     if isinstance(overlay, dict):
         source = f"PUBLISHED of {file}"
         merge_tree(cfg.clone(), overlay, "", source)  # checked also where it is not used
-        yield Step(overlay, source, published=True)
+        yield ConfigLayer(overlay, source, published=True)
 
 
 def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

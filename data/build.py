@@ -16,13 +16,13 @@ from yacs.config import CfgNode
 
 from common.timeline import Timeline, parse_optional
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing
+from data.augment.mixup import Mixup
 from data.augment.rand_augment import parse_policy
-from data.augment.random_erasing import EraseBoxes
+from data.augment.random_erasing import RandomErasing
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import BadImages
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from data.loaders.shared_memory import check_shared_memory, default_workers
 from data.loaders.synthetic import SyntheticEval, SyntheticTrain
 from data.loaders.torch_loader import EvalLoader, TrainLoader
@@ -66,7 +66,7 @@ class Data(EvalData):
     """What a training run takes."""
 
     train: TrainLoader | DaliTrainLoader | SyntheticTrain = field(kw_only=True)
-    stream: IndexStream = field(kw_only=True)
+    sampler: Sampler = field(kw_only=True)
     bad: BadImages = field(kw_only=True)
 
 
@@ -82,7 +82,7 @@ def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str, 
     classes = _classes(cfg, train_store)
     train_source = train_store.source(classes, must_hold_all=True)
     val_source = val_store.source(classes, must_hold_all=False)
-    stream = _stream(cfg, len(train_source), _storage_order(cfg, train_source))
+    sampler = _stream(cfg, len(train_source), _storage_order(cfg, train_source))
     _check_shared_memory(cfg, train_source, cfg.TRAIN.MICRO_BATCH, _largest_size(cfg), world)
     _check_shared_memory(cfg, val_source, cfg.EVAL.BATCH, cfg.DATA.IMG_SIZE, world)
     transform = TrainTransform(
@@ -102,13 +102,13 @@ def build_data(cfg: CfgNode, rank: int, world: int, device: torch.device | str, 
         val=_eval_loader(cfg, val_source, rank, world, device),
         stage=_stage(cfg, len(classes), device),
         classes=classes,
-        fingerprint=_fingerprint(classes, train=train_source, val=val_source) | _order_fingerprint(stream),
+        fingerprint=_fingerprint(classes, train=train_source, val=val_source) | _order_fingerprint(sampler),
         notes=[*train_store.notes, *val_store.notes, *_notes(val_store, val_source, classes)],
         origin=val_store.where,
         names=_names(val_source),
         transform=_eval_transform(cfg),
-        train=_train_loader(cfg, train_source, transform, stream, rank, world, device),
-        stream=stream,
+        train=_train_loader(cfg, train_source, transform, sampler, rank, world, device),
+        sampler=sampler,
         bad=BadImages(len(train_source), cfg.DATA.MAX_BAD_SHARE),
     )
 
@@ -205,10 +205,10 @@ def _check_count(cfg: CfgNode, classes: list[str], where: str) -> None:
         )
 
 
-def _stream(cfg: CfgNode, num_samples: int, storage: np.ndarray | None = None) -> IndexStream:
+def _stream(cfg: CfgNode, num_samples: int, storage: np.ndarray | None = None) -> Sampler:
     batches = cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH
     block = cfg.DATA.BLOCK_SHUFFLE
-    return IndexStream(num_samples, cfg.TRAIN.SEED, *batches, repeats=cfg.AUG.REPEATS, block=block, storage=storage)
+    return Sampler(num_samples, cfg.TRAIN.SEED, *batches, repeats=cfg.AUG.REPEATS, block=block, storage=storage)
 
 
 def _storage_order(cfg: CfgNode, source: Source) -> np.ndarray | None:
@@ -219,16 +219,16 @@ def _storage_order(cfg: CfgNode, source: Source) -> np.ndarray | None:
     return source.storage_order()
 
 
-def _order_fingerprint(stream: IndexStream) -> dict[str, Any]:
+def _order_fingerprint(sampler: Sampler) -> dict[str, Any]:
     """Return what tells whether two stores give a block shuffle the same order; nothing for a full shuffle."""
-    if not stream.block:
+    if not sampler.block:
         return {}
-    stored = np.arange(stream.num_samples, dtype=np.int64) if stream.storage is None else stream.storage
+    stored = np.arange(sampler.num_samples, dtype=np.int64) if sampler.storage is None else sampler.storage
     return {"train_storage_sha256": hashlib.sha256(stored.tobytes()).hexdigest()[:16]}
 
 
-def _erase_boxes(cfg: CfgNode) -> EraseBoxes:
-    return EraseBoxes(cfg.AUG.ERASE_PROB, cfg.AUG.ERASE_COUNT, tuple(cfg.AUG.ERASE_AREA))
+def _erase_boxes(cfg: CfgNode) -> RandomErasing:
+    return RandomErasing(cfg.AUG.ERASE_PROB, cfg.AUG.ERASE_COUNT, tuple(cfg.AUG.ERASE_AREA))
 
 
 def _sizes(cfg: CfgNode) -> Timeline | None:
@@ -241,7 +241,7 @@ def _level(mean: float) -> int:
 
 def _stage(cfg: CfgNode, num_classes: int, device: torch.device) -> DeviceStage:
     aug = cfg.AUG
-    mixing = Mixing(num_classes, aug.MIXUP, aug.CUTMIX, aug.MIX_PROB, aug.MIX_SWITCH_PROB, aug.LABEL_SMOOTHING)
+    mixing = Mixup(num_classes, aug.MIXUP, aug.CUTMIX, aug.MIX_PROB, aug.MIX_SWITCH_PROB, aug.LABEL_SMOOTHING)
     mix_prob = parse_optional(cfg.TIMELINE.MIX_PROB, "TIMELINE.MIX_PROB")
     return DeviceStage(mixing, cfg.DATA.MEAN, cfg.DATA.STD, cfg.TRAIN.SEED, device, aug.ERASE_MODE, aug.ORDER, mix_prob)
 
@@ -250,12 +250,12 @@ def _train_loader(
     cfg: CfgNode,
     source: Source,
     transform: TrainTransform,
-    stream: IndexStream,
+    sampler: Sampler,
     rank: int,
     world: int,
     device: torch.device,
 ) -> TrainLoader | DaliTrainLoader:
-    share = source, transform, stream, rank, world, _workers(cfg), cfg.DATA.PREFETCH
+    share = source, transform, sampler, rank, world, _workers(cfg), cfg.DATA.PREFETCH
     if cfg.DATA.LOADER == "dali":
         return DaliTrainLoader(*share, device, cfg.DATA.DALI_DEVICE)
     return TrainLoader(*share, pin_memory=device.type == "cuda")
@@ -315,7 +315,7 @@ def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Dat
         raise ValueError(
             f"MODEL.NUM_CLASSES={cfg.MODEL.NUM_CLASSES} but DATA.SYNTHETIC_CLASSES={num_classes}; make them equal"
         )
-    stream = _stream(cfg, cfg.DATA.SYNTHETIC_TRAIN)
+    sampler = _stream(cfg, cfg.DATA.SYNTHETIC_TRAIN)
     pin = device.type == "cuda"
     return Data(
         val=SyntheticEval(cfg.DATA.SYNTHETIC_VAL, size, num_classes, cfg.EVAL.BATCH, seed, rank, world),
@@ -323,13 +323,13 @@ def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Dat
         classes=[f"class {i}" for i in range(num_classes)],
         fingerprint={
             "synthetic": True,
-            "train": stream.num_samples,
+            "train": sampler.num_samples,
             "val": cfg.DATA.SYNTHETIC_VAL,
             "classes": num_classes,
         },
-        train=SyntheticTrain(stream, size, num_classes, _erase_boxes(cfg), seed, rank, world, pin, _sizes(cfg)),
-        stream=stream,
-        bad=BadImages(stream.num_samples, cfg.DATA.MAX_BAD_SHARE),
+        train=SyntheticTrain(sampler, size, num_classes, _erase_boxes(cfg), seed, rank, world, pin, _sizes(cfg)),
+        sampler=sampler,
+        bad=BadImages(sampler.num_samples, cfg.DATA.MAX_BAD_SHARE),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The division of every update's samples; micro-batch j of an update holds the same samples at any world size."""
 
     global_batch: int

@@ -20,25 +20,25 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from common.timeline import parse_optional
-from engine.batch_plan import Plan, accumulation, scaled_lr
+from engine.batch_plan import BatchPlan, accumulation, scaled_lr
 from engine.compilation import Compilation, vary_drop_path
 from engine.distributed.processes import Processes
 from engine.loop import Loop
 from engine.loss import DistillationLoss, Teacher
 from engine.optim.apex import apex_optimizer
-from engine.optim.backends import backend_settings, settle
-from engine.optim.ema import AveragedModel
-from engine.optim.lr_schedule import LearningRate, Schedule, drop_path_setter
+from engine.optim.backends import align_state, backend_settings
+from engine.optim.ema import ModelEma
+from engine.optim.lr_schedule import LrSchedule, Schedule, drop_path_setter
 from engine.precision import Precision
 from engine.state import TrainState
 
 HOOKS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # of DIST.COMPRESS
 
 
-def build_plan(cfg: CfgNode, processes: Processes, updates_per_epoch: int) -> Plan:
+def build_plan(cfg: CfgNode, processes: Processes, updates_per_epoch: int) -> BatchPlan:
     """Divide the global batch among the processes."""
     train, epochs = cfg.TRAIN, cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS
-    return Plan(train.GLOBAL_BATCH, train.MICRO_BATCH, processes.rank, processes.world, updates_per_epoch, epochs)
+    return BatchPlan(train.GLOBAL_BATCH, train.MICRO_BATCH, processes.rank, processes.world, updates_per_epoch, epochs)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -67,7 +67,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             raise ValueError(f"OPTIM.BACKEND=apex runs on CUDA only, this run is on {device.type}; set it to auto")
         return apex_optimizer(optim.NAME, groups, lr, **settings)
     settings |= backend_settings(optim.NAME, optim.BACKEND, device)
-    return settle(create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings))
+    return align_state(create_optimizer_v2(groups, optim.NAME, lr=lr, weight_decay=0.0, **settings))
 
 
 def optimizer_takes(name: str) -> list[str]:
@@ -81,7 +81,7 @@ def optimizer_takes(name: str) -> list[str]:
     return [key for key, has in takes.items() if has]
 
 
-def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Plan) -> LearningRate:
+def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: BatchPlan) -> LrSchedule:
     """Return the learning rate over the updates, in timm's formulas."""
     schedule = cfg.SCHEDULE
     scale = cfg.OPTIM.SCALE_BATCH if schedule.SCALED else 0
@@ -105,11 +105,11 @@ def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Pl
         raise ValueError(f"SCHEDULE.NAME={schedule.NAME} is no schedule of timm's; take cosine")
     end = steps(cfg.TRAIN.EPOCHS)  # where cosine and its like are at their lowest; the others may fall once more
     last = end if hasattr(scheduler, "get_cycle_length") else end - 1
-    return LearningRate(scheduler, updates_per_step, schedule.DELAY, last)
+    return LrSchedule(scheduler, updates_per_step, schedule.DELAY, last)
 
 
 def build_schedule(
-    cfg: CfgNode, model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer, plan: Plan
+    cfg: CfgNode, model: nn.Module, ema: ModelEma | None, optimizer: torch.optim.Optimizer, plan: BatchPlan
 ) -> Schedule:
     """Return all that the position decides: learning rate, drop path, EMA decay."""
     drop_path = parse_optional(cfg.TIMELINE.DROP_PATH_RATE, "TIMELINE.DROP_PATH_RATE")
@@ -118,9 +118,9 @@ def build_schedule(
     return Schedule(build_learning_rate(cfg, optimizer, plan), setter, drop_path, ema, ema_decay)
 
 
-def build_state(cfg: CfgNode, model: nn.Module, plan: Plan, precision: Precision) -> TrainState:
+def build_state(cfg: CfgNode, model: nn.Module, plan: BatchPlan, precision: Precision) -> TrainState:
     """Return the state of a run that has not begun."""
-    ema = AveragedModel(model, cfg.EMA.DECAY) if cfg.EMA.DECAY else None
+    ema = ModelEma(model, cfg.EMA.DECAY) if cfg.EMA.DECAY else None
     optimizer = build_optimizer(cfg, model)
     schedule = build_schedule(cfg, model, ema, optimizer, plan)
     return TrainState(model, ema, optimizer, schedule, precision.scaler, plan)

@@ -9,33 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.accuracy import TopKCounts
 from engine.distributed.processes import Processes
 from engine.precision import Precision
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Counts over the evaluated images; accuracies in percent."""
+class Accuracy(TopKCounts):
+    """Counts and mean loss of an evaluation, and the seconds it took."""
 
-    correct1: int
-    correct5: int
-    images: int
     loss: float
     seconds: float
 
-    @property
-    def top1(self) -> float:
-        return 100.0 * self.correct1 / self.images
-
-    @property
-    def top5(self) -> float:
-        return 100.0 * self.correct5 / self.images
-
     def __str__(self) -> str:
-        return (
-            f"top-1 {self.top1:.3f} ({self.correct1}/{self.images})  top-5 {self.top5:.3f} ({self.correct5}/{self.images})  "
-            f"loss {self.loss:.4f}  {self.images / self.seconds:.0f} images/s"
-        )
+        return f"{super().__str__()}  loss {self.loss:.4f}  {self.images / self.seconds:.0f} images/s"
 
 
 TOP = 5  # the longest list of answers that is counted

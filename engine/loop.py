@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from common.seeding import seed_process
+from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.distributed.processes import Processes
-from engine.optim.clip_and_step import DivergedError, Row, count, seed_of, step_if
+from engine.optim.clip_and_step import ConsecutiveSkips, DivergedError, clip_and_step, count_skipped, gradient_seed
 from engine.precision import Precision
 from engine.state import TrainState
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMetrics:
     """What a logging step reports; rates over the updates since the one before."""
 
     epoch: int
@@ -64,7 +64,7 @@ class Loop:
         self,
         state: TrainState,
         batches: Iterable[Any],
-        report: Callable[[Step], None],
+        report: Callable[[StepMetrics], None],
         after_update: Callable[[], None],
     ) -> None:
         """Run the epoch's remaining updates on this process's micro-batches, in order.
@@ -76,7 +76,7 @@ class Loop:
         state.schedule.begin_epoch(state.epoch)
         plan, stream = state.plan, iter(batches)
         statistics = RunningStatistics(state.model, plan.accumulation, self.processes, frozen=self.eval_mode)
-        epoch, row = state.epoch, Row()
+        epoch, row = state.epoch, ConsecutiveSkips()
         state.sums, state.skips = state.sums.to(self.processes.device), state.skips.to(self.processes.device)
         since, before, waited = time.perf_counter(), state.update, 0.0
         while state.update < (epoch + 1) * plan.updates_per_epoch:
@@ -109,12 +109,12 @@ class Loop:
             batch = next(batches)
             waited += time.perf_counter() - started
             images, targets = self.prepare(batch, state.update, micro, state.epoch)
-            seed_process(self.seed, state.update, micro)
+            seed_default_generators(self.seed, state.update, micro)
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():
                     loss = self.criterion(self.model(images), targets, images) / plan.accumulation
                 with statistics.backward():
-                    state.scaler.scale(loss).backward(seed_of(loss))
+                    state.scaler.scale(loss).backward(gradient_seed(loss))
             statistics.after_micro_batch()
             loss_sum += loss.detach()
             losses = self._losses(plan)
@@ -122,8 +122,8 @@ class Loop:
         state.scaler.unscale_(state.optimizer)
         norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
         ok = norm.isfinite()
-        skipped = count(state.skips, ok, self._overflow(state, loss_sum))
-        step_if(ok, state.optimizer, norm, self.clip_grad)
+        skipped = count_skipped(state.skips, ok, self._overflow(state, loss_sum))
+        clip_and_step(ok, state.optimizer, norm, self.clip_grad)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         finite = loss_sum.isfinite()
@@ -142,7 +142,7 @@ class Loop:
         lost = self.processes.sum((~loss.isfinite()).float())
         return (lost == 0) & (state.scaler.scale(torch.ones_like(loss)) > 1)
 
-    def _losses(self, plan: Plan) -> Tensor:
+    def _losses(self, plan: BatchPlan) -> Tensor:
         if self.losses is None:
             self.losses = torch.zeros(
                 self.max_skipped + 1, plan.accumulation * plan.world, device=self.processes.device
@@ -162,12 +162,12 @@ class Loop:
             end,
         )
 
-    def _step(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> Step:
+    def _step(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> StepMetrics:
         """Read what a report needs from the device."""
         (epoch_loss, epoch_losses, *_), since = state.mean_sums(self.processes).tolist()
         loss, losses, norm, norms, _, skipped = since
         skips = state.skips.tolist()
-        return Step(
+        return StepMetrics(
             epoch=epoch,
             update=state.update,
             update_in_epoch=state.update - epoch * state.plan.updates_per_epoch,

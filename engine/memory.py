@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from common.byte_size import format_bytes
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -155,15 +157,10 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def gib(number: int) -> str:
-    """Write a number of bytes for a person."""
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
-
-
 def peak() -> str:
     """Say how much this process has held at most: of the GPU it uses, else of main memory. Does not wait for the device."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         of = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return f"{gib(torch.cuda.max_memory_allocated())} of {gib(of)}"
+        return f"{format_bytes(torch.cuda.max_memory_allocated())} of {format_bytes(of)}"
     unit = 1 if sys.platform == "darwin" else 1024
-    return gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return format_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

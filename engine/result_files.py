@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint.files import write_atomically
+from common.atomic_files import write_atomically
 
 TABLES = (".csv", ".parquet")
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.distributed.processes import Processes
-from engine.optim.backends import settle
-from engine.optim.ema import AveragedModel
+from engine.optim.backends import align_state
+from engine.optim.ema import ModelEma
 from engine.optim.lr_schedule import Schedule
 
 # Of an optimiser's group: what the config says, and how the device lets it be computed.
@@ -28,11 +28,11 @@ class TrainState:
     """
 
     model: nn.Module
-    ema: AveragedModel | None
+    ema: ModelEma | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
-    plan: Plan
+    plan: BatchPlan
     update: int = 0  # updates done
     closed: int = 0  # updates done at the last end of an epoch whose evaluation is done too
     best: dict[str, dict[str, Any]] = field(
@@ -142,7 +142,7 @@ class TrainState:
             stored = {**stored, "param_groups": groups}
         try:
             self.optimizer.load_state_dict(stored)
-            settle(self.optimizer)
+            align_state(self.optimizer)
         except ValueError as error:
             raise ValueError(
                 f"{source} was written with another optimiser or other parameter groups: {error}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention_maps import Reading, read
+from .attention_maps import AttentionReading, read
 from .backbone import STRIDES, Backbone
 from .sgformer_attention import SelfGuidedAttention
 
@@ -23,12 +23,12 @@ Place = tuple[float, float]  # in the images: from the left and from the top, 0 
 
 
 @dataclass(frozen=True)
-class Map:
+class AttentionMap:
     """One map of one block, for each image of a batch: values as in `Reading`, a token being patch×patch pixels."""
 
     stage: int  # counted from 1, as in the papers
     block: int
-    reading: Reading
+    reading: AttentionReading
     patch: int
 
     @property
@@ -38,9 +38,9 @@ class Map:
         return "_".join(part.replace(" ", "_").replace("×", "x") for part in parts if part)
 
 
-def look(
+def attention_maps(
     model: nn.Module, images: Tensor, at: Place | None = None, blocks: Collection[Position] | None = None
-) -> tuple[Tensor, list[Map]]:
+) -> tuple[Tensor, list[AttentionMap]]:
     """Return the logits of normalised images (B, 3, H, W), and the maps of the chosen blocks in order.
 
     at: a query's place in the images, from left and top, 0 to 1. blocks: stages and blocks counted from 1, by default
@@ -67,7 +67,7 @@ def look(
         for position in chosen:
             patch = STRIDES[position[0] - 1]
             token = None if at is None else _token(at, images.shape[2], images.shape[3], patch)
-            maps += [Map(*position, reading, patch) for reading in _read(model, position, taken, token)]
+            maps += [AttentionMap(*position, reading, patch) for reading in _read(model, position, taken, token)]
     return logits, maps
 
 
@@ -120,7 +120,7 @@ def _read(
     position: Position,
     taken: dict[Position, tuple[Tensor, Tensor | None]],
     token: tuple[int, int] | None,
-) -> Iterator[Reading]:
+) -> Iterator[AttentionReading]:
     attention = _attention(model, position)
     x, significance = taken[position]
     return read(attention, x.to(next(attention.parameters()).dtype), significance, token)

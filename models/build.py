@@ -68,7 +68,7 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
         raise ValueError(f"{key}: {name} has no gradient checkpointing; set it to 0") from error
 
 
-def own_file(cfg: Any) -> dict[str, str]:
+def custom_model_metadata(cfg: Any) -> dict[str, str]:
     """Return the file of cfg.MODEL.MODULE and its SHA-256, for the manifest; nothing without one."""
     if not cfg.MODEL.MODULE:
         return {}
@@ -88,23 +88,23 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
         if source == "pretrained":
             return _pretrained_teacher(name, len(classes)), f"{name} with timm's pretrained weights"
         try:
-            weights, facts = load_weights(Path(source))
+            weights, metadata = load_weights(Path(source))
         except ValueError as error:
             raise ValueError(f"DISTILL.TEACHER_WEIGHTS: {error}") from error
-        size = cfg.DATA.IMG_SIZE if is_retoken(name) else facts.get("img_size")  # ours take any, timm's their own
+        size = cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")  # ours take any, timm's their own
         asked = {"img_size": size if isinstance(size, int) else tuple(size)} if size and takes_img_size(name) else {}
         model = timm.create_model(name, num_classes=len(classes), **asked)
-    said = f"{name} with the {facts['weights']} weights of {source}"
-    remedy = f"DISTILL.TEACHER is {name}" + (f", the file says {facts['model']}" if "model" in facts else "")
-    _check_teacher_classes(model, adapt(model, weights, source, remedy), facts.get("classes"), classes, source)
+    said = f"{name} with the {metadata['weights']} weights of {source}"
+    remedy = f"DISTILL.TEACHER is {name}" + (f", the file says {metadata['model']}" if "model" in metadata else "")
+    _check_teacher_classes(model, adapt(model, weights, source, remedy), metadata.get("classes"), classes, source)
     model.load_state_dict(fit(model, weights, source, remedy=remedy))
     own = dict(model.pretrained_cfg)
-    own.update({key: tuple(facts[key]) for key in ("mean", "std") if key in facts})
+    own.update({key: tuple(metadata[key]) for key in ("mean", "std") if key in metadata})
     if asked:
         side = asked["img_size"]
         own["input_size"] = (own["input_size"][0], *(side if isinstance(side, tuple) else (side, side)))
     model.pretrained_cfg = own
-    if len(facts.get("classes", [])) == len(classes) and set(facts["classes"]) != set(classes):
+    if len(metadata.get("classes", [])) == len(classes) and set(metadata["classes"]) != set(classes):
         said += ", trained on other classes of the same number"
     return model, said
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from .kernels.neighborhood import neighbours, overlap_add
+from .kernels.neighborhood import overlap_add, unfold_neighbors
 from .layers import (
     Conv1x1,
     DepthwiseConv,
@@ -48,14 +48,14 @@ def from_cells(x: Tensor, size: int, H: int, W: int) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
-def associate(cells: Tensor, tokens: Tensor) -> Tensor:
+def affinity(cells: Tensor, tokens: Tensor) -> Tensor:
     """Share each pixel out among the nine super tokens around it, in float32 or wider.
 
     cells (B, h, w, M, C), tokens (B, h, w, C) -> (B, h, w, 9, M), a softmax over the nine. A neighbour outside the grid
     is a zero vector and takes its share.
     """
     scaled = tokens * tokens.shape[-1] ** -0.5
-    logits = neighbours(scaled) @ cells.transpose(3, 4)
+    logits = unfold_neighbors(scaled) @ cells.transpose(3, 4)
     return logits.softmax(3, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -66,7 +66,7 @@ def average(cells: Tensor, shares: Tensor) -> Tensor:
     after it: whatever its precision, that then adds up the weights of a mean.
     """
     factors = 1 / (overlap_add(shares.sum(4).unsqueeze(-1)) + EPS)  # (B, h, w, 1)
-    weights = shares * neighbours(factors)
+    weights = shares * unfold_neighbors(factors)
     return overlap_add(weights.to(cells.dtype) @ cells)
 
 
@@ -108,14 +108,14 @@ class SuperTokenAttention(Attention):
         cells = to_cells(lowered(x), self.cell)
         shares = self.share_out(cells.detach())
         tokens = super().forward(average(cells, shares))
-        pixels = shares.to(tokens.dtype).transpose(3, 4) @ neighbours(tokens)
+        pixels = shares.to(tokens.dtype).transpose(3, 4) @ unfold_neighbors(tokens)
         return from_cells(pixels, self.cell, H, W)
 
     def share_out(self, cells: Tensor) -> Tensor:  # (B, h, w, M, C) -> (B, h, w, 9, M)
         """Share each pixel out among the nine super tokens around it."""
-        shares = associate(cells, cells.mean(3))
+        shares = affinity(cells, cells.mean(3))
         for _ in range(self.num_iters - 1):
-            shares = associate(cells, average(cells, shares))
+            shares = affinity(cells, average(cells, shares))
         return shares
 
 

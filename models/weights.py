@@ -77,9 +77,9 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
                 f"{path} holds no weights that are understood (entries: {', '.join(map(str, list(state)[:8]))})"
             )
         return clean_state_dict(state), {"layout": "plain", "weights": "raw", "holds": ["raw"]}
-    facts = state.get("facts", {})
-    if "weights" in facts:  # of a converted file: it has these only
-        which, entry = facts["weights"], raw
+    metadata = state.get("facts", {})
+    if "weights" in metadata:  # of a converted file: it has these only
+        which, entry = metadata["weights"], raw
     else:
         entry = raw if which == "raw" else ema
     if entry is None:
@@ -87,8 +87,8 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
         raise ValueError(
             f"{path} holds no {other} weights (entries: {', '.join(map(str, state))}); ask for the other ones"
         )
-    holds = [which] if "weights" in facts else [kind for kind, key in (("raw", raw), ("ema", ema)) if key]
-    return clean_state_dict(state[entry]), {**facts, "layout": _layout(state), "weights": which, "holds": holds}
+    holds = [which] if "weights" in metadata else [kind for kind, key in (("raw", raw), ("ema", ema)) if key]
+    return clean_state_dict(state[entry]), {**metadata, "layout": _layout(state), "weights": which, "holds": holds}
 
 
 def read_torch(path: Path) -> Any:
@@ -151,7 +151,7 @@ def adapt(model: nn.Module, weights: Mapping[str, Tensor], source: str, remedy: 
         raise ValueError(f"{source} does not fit {type(model).__name__}: {error}; {remedy}") from error
 
 
-def load_initial(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
+def load_warm_start(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
     """Load weights to start a new run from; the classifier stays fresh if it is for another number of classes.
 
     Returns a sentence that says what was loaded. Raises ValueError for anything else that does not fit.
@@ -194,8 +194,8 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from error
-    facts = {"weights": "raw", **json.loads(header.get("retoken", "{}"))}
-    return clean_state_dict(weights), {**facts, "layout": "safetensors", "holds": [facts["weights"]]}
+    metadata = {"weights": "raw", **json.loads(header.get("retoken", "{}"))}
+    return clean_state_dict(weights), {**metadata, "layout": "safetensors", "holds": [metadata["weights"]]}
 
 
 def _layout(state: Mapping[str, Any]) -> str:

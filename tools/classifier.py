@@ -53,7 +53,7 @@ class Classifier:
     std: tuple[float, ...]
     classes: list[str]  # as the file names them
     readable: list[str]  # as a person does
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     source: str
     notes: tuple[str, ...] = ()  # what was assumed
 
@@ -119,26 +119,26 @@ def load_classifier(
         if not model:
             raise ValueError("give a checkpoint, or --model NAME for random weights")
         source, tensors = "random weights", None
-        facts: dict[str, Any] = {"num_classes": RANDOM_CLASSES}
+        metadata: dict[str, Any] = {"num_classes": RANDOM_CLASSES}
     else:
-        tensors, facts = load_weights(path, weights or "raw")
-        check_which(facts, weights, str(path))
+        tensors, metadata = load_weights(path, weights or "raw")
+        check_which(metadata, weights, str(path))
         source = str(path)
-        model = _which_model(model, facts, tensors, source)
-        tensors, facts = _fitted(model, tensors, facts, source)
-    transform, notes = _transform(model, facts, size, crop_pct)
-    net = _build(model, facts, transform.crop, tensors, source)
-    names = _class_names(facts, class_index)
+        model = _which_model(model, metadata, tensors, source)
+        tensors, metadata = _fitted(model, tensors, metadata, source)
+    transform, notes = _transform(model, metadata, size, crop_pct)
+    net = _build(model, metadata, transform.crop, tensors, source)
+    names = _class_names(metadata, class_index)
     own = _default(model)
     return Classifier(
         model,
         net.eval(),
         transform,
-        tuple(facts.get("mean", own.mean)),
-        tuple(facts.get("std", own.std)),
+        tuple(metadata.get("mean", own.mean)),
+        tuple(metadata.get("std", own.std)),
         names,
         readable_names(names),
-        facts,
+        metadata,
         source,
         tuple(notes),
     )
@@ -190,9 +190,9 @@ def _orientation(data: np.ndarray) -> int:
     return 1
 
 
-def _which_model(asked: str, facts: dict[str, Any], tensors: dict[str, Tensor], source: str) -> str:
+def _which_model(asked: str, metadata: dict[str, Any], tensors: dict[str, Tensor], source: str) -> str:
     """Return the name of the model that a file holds."""
-    known = facts.get("model", "")
+    known = metadata.get("model", "")
     if asked and known and asked != known:
         raise ValueError(f"--model is {asked}, but {source} holds a {known}; leave --model out")
     if known and not timm.is_model(known):
@@ -211,25 +211,25 @@ def _which_model(asked: str, facts: dict[str, Any], tensors: dict[str, Tensor], 
 
 
 def _fitted(
-    model: str, tensors: dict[str, Tensor], facts: dict[str, Any], source: str
+    model: str, tensors: dict[str, Tensor], metadata: dict[str, Any], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights under our names, and facts with the number of classes."""
     if is_retoken(model):
-        done = convert(tensors, facts, model, published=False, source=source)
-        if not done.facts["num_classes"]:
+        done = convert(tensors, metadata, model, published=False, source=source)
+        if not done.metadata["num_classes"]:
             raise ValueError(f"{source} holds no classifier; only whole models can answer")
-        return done.tensors, done.facts
-    if "num_classes" in facts:
-        return tensors, facts
+        return done.tensors, done.metadata
+    if "num_classes" in metadata:
+        return tensors, metadata
     head = next((tensors[f"{name}.weight"] for name in _heads(model) if f"{name}.weight" in tensors), None)
     if head is None:
         raise ValueError(f"{source} holds no classifier of a {model}; check --model")
-    return tensors, {**facts, "num_classes": head.shape[0]}
+    return tensors, {**metadata, "num_classes": head.shape[0]}
 
 
-def _class_names(facts: dict[str, Any], class_index: str) -> list[str]:
+def _class_names(metadata: dict[str, Any], class_index: str) -> list[str]:
     try:
-        lists = class_names(facts.get("classes", []), class_index, facts["num_classes"])
+        lists = class_names(metadata.get("classes", []), class_index, metadata["num_classes"])
     except ValueError as error:
         raise ValueError(str(error).replace("DATA.CLASS_INDEX", "--class-index")) from error
     return list(lists.values())[-1]  # --class-index, if it is given
@@ -241,22 +241,22 @@ def _heads(model: str) -> tuple[str, ...]:
 
 
 def _transform(
-    model: str, facts: dict[str, Any], size: int | None, crop_pct: float | None
+    model: str, metadata: dict[str, Any], size: int | None, crop_pct: float | None
 ) -> tuple[EvalTransform, list[str]]:
     """Return the evaluation crop, and what was assumed of it."""
     if size is not None and size < 1:
         raise ValueError(f"--size {size}: give a number of pixels, 1 or more")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"--crop-pct {crop_pct:g} must lie in 0 .. 1, e.g. 0.875")
-    stated = facts.get("evaluation")
+    stated = metadata.get("evaluation")
     notes = []
     if stated:
         known = EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
     else:
         own = _default(model)
-        side = facts.get("img_size", own.input_size[-1])
+        side = metadata.get("img_size", own.input_size[-1])
         known = EvalTransform(side, math.floor(side / own.crop_pct))
-        if "layout" in facts and crop_pct is None:
+        if "layout" in metadata and crop_pct is None:
             notes.append(
                 f"the file does not say how images are cropped: timm's default, {own.crop_pct:g} of the shorter side"
             )
@@ -272,9 +272,11 @@ def _default(model: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(model) or PretrainedCfg()
 
 
-def _build(model: str, facts: dict[str, Any], size: int, tensors: dict[str, Tensor] | None, source: str) -> nn.Module:
+def _build(
+    model: str, metadata: dict[str, Any], size: int, tensors: dict[str, Tensor] | None, source: str
+) -> nn.Module:
     arguments: dict[str, Any] = {"img_size": size} if takes_img_size(model) else {}
-    net = timm.create_model(model, num_classes=facts["num_classes"], **arguments)
+    net = timm.create_model(model, num_classes=metadata["num_classes"], **arguments)
     if tensors is not None:
         net.load_state_dict(fit(net, tensors, source, remedy="check --model and --size"))
     return net

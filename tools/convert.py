@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.atomic_files import write_atomically
 from config.command_line import Parser
-from engine.checkpoint.files import save_state, save_weights, write_atomically
+from engine.checkpoint.files import save_state, save_weights
 from models.backbone import Backbone
 from models.build import check_name, retoken_models
 from models.identify import identify, skeleton
@@ -37,7 +38,7 @@ class Conversion:
     family: str
     published: bool  # the names, of these and before
     was_published: bool
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, target = Path(args.source), Path(args.target)
     try:
         check_target(source, target)
-        weights, facts = load_weights(source, args.weights or "raw")
-        if args.weights and facts["weights"] != args.weights:
+        weights, metadata = load_weights(source, args.weights or "raw")
+        if args.weights and metadata["weights"] != args.weights:
             raise ValueError(
-                f"{source} holds {KINDS[facts['weights']]} weights only; leave --weights out to convert them"
+                f"{source} holds {KINDS[metadata['weights']]} weights only; leave --weights out to convert them"
             )
-        print(describe_file(source, facts))
-        done = convert(weights, facts, args.model, args.to == "published", str(source))
+        print(describe_file(source, metadata))
+        done = convert(weights, metadata, args.model, args.to == "published", str(source))
         print(describe_weights(done))
         write(target, done)
     except (ValueError, OSError) as error:
@@ -89,7 +90,7 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def convert(
-    weights: Mapping[str, Tensor], facts: Mapping[str, Any], model: str | None, published: bool, source: str
+    weights: Mapping[str, Tensor], metadata: Mapping[str, Any], model: str | None, published: bool, source: str
 ) -> Conversion:
     """Fit weights to a registered variant and give them our or the published names. Values and types stay.
 
@@ -105,7 +106,7 @@ def convert(
     elif model not in retoken_models():
         check_name(model, "--model")
         raise ValueError(f"--model={model!r} has one naming only; choose one of {', '.join(retoken_models())}")
-    net = skeleton(model, weights, _size(facts))
+    net = skeleton(model, weights, _size(metadata))
     try:
         fitted = fit(net, weights, source, remedy=f"--model is {model}")
     except ValueError as error:
@@ -122,7 +123,7 @@ def convert(
         published,
         is_published(net, weights),
         {
-            **{key: value for key, value in facts.items() if key not in ("layout", "holds")},
+            **{key: value for key, value in metadata.items() if key not in ("layout", "holds")},
             "model": model,
             "num_classes": net.num_classes,
             "parameters": sum(p.numel() for p in net.parameters()),
@@ -139,28 +140,28 @@ def with_published_names(model: Backbone, ours: Mapping[str, Tensor]) -> dict[st
 def write(target: Path, done: Conversion) -> None:
     """Write a conversion in the format that the suffix says."""
     if target.suffix == ".safetensors":
-        save_weights(target, done.tensors, done.facts)
+        save_weights(target, done.tensors, done.metadata)
     elif done.published:
         content = {ENTRIES.get(done.family, "model"): done.tensors}
         write_atomically(target, lambda file: torch.save(content, file))
     else:
-        save_state(target, {"model": done.tensors, "ema": None, "facts": done.facts})
+        save_state(target, {"model": done.tensors, "ema": None, "facts": done.metadata})
 
 
-def describe_file(source: Path, facts: Mapping[str, Any]) -> str:
+def describe_file(source: Path, metadata: Mapping[str, Any]) -> str:
     """Say what kind of file it is and which weights are taken."""
-    others = [KINDS[kind] for kind in facts["holds"] if kind != facts["weights"]]
+    others = [KINDS[kind] for kind in metadata["holds"] if kind != metadata["weights"]]
     more = f" (it also holds {' and '.join(others)} weights)" if others else ""
-    return f"{source}: {facts['layout']} layout, {KINDS[facts['weights']]} weights{more}"
+    return f"{source}: {metadata['layout']} layout, {KINDS[metadata['weights']]} weights{more}"
 
 
 def describe_weights(done: Conversion) -> str:
     """Say what the weights are."""
     names = "the published" if done.was_published else "our"
-    facts = done.facts
+    metadata = done.metadata
     return (
-        f"{facts['model']} ({done.family}) under {names} names, {facts['num_classes']} classes, "
-        f"{facts['parameters']:,} parameters"
+        f"{metadata['model']} ({done.family}) under {names} names, {metadata['num_classes']} classes, "
+        f"{metadata['parameters']:,} parameters"
     )
 
 
@@ -171,8 +172,8 @@ def _what_it_is(weights: Mapping[str, Tensor], model: str) -> str:
     return f"{found}: give --model {found.name}" if found.name != model else str(found)
 
 
-def _size(facts: Mapping[str, Any]) -> int | tuple[int, int] | None:
-    size = facts.get("img_size")
+def _size(metadata: Mapping[str, Any]) -> int | tuple[int, int] | None:
+    size = metadata.get("img_size")
     return tuple(size) if isinstance(size, list) else size
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from common.rng import generator
+from common.rng import keyed_generator
 from tools.demo_pictures import FORMS, draw
 
 VERSION = 1  # of the drawing; raise it when the pictures change
@@ -81,7 +81,7 @@ def draw_picture(picture: Picture) -> None:
     """Draw one picture into its file."""
     split, number, seed, folder = picture
     name = list(FORMS)[number % len(FORMS)]
-    rng = generator(seed, f"demo {split}", number)
+    rng = keyed_generator(seed, f"demo {split}", number)
     quality = int(rng.randint(75, 93))
     draw(name, rng).save(Path(folder, split, name, f"{name}_{number:05d}.jpg"), quality=quality)
 

@@ -1,5 +1,6 @@
 """What the doctor looks at whatever is to be trained: packages, GPUs, exchange between processes, limits of the system."""
 
+import importlib.metadata
 import os
 import platform
 import resource
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from yacs.config import CfgNode
 
+from common.byte_size import format_bytes
 from config.command_line import ROOT
 from data.loaders.shared_memory import SHM, default_workers, neighbours
-from engine.memory import gib
 from tools.doctor_findings import Finding, fail, ok, warn
 
 PYTHON = (3, 11)
@@ -44,8 +44,8 @@ def packages(cfg: CfgNode | None) -> Iterator[Finding]:
     found, missing = [], []
     for requirement in requirements(ROOT / "requirements.txt"):
         try:
-            have = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
+            have = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
             missing.append(requirement)
             continue
         if Version(have) in requirement.specifier or requirement.specifier.contains(have, prereleases=True):
@@ -77,8 +77,8 @@ def requirements(path: Path) -> list[Requirement]:
 
 def _apex() -> Finding:
     try:
-        return ok("apex", f"{metadata.version('apex')}; nothing here uses it")
-    except metadata.PackageNotFoundError:
+        return ok("apex", f"{importlib.metadata.version('apex')}; nothing here uses it")
+    except importlib.metadata.PackageNotFoundError:
         return ok("apex", "not installed; only OPTIM.BACKEND apex and MODEL.NORM_BACKEND apex would need it")
 
 
@@ -107,9 +107,9 @@ def gpus(cfg: CfgNode | None) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        text = f"{index}: {props.name}, {gib(total)}, compute capability {props.major}.{props.minor}"
+        text = f"{index}: {props.name}, {format_bytes(total)}, compute capability {props.major}.{props.minor}"
         if free < FREE * total:
-            yield warn("gpu", f"{text}; only {gib(free)} are free", "see nvidia-smi for who else is on it")
+            yield warn("gpu", f"{text}; only {format_bytes(free)} are free", "see nvidia-smi for who else is on it")
         else:
             yield ok("gpu", text)
     yield ok("driver", f"{driver or 'unknown'}, torch {torch.__version__} with CUDA {torch.version.cuda}")
@@ -243,7 +243,7 @@ def _shm() -> Finding:
     if free < SMALL_SHM:
         return warn(
             str(SHM),
-            f"{gib(free)} free",
+            f"{format_bytes(free)} free",
             "docker run --shm-size=8g or --ipc=host; Kubernetes: an emptyDir with medium Memory",
         )
-    return ok(str(SHM), f"{gib(free)} free")
+    return ok(str(SHM), f"{format_bytes(free)} free")

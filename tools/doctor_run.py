@@ -13,16 +13,17 @@ import torch
 from yacs.config import CfgNode
 
 import config
+from common.byte_size import format_bytes
 from data.build import Data
 from data.stores.store import open_store
 from engine.batch_plan import accumulation
-from engine.checkpoint.async_saver import Saver
+from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
-from engine.memory import Memory, gib
+from engine.memory import Memory
 from tools.doctor_findings import Finding, fail, ok, warn
-from trainer.session import build
+from trainer.session import build_session
 from trainer.summary import estimate_memory, inert
 
 PROBE = 64 * 2**20  # bytes written to see how fast the disk is
@@ -57,7 +58,7 @@ def storage(output: Path) -> Iterator[Finding]:
         except OSError as error:
             yield fail(
                 "output",
-                f"{where}: {gib(PROBE)} could not be written ({error.strerror})",
+                f"{where}: {format_bytes(PROBE)} could not be written ({error.strerror})",
                 "make room, or --output elsewhere",
             )
             return
@@ -116,7 +117,9 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
     alone = _alone(cfg)
     args = argparse.Namespace(dry_run=True, eval=False, resume=None)
     try:
-        session = build(alone, args, Processes(0, 1, 0, device, "doctor"), Saver(directory, log, 1), lambda: False)
+        session = build_session(
+            alone, args, Processes(0, 1, 0, device, "doctor"), AsyncSaver(directory, log, 1), lambda: False
+        )
     except ValueError as error:
         yield fail("run", str(error), "train.py would stop with the same words")
         return
@@ -172,7 +175,7 @@ def data(cfg: CfgNode, found: Data) -> Iterator[Finding]:
 
 
 def _memory(cfg: CfgNode, memory: Memory, device: torch.device) -> Iterator[Finding]:
-    text = f"about {gib(memory.total)} a process for {cfg.TRAIN.MICRO_BATCH} images (estimated)"
+    text = f"about {format_bytes(memory.total)} a process for {cfg.TRAIN.MICRO_BATCH} images (estimated)"
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -181,11 +184,17 @@ def _memory(cfg: CfgNode, memory: Memory, device: torch.device) -> Iterator[Find
         share = max(
             1, int(cfg.TRAIN.MICRO_BATCH * (total - memory.total + memory.activations) / memory.activations * 0.9)
         )
-        yield fail("memory", f"{text}; there are {gib(total)}", f"--batch-size {share} or less: the global batch stays")
+        yield fail(
+            "memory",
+            f"{text}; there are {format_bytes(total)}",
+            f"--batch-size {share} or less: the global batch stays",
+        )
     elif memory.total > FULL * total:
-        yield warn("memory", f"{text}; there are {gib(total)}", "a smaller --batch-size leaves room for workspace")
+        yield warn(
+            "memory", f"{text}; there are {format_bytes(total)}", "a smaller --batch-size leaves room for workspace"
+        )
     else:
-        yield ok("memory", f"{text}; there are {gib(total)}")
+        yield ok("memory", f"{text}; there are {format_bytes(total)}")
 
 
 def _disk(cfg: CfgNode, memory: Memory, path: Path) -> Finding:
@@ -195,7 +204,7 @@ def _disk(cfg: CfgNode, memory: Memory, path: Path) -> Finding:
     folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
-    text = f"{gib(free)} free in {folder}, the run writes about {gib(need)} (CHECKPOINT.KEEP {cfg.CHECKPOINT.KEEP})"
+    text = f"{format_bytes(free)} free in {folder}, the run writes about {format_bytes(need)} (CHECKPOINT.KEEP {cfg.CHECKPOINT.KEEP})"
     if free < need:
         return fail("disk", text, "make room, lower CHECKPOINT.KEEP, or --output elsewhere")
     if free < ROOM * need:

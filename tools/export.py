@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from common.atomic_files import write_atomically
 from config.command_line import Parser
-from engine.checkpoint.files import write_atomically
 from models.backbone import Backbone
 from models.inference.fold import fold
 from tools.classifier import Classifier, add_checkpoint_options, load_asked

@@ -47,7 +47,7 @@ def write_onnx(classifier: Classifier, model: nn.Module, path: Path, opset: int 
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{classifier.name} could not be exported to ONNX ({first[:200]})") from error
     assert program is not None
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in facts(classifier).items()})
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata(classifier).items()})
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -63,7 +63,7 @@ def write_program(classifier: Classifier, model: nn.Module, path: Path) -> Answe
     size = classifier.transform.crop
     program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=BATCH)
     with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={"retoken.json": json.dumps(facts(classifier))})
+        torch.export.save(program, file, extra_files={"retoken.json": json.dumps(metadata(classifier))})
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -109,7 +109,7 @@ def write_timm(classifier: Classifier, folder: Path) -> Answer:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def facts(classifier: Classifier) -> dict[str, Any]:
+def metadata(classifier: Classifier) -> dict[str, Any]:
     """Return what a user of an exported file has to know."""
     transform = classifier.transform
     return {
@@ -138,7 +138,7 @@ def imports(name: str) -> str:
 
 def card(classifier: Classifier) -> str:
     """Return a model card for the Hugging Face hub."""
-    accuracy = classifier.facts.get("top1")
+    accuracy = classifier.metadata.get("top1")
     kind, file = registered_by(classifier.name)
     about = f"Weights trained with Retoken. {CLAUSES[kind].format(file=file.name)}"
     result = f"Top-1 on its validation images: {accuracy:.3f} %.\n\n" if accuracy is not None else ""

@@ -106,11 +106,11 @@ def describe(split: str, store: FolderStore | ArchiveStore, source: Source, clas
     say(("store", f"{store.where} ({store.kind})"))
     if isinstance(store, ArchiveStore):
         say(("index", str(store.file)))
-        problems += store.index.facts["problems"]
-        again = store.index.facts["duplicates"]
+        problems += store.index.metadata["problems"]
+        again = store.index.metadata["duplicates"]
         if again:
             problems.append(
-                f"{again} images have the class and name of another: {', '.join(store.index.facts['duplicate_names'][:5])}"
+                f"{again} images have the class and name of another: {', '.join(store.index.metadata['duplicate_names'][:5])}"
             )
     counts = np.bincount(source.labels, minlength=len(classes))
     held = counts[counts > 0]

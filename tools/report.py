@@ -20,10 +20,10 @@ import jinja2
 from PIL import Image
 
 import config
+from common.atomic_files import write_atomically
 from config.command_line import Parser
-from engine.checkpoint.files import write_atomically
 from tools.run_comparison import ABSENT, manifest_differences
-from tools.run_info import HEADLINES, LOG_LINES, RunFacts, ago, lasting
+from tools.run_info import HEADLINES, LOG_LINES, RunInfo, ago, lasting
 
 PAGE = Path(__file__).parent / "page"
 QUALITY = 88  # of pictures as JPEG, where that is smaller
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = [Path(path) for path in args.runs]
         if len({path.resolve() for path in paths}) < len(paths):
             raise ValueError(f"{' '.join(args.runs)} names a run twice; name each once")
-        runs = [RunFacts.read(path) for path in paths]
+        runs = [RunInfo.read(path) for path in paths]
         out = Path(args.out) if args.out else place(paths)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def place(paths: Sequence[Path]) -> Path:
     return Path(os.path.relpath(os.path.commonpath([path.resolve().parent for path in paths]))) / "report.html"
 
 
-def render(runs: Sequence[RunFacts]) -> str:
+def render(runs: Sequence[RunInfo]) -> str:
     """Return the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -99,7 +99,7 @@ def render(runs: Sequence[RunFacts]) -> str:
     )
 
 
-def describe(run: RunFacts) -> dict[str, Any]:
+def describe(run: RunInfo) -> dict[str, Any]:
     """Return what the page says of a run, as the template wants it."""
     pictures = run.pictures()
     epochs = [folder for folder in pictures if folder]
@@ -121,7 +121,7 @@ def describe(run: RunFacts) -> dict[str, Any]:
         "diverged": run.diverged(),
         "start_header": ["started", "at update", "processes", "device", "torch", "commit", "command"],
         "starts": [start_row(start) for start in run.starts],
-        "facts": facts(run),
+        "facts": metadata(run),
         "changed": changed_keys(run),
         "config_text": run.config_text(),
         "checkpoints": run.files(),
@@ -132,7 +132,7 @@ def describe(run: RunFacts) -> dict[str, Any]:
     }
 
 
-def summary(run: RunFacts) -> str:
+def summary(run: RunInfo) -> str:
     """Say in a line what was trained on what."""
     data, parameters = run.run.manifest.get("data", {}), run.run.manifest.get("parameters")
     parts = [
@@ -146,7 +146,7 @@ def summary(run: RunFacts) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def progress(run: RunFacts) -> dict[str, Any]:
+def progress(run: RunInfo) -> dict[str, Any]:
     """Say how far the run is."""
     each = run.updates_per_epoch
     total = run.epochs * each if each else 0
@@ -163,7 +163,7 @@ def progress(run: RunFacts) -> dict[str, Any]:
     }
 
 
-def result(run: RunFacts, which: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def result(run: RunInfo, which: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Describe the best evaluation of the raw or EMA weights, beside the published figure if there is one."""
     row = run.run.evals[found["update"], which]
     published = run.published
@@ -177,7 +177,7 @@ def result(run: RunFacts, which: str, found: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def cards(run: RunFacts) -> list[dict[str, str]]:
+def cards(run: RunInfo) -> list[dict[str, str]]:
     """Return the numbers at the top of the page that are no accuracies."""
     found = []
     last = run.run.train[max(run.run.train)] if run.run.train else None
@@ -215,7 +215,7 @@ def start_row(start: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def facts(run: RunFacts) -> list[tuple[str, str]]:
+def metadata(run: RunInfo) -> list[tuple[str, str]]:
     """List what the manifest says of the run and of its last start."""
     found: dict[str, Any] = {}
     for name, value in run.run.manifest.items():
@@ -241,7 +241,7 @@ def evaluation_row(row: Mapping[str, Any]) -> list[str]:
     return [str(row["epoch"] + 1), f"{row['update']:,}", which, top1, counts, f"{row['top5']:.3f}", loss, seconds]
 
 
-def changed_keys(run: RunFacts) -> list[tuple[str, str, str]]:
+def changed_keys(run: RunInfo) -> list[tuple[str, str, str]]:
     """List the config keys that differ from their defaults: key, value, default; a key that is gone has none."""
     defaults = config.defaults()
     known = set(config.keys(defaults))
@@ -253,7 +253,7 @@ def changed_keys(run: RunFacts) -> list[tuple[str, str, str]]:
     return found
 
 
-def compare(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+def compare(runs: Sequence[RunInfo]) -> list[tuple[str, list[str]]]:
     """Return the table of runs side by side, as rows of a name and a value for each run."""
     rows: list[tuple[str, list[str]]] = [
         ("status", [run.status for run in runs]),
@@ -279,7 +279,7 @@ def compare(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def differing_keys(runs: Sequence[RunFacts]) -> list[list[str]]:
+def differing_keys(runs: Sequence[RunInfo]) -> list[list[str]]:
     """List the config keys in which runs differ: the key, then each run's value."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
@@ -316,7 +316,7 @@ def picture(path: Path) -> dict[str, Any] | None:
     }
 
 
-def _names(runs: Sequence[RunFacts]) -> list[str]:
+def _names(runs: Sequence[RunInfo]) -> list[str]:
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 

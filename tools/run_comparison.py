@@ -249,7 +249,7 @@ def _notes(a: Run, b: Run, updates: Sequence[int]) -> list[str]:
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Flatten what a manifest says of the run and, in order, of its starts."""
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     starts = manifest.get("starts", [])
     packages = sorted({name for start in starts for name in start.get("packages", {})})
     columns = {
@@ -258,13 +258,13 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
         **{name: [start.get("packages", {}).get(name) for start in starts] for name in packages},
     }
     for name, values in columns.items():
-        facts[name] = " then ".join(dict.fromkeys(str(value) for value in values if value is not None)) or ABSENT
+        metadata[name] = " then ".join(dict.fromkeys(str(value) for value in values if value is not None)) or ABSENT
     for name, value in manifest.items():
         if isinstance(value, Mapping):
-            facts |= {f"{name}.{key}": entry for key, entry in value.items()}
+            metadata |= {f"{name}.{key}": entry for key, entry in value.items()}
         elif name != "starts":
-            facts[name] = value
-    return facts
+            metadata[name] = value
+    return metadata
 
 
 def _commit(start: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from common.byte_size import format_bytes
 from engine.checkpoint.run_directory import RunDirectory
-from engine.memory import gib
 from tools.published_results import published_top1
 from tools.run_comparison import Run, best, read_run
 
@@ -26,13 +26,13 @@ HEADLINES = {"raw": "raw", "ema": "EMA"}
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunInfo:
     """A run directory, and what can be derived from it."""
 
     run: Run
 
     @classmethod
-    def read(cls, path: Path) -> "RunFacts":
+    def read(cls, path: Path) -> "RunInfo":
         """Read a run directory. Raises ValueError if it is none."""
         return cls(read_run(path, may_be_empty=True))
 
@@ -172,7 +172,7 @@ class RunFacts:
     def files(self) -> list[tuple[str, str]]:
         """List weights and checkpoints with their sizes."""
         paths = [*sorted(self.path.glob("best_*.safetensors")), *sorted(self.path.glob("checkpoints/*.pt"))]
-        return [(str(path.relative_to(self.path)), gib(path.stat().st_size)) for path in paths]
+        return [(str(path.relative_to(self.path)), format_bytes(path.stat().st_size)) for path in paths]
 
     def config_text(self) -> str:
         """Return config.yaml as it is."""

@@ -21,7 +21,7 @@ from config.command_line import Parser
 from tools import report
 from tools.browser import MISSING, find_browser, screenshot
 from tools.demo import draw_dataset
-from tools.run_info import RunFacts
+from tools.run_info import RunInfo
 from tools.terminal_recorder import record, screen_when
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def live(recorded: Path, moment: str) -> str:
 
 def pages(work: Path, out: Path) -> None:
     """Photograph the report of one run, by day and on a telephone, and of two by night."""
-    one, two = ([RunFacts.read(work / name) for name in names] for names in (["demo"], list(LOOKS)[1:]))
+    one, two = ([RunInfo.read(work / name) for name in names] for names in (["demo"], list(LOOKS)[1:]))
     for name, runs, width, height, theme in (
         ("report", one, 1280, 1560, "light"),
         ("report_two_runs", two, 1280, 1560, "dark"),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
-from models.attention_hooks import Position, all_blocks, check_blocks, has_maps, last_blocks, look
+from models.attention_hooks import Position, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
 from models.backbone import Backbone
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
 
@@ -189,7 +189,7 @@ def draw(
     if place:
         mark = (place[0] * width, place[1] * height) if place[2] else place[:2]
         at = photo.place(*mark)
-    logits, maps = look(classifier.model, classifier.prepare(image)[None], at, blocks)
+    logits, maps = attention_maps(classifier.model, classifier.prepare(image)[None], at, blocks)
     best = logits.softmax(1).max(1)
     caption = f"{classifier.readable[int(best.indices)]} {100 * float(best.values):.1f} %"
     drawn = [original(photo, mark)]

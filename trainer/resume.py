@@ -13,14 +13,14 @@ import config
 from config import command_line
 from data.build import Data
 from engine.build import wrap_teacher
-from engine.checkpoint.async_saver import Saver, load_on_all
+from engine.checkpoint.async_saver import AsyncSaver, load_on_all
 from engine.checkpoint.run_directory import RunDirectory, differences
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
 from engine.loss import Teacher
 from engine.state import TrainState
 from models.build import build_teacher
-from models.weights import fit, load_initial, load_weights
+from models.weights import fit, load_warm_start, load_weights
 
 DECODING = ("DATA.LOADER", "DATA.DALI_DEVICE")  # the ways to decode give the same images, rounded differently
 
@@ -39,15 +39,15 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str
         )
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
         micro = f"{old['TRAIN']['MICRO_BATCH']} -> {cfg.TRAIN.MICRO_BATCH}"
-        log.warn(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
+        log.warning(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
     if decoding := [change for change in differences(old, new, ()) if change.startswith(DECODING)]:
-        log.warn(
+        log.warning(
             f"{'; '.join(decoding)}: the same images in the same order, with pixels that differ by part of a level"
         )
 
 
 def restore(
-    cfg: CfgNode, args: argparse.Namespace, saver: Saver, state: TrainState, data: Data, processes: Processes
+    cfg: CfgNode, args: argparse.Namespace, saver: AsyncSaver, state: TrainState, data: Data, processes: Processes
 ) -> None:
     """Bring the state to the run's newest whole checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it.
 
@@ -64,7 +64,7 @@ def restore(
         check_same_data(stored["facts"], data, source)
         state.load_state_dict(stored, str(source))
         where = "complete" if state.complete else f"in epoch {state.epoch + 1}"
-        log.say(f"continuing {source} at update {state.update} of {state.plan.updates} ({where})")
+        log.info(f"continuing {source} at update {state.update} of {state.plan.updates} ({where})")
         if source != latest:
             state.best = {}  # whose files lie in the other run
             if state.complete and not args.eval:
@@ -77,26 +77,26 @@ def restore(
                 saver.mend_best(state, stored)
         for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
             if value:
-                log.say(f"{flag} {value} is not read: the run has gone further")
+                log.info(f"{flag} {value} is not read: the run has gone further")
     elif cfg.MODEL.INIT:
-        weights, facts = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
-        command_line.check_which(facts, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
-        if not cfg.MODEL.INIT_WEIGHTS and cfg.RECIPE.HEADLINE == "ema" and "ema" in facts["holds"]:
-            weights, facts = load_weights(Path(cfg.MODEL.INIT), "ema")
+        weights, metadata = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
+        command_line.check_which(metadata, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
+        if not cfg.MODEL.INIT_WEIGHTS and cfg.RECIPE.HEADLINE == "ema" and "ema" in metadata["holds"]:
+            weights, metadata = load_weights(Path(cfg.MODEL.INIT), "ema")
         if args.eval:
             fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
-        also = [kind for kind in facts["holds"] if kind != facts["weights"]]
+        also = [kind for kind in metadata["holds"] if kind != metadata["weights"]]
         other = f"; the file also holds {also[0]} weights, see MODEL.INIT_WEIGHTS" if also else ""
-        log.say(f"{load_initial(state.model, weights, cfg.MODEL.INIT)} ({facts['weights']} weights{other})")
-        if len(facts.get("classes", [])) == len(data.classes) and facts["classes"] != data.classes:
-            log.warn(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
+        log.info(f"{load_warm_start(state.model, weights, cfg.MODEL.INIT)} ({metadata['weights']} weights{other})")
+        if len(metadata.get("classes", [])) == len(data.classes) and metadata["classes"] != data.classes:
+            log.warning(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
         if state.ema:
             state.ema.set(state.model)
     elif args.eval:
         raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
 
 
-def find_latest(saver: Saver, processes: Processes, may_write: bool) -> tuple[Path | None, dict[str, Any] | None]:
+def find_latest(saver: AsyncSaver, processes: Processes, may_write: bool) -> tuple[Path | None, dict[str, Any] | None]:
     """Return the run's newest whole checkpoint, the same on all processes, and on the main one what it holds.
 
     Damaged ones that are newer are said and, if it `may_write`, renamed. ValueError if none is whole or one is too new.
@@ -109,9 +109,9 @@ def find_latest(saver: Saver, processes: Processes, may_write: bool) -> tuple[Pa
             found, state, damaged = folder.newest_good()
             held.append(state)
             for complaint in damaged:
-                saver.log.warn(f"{complaint}; going back to {found}")
+                saver.log.warning(f"{complaint}; going back to {found}")
             for path in folder.set_aside(damaged, found) if may_write and found else ():
-                saver.log.warn(f"set aside {path}")
+                saver.log.warning(f"set aside {path}")
         except OSError as error:
             raise ValueError(
                 f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
@@ -137,21 +137,21 @@ def find_teacher(
                 f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "
                 f"{teacher.digest}); put the file back, or start another run with --tag NAME"
             )
-    log.say(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
+    log.info(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
     if not cfg.DISTILL.ALPHA:
-        log.warn("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
+        log.warning("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
     return teacher
 
 
-def check_same_data(facts: dict[str, Any], data: Data, source: Path) -> None:
+def check_same_data(metadata: dict[str, Any], data: Data, source: Path) -> None:
     """Raise ValueError if a checkpoint's position is one in another data set."""
-    if facts["classes"] != data.classes:
-        pairs = [f"{a} -> {b}" for a, b in zip_longest(facts["classes"], data.classes) if a != b]
+    if metadata["classes"] != data.classes:
+        pairs = [f"{a} -> {b}" for a, b in zip_longest(metadata["classes"], data.classes) if a != b]
         raise ValueError(f"{source} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
     changed = [
-        f"{key}: {facts['data'].get(key)} -> {value}"
+        f"{key}: {metadata['data'].get(key)} -> {value}"
         for key, value in data.fingerprint.items()
-        if facts["data"].get(key) != value
+        if metadata["data"].get(key) != value
     ]
     if changed:
         raise ValueError(

@@ -4,18 +4,18 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from data.loaders.sampler import IndexStream
-from engine.checkpoint.async_saver import Saver, SavingError, load_on_all
+from data.loaders.sampler import Sampler
+from engine.checkpoint.async_saver import AsyncSaver, SavingError, load_on_all
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.loop import Loop
-from engine.optim.clip_and_step import DivergedError, is_good, norms, plain
+from engine.optim.clip_and_step import DivergedError, is_sound, json_number, tensor_norms
 from engine.result_files import write_json
 from engine.state import TrainState
 
 
-def go_back(
-    error: DivergedError, state: TrainState, loop: Loop, stream: IndexStream, saver: Saver, processes: Processes
+def roll_back(
+    error: DivergedError, state: TrainState, loop: Loop, sampler: Sampler, saver: AsyncSaver, processes: Processes
 ) -> None:
     """Note what diverged; bring the state to the last good checkpoint, to be saved at once. Called by all processes.
 
@@ -24,12 +24,12 @@ def go_back(
     run = saver.run
     saver.finish()
     path, stored = (None, None) if state.rollbacks else find_good(saver, processes)
-    record = describe_divergence(error, state, loop, stream, processes)
+    record = describe_divergence(error, state, loop, sampler, processes)
     if processes.main:
         try:
             write_json(run.diverged, {"error": str(error), "went_back_to": path and path.name, **record})
         except OSError as failure:  # what it would tell is less than the run
-            saver.log.warn(f"{run.diverged} cannot be written ({failure.strerror})")
+            saver.log.warning(f"{run.diverged} cannot be written ({failure.strerror})")
     if path is None:
         why = "the run went back once before" if state.rollbacks else "there is no good checkpoint to go back to"
         raise DivergedError(
@@ -42,12 +42,12 @@ def go_back(
     state.rollbacks += 1
     saver.continue_from(state)
     saver.stored = None  # the file does not say yet that the run has gone back
-    saver.log.warn(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
+    saver.log.warning(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
     if processes.main:
         saver.mend_best(state, stored)
 
 
-def find_good(saver: Saver, processes: Processes) -> tuple[Path | None, dict[str, Any] | None]:
+def find_good(saver: AsyncSaver, processes: Processes) -> tuple[Path | None, dict[str, Any] | None]:
     """Return the newest checkpoint of the run to which going back is of use, the same on all processes, and on the main one
     what it holds.
     """
@@ -55,7 +55,7 @@ def find_good(saver: Saver, processes: Processes) -> tuple[Path | None, dict[str
     stored = None
     if processes.main:
         with contextlib.suppress(ValueError, OSError):
-            found, stored, _ = saver.run.checkpoints.newest_good(is_good)
+            found, stored, _ = saver.run.checkpoints.newest_good(is_sound)
     agreed = processes.from_main(found)
     return (Path(str(agreed)) if agreed else None), stored
 
@@ -76,7 +76,7 @@ def remove_later(path: Path, run: RunDirectory, processes: Processes) -> None:
 
 
 def describe_divergence(
-    error: DivergedError, state: TrainState, loop: Loop, stream: IndexStream, processes: Processes
+    error: DivergedError, state: TrainState, loop: Loop, sampler: Sampler, processes: Processes
 ) -> dict[str, Any]:
     """Return what tells why the last updates were skipped: images and losses by micro-batch, norms. By all processes."""
     assert loop.losses is not None
@@ -85,10 +85,10 @@ def describe_divergence(
     for update in range(max(error.end - min(error.row, len(losses)), 0), error.end):
         epoch, number = divmod(update, state.plan.updates_per_epoch)
         micro_batches = [
-            {"loss": plain(loss), "indices": stream.micro_batch(epoch, number, j)[1].tolist()}
+            {"loss": json_number(loss), "indices": sampler.micro_batch(epoch, number, j)[1].tolist()}
             for j, loss in enumerate(losses[update % len(losses)])
         ]
         updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
-    weights = {which: norms(model.state_dict()) for which, model in state.weights().items()}
+    weights = {which: tensor_norms(model.state_dict()) for which, model in state.weights().items()}
     rate = max(group["lr"] for group in state.optimizer.param_groups)
     return {"update": error.end, "skipped_in_a_row": error.row, "lr": rate, "updates": updates, "norms": weights}

@@ -21,7 +21,7 @@ from engine.logging.log import Log
 from engine.loop import Loop
 from engine.precision import Precision
 from engine.state import TrainState
-from models.attention_hooks import has_maps, look
+from models.attention_hooks import attention_maps, has_maps
 from models.backbone import Backbone
 
 SHOWN = 4  # validation images
@@ -33,7 +33,7 @@ CAPTION = 2 * (TEXT + 3)
 
 
 @dataclass
-class Gallery:
+class SampleImages:
     """What is drawn when; on other processes than the main one nothing is."""
 
     every: int  # epochs; 0 draws nothing
@@ -98,7 +98,7 @@ class Gallery:
         if find_spec("matplotlib") is None:
             if not self.quiet:
                 self.quiet = True
-                self.log.warn(
+                self.log.warning(
                     "pictures of the model need matplotlib: pip install matplotlib; or set LOG.PICTURES_EVERY to 0"
                 )
             return []
@@ -116,7 +116,7 @@ class Gallery:
             yield
         except (RuntimeError, ValueError, OSError) as error:
             why = " ".join(str(error).split())[:200]
-            self.log.warn(f"{what} cannot be drawn ({type(error).__name__}: {why}); going on without")
+            self.log.warning(f"{what} cannot be drawn ({type(error).__name__}: {why}); going on without")
 
     def _shares(self, target: Tensor) -> str:
         """Write a soft target as its classes and their shares, the smoothing undone."""
@@ -144,7 +144,7 @@ def pictures_of(
     )
     images, labels = stage.evaluate(batch)
     with precision.autocast():
-        logits, maps = look(model, images)
+        logits, maps = attention_maps(model, images)
     answers = logits.float().softmax(1).max(1)
     found = []
     for i in range(len(batch)):

@@ -10,14 +10,14 @@ import yaml
 from yacs.config import CfgNode
 
 import config
-from common.seeding import seed_process
+from common.rng import seed_default_generators
 from data.build import Data, build_data
 from engine.batch_plan import accumulation
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
-from engine.checkpoint.async_saver import Saver
+from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory, this_start
 from engine.compilation import Compilation
-from engine.distributed.consensus import Agreement, Wish
+from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
 from engine.distributed.signals import PreemptedError
 from engine.logging.log import Log
@@ -26,10 +26,10 @@ from engine.loop import Loop
 from engine.loss import Teacher
 from engine.precision import Precision
 from engine.state import TrainState
-from models.build import build_model, checkpoint_blocks, own_file
+from models.build import build_model, checkpoint_blocks, custom_model_metadata
 from models.kernels.apex_norm import use_apex_norms
 from trainer.resume import check_same_run, find_teacher, restore
-from trainer.sample_images import Gallery
+from trainer.sample_images import SampleImages
 
 # What may differ between two starts of one run: it changes no number, or only how they round.
 FREE = (
@@ -74,14 +74,14 @@ class Session:
     processes: Processes
     log: Log
     run: RunDirectory
-    saver: Saver
+    saver: AsyncSaver
     data: Data
     precision: Precision
     state: TrainState
     loop: Loop
     teacher: Teacher | None
-    agreement: Agreement
-    gallery: Gallery
+    consensus: Consensus
+    sample_images: SampleImages
     compilation: Compilation | None = None
 
     def open_log(self) -> None:
@@ -89,14 +89,14 @@ class Session:
         how, plain = self.cfg.LOG, yaml.safe_load(config.dump(self.cfg))
         self.log.open(self.run.path, self.state.update, how.TENSORBOARD, self.state.closed, how.WANDB, plain)
 
-    def check(self, wish: Wish) -> None:
+    def check(self, vote: Vote) -> None:
         """Raise what ends the run if the processes agreed on it."""
-        if wish == Wish.STOP:
+        if vote == Vote.STOP:
             raise PreemptedError
-        if wish == Wish.FAIL:
+        if vote == Vote.FAIL:
             raise self.saver.complaint()
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what a reader of a checkpoint wants to know about it."""
         return {
             "model": self.cfg.MODEL.NAME,
@@ -113,8 +113,8 @@ class Session:
         }
 
 
-def build(
-    cfg: CfgNode, args: argparse.Namespace, processes: Processes, saver: Saver, interrupted: Callable[[], bool]
+def build_session(
+    cfg: CfgNode, args: argparse.Namespace, processes: Processes, saver: AsyncSaver, interrupted: Callable[[], bool]
 ) -> Session:
     """Build everything and continue where the run stands; `interrupted` says whether a signal came.
 
@@ -129,7 +129,7 @@ def build(
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
     stands_in = args.dry_run and cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH
     if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
-        log.warn(warning)
+        log.warning(warning)
     if not args.eval:
         run.read_manifest()  # a damaged one is said now, not after minutes
     check_same_run(cfg, run, log, FREE)
@@ -137,13 +137,13 @@ def build(
         raise ValueError(
             f"DATA.PATH is not set and {run.path} holds a run on other images; give its data with --data-path"
         )
-    say = log.say if processes.main else None
+    say = log.info if processes.main else None
     data = build_data(as_imagenet(cfg) if stands_in else cfg, processes.rank, processes.world, processes.device, say)
     if stands_in:
         data.notes.append("DATA.PATH is not set: images are counted as ImageNet-1k's")
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
-    seed_process(cfg.TRAIN.SEED)
+    seed_default_generators(cfg.TRAIN.SEED)
     model = build_model(cfg, len(data.classes))
     if cfg.MODEL.NORM_BACKEND == "apex":
         use_apex_norms(model)
@@ -156,9 +156,11 @@ def build(
         compilation.apply(state.weights().values())
     teacher = None if args.eval or state.complete else find_teacher(cfg, run, state, data, processes, log)
     loop = build_loop(cfg, wrap_model(model, processes, cfg), data.stage.train, precision, processes, teacher)
-    agreement = Agreement(processes, lambda: wish(saver, interrupted()))
-    gallery = Gallery(cfg.LOG.PICTURES_EVERY, cfg.EVAL.EVERY, data.stage, data.classes, cfg.AUG.LABEL_SMOOTHING, log)
-    parts = data, precision, state, loop, teacher, agreement, gallery, compilation
+    consensus = Consensus(processes, lambda: own_vote(saver, interrupted()))
+    sample_images = SampleImages(
+        cfg.LOG.PICTURES_EVERY, cfg.EVAL.EVERY, data.stage, data.classes, cfg.AUG.LABEL_SMOOTHING, log
+    )
+    parts = data, precision, state, loop, teacher, consensus, sample_images, compilation
     session = Session(cfg, processes, log, run, saver, *parts)
     if not (args.eval or args.dry_run or state.complete):
         processes.on_main(lambda: open_run(session))
@@ -170,7 +172,9 @@ def open_run(s: Session) -> None:
     start = this_start(s.processes.world, s.state.update, s.processes.device)
     try:
         s.run.create(config.dump(s.cfg))
-        s.run.record_start(s.facts(), {**start, **own_file(s.cfg), "config": yaml.safe_load(config.dump(s.cfg))})
+        s.run.record_start(
+            s.metadata(), {**start, **custom_model_metadata(s.cfg), "config": yaml.safe_load(config.dump(s.cfg))}
+        )
         s.open_log()
     except OSError as error:
         raise s.run.cannot_write(error) from error
@@ -186,6 +190,6 @@ def as_imagenet(cfg: CfgNode) -> CfgNode:
     return stand_in
 
 
-def wish(saver: Saver, interrupted: bool) -> Wish:
+def own_vote(saver: AsyncSaver, interrupted: bool) -> Vote:
     """Return what this process wants all to do."""
-    return Wish.FAIL if saver.failed else Wish.STOP if interrupted else Wish.GO_ON
+    return Vote.FAIL if saver.failed else Vote.STOP if interrupted else Vote.GO_ON

@@ -11,11 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 import config
+from common.byte_size import format_bytes
 from common.timeline import Timeline, parse_optional
 from data.build import Data
 from engine.batch_plan import divisors
 from engine.build import build_optimizer, optimizer_takes
-from engine.memory import Memory, estimate, gib
+from engine.memory import Memory, estimate
 from engine.optim.backends import backend_of, skips_on_device
 from engine.precision import Precision
 from engine.state import TrainState
@@ -24,7 +25,7 @@ Line = tuple[str, str]  # label, text
 OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # what optimisers of timm's call it
 
 
-def report(
+def summarize(
     cfg: CfgNode, state: TrainState, data: Data, launcher: str, device: torch.device, run: Path, memory: Memory | None
 ) -> list[Line]:
     """Describe a run; `memory` is left out if it was not estimated."""
@@ -245,16 +246,16 @@ def _evaluation(cfg: CfgNode) -> Iterator[Line]:
 
 def _checkpoints(cfg: CfgNode, size: int | None) -> str:
     often = f" and every {cfg.CHECKPOINT.EVERY_UPDATES} updates" if cfg.CHECKPOINT.EVERY_UPDATES else ""
-    each = f", about {gib(size)} each" if size else ""
+    each = f", about {format_bytes(size)} each" if size else ""
     return f"every epoch{often}, the last {cfg.CHECKPOINT.KEEP} kept{each}; best raw{' and EMA' if cfg.EMA.DECAY else ''} weights"
 
 
 def _memory(memory: Memory, cfg: CfgNode) -> str:
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimiser": memory.optimizer, "EMA": memory.ema}
-    kept = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    activations = f"activations {gib(memory.activations)} for {cfg.TRAIN.MICRO_BATCH} images"
+    kept = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    activations = f"activations {format_bytes(memory.activations)} for {cfg.TRAIN.MICRO_BATCH} images"
     without = "workspace and teacher" if cfg.DISTILL.TYPE != "none" else "workspace"
-    return f"about {gib(memory.total)} a process: {activations}, {kept} (estimated, without {without})"
+    return f"about {format_bytes(memory.total)} a process: {activations}, {kept} (estimated, without {without})"
 
 
 def _over_time(cfg: CfgNode, key: str, constant: Any) -> str:

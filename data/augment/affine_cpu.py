@@ -14,7 +14,7 @@ from torch import Tensor
 DOUBT = 1e-3  # float32 errs by at most 2e-4 on four products of levels
 
 
-def shift(image: Tensor, numbers: tuple[float, ...], axis: str, fill: tuple[int, int, int]) -> Tensor:
+def affine_cpu(image: Tensor, numbers: tuple[float, ...], axis: str, fill: tuple[int, int, int]) -> Tensor:
     """Transform uint8 (3, S, S) by the six numbers of affine.matrix, which move places along `axis` (x or y) only."""
     lines = (image if axis == "x" else image.transpose(1, 2)).contiguous().numpy()
     scale, slant, constant = numbers[:3] if axis == "x" else (numbers[4], numbers[3], numbers[5])

@@ -15,7 +15,7 @@ from data.augment.color import GREY
 LEVELS = np.arange(256)
 
 
-def recolor(planes: np.ndarray, name: str, argument: float) -> np.ndarray:
+def color_cpu(planes: np.ndarray, name: str, argument: float) -> np.ndarray:
     """Run an operation, by timm's name without "Increasing", on uint8 (3, S, S), contiguous."""
     return _OPERATIONS[name](planes, argument)
 

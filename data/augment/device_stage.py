@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common.rng import generator, torch_seed
+from common.rng import keyed_generator, keyed_torch_seed
 from common.timeline import Timeline
-from data.augment.mixup import Mixing, mix_images
+from data.augment.mixup import Mixup, mix_images
 from data.augment.random_erasing import erase
 from data.loaders.batch import Batch
 
@@ -26,7 +26,7 @@ class DeviceStage:
 
     def __init__(
         self,
-        mixing: Mixing,
+        mixing: Mixup,
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
@@ -56,7 +56,7 @@ class DeviceStage:
         batch = batch.to(self.device, non_blocking=True)
         address = epoch, update, micro
         mixing = replace(self.mixing, prob=self.mix_prob.at(epoch)) if self.mix_prob else self.mixing
-        mix = mixing.draw(generator(self.seed, "mix", *address), batch.images.shape[-1])
+        mix = mixing.draw(keyed_generator(self.seed, "mix", *address), batch.images.shape[-1])
         images = self._float(batch.images)
         if self.order == "mix_then_erase":
             images = mix_images(images, mix)
@@ -94,5 +94,5 @@ class DeviceStage:
     def _erase(self, images: Tensor, batch: Batch, address: tuple[int, int, int]) -> Tensor:
         if batch.erase is None or batch.erase.shape[1] == 0:
             return images
-        self._noise.manual_seed(torch_seed(self.seed, "erase", *address))
+        self._noise.manual_seed(keyed_torch_seed(self.seed, "erase", *address))
         return erase(images, batch.erase, self.erase_mode, self._noise)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Mix(NamedTuple):
+class MixupDraw(NamedTuple):
     """How a micro-batch is mixed: the image's own share, and the box that comes from the partner (None is mixup)."""
 
     share: float  # timm's lam; 1 leaves the batch as it is
@@ -26,7 +26,7 @@ class Mix(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mixing:
+class Mixup:
     """What is drawn, and the smoothing of the targets; an alpha of 0 turns its method off."""
 
     num_classes: int
@@ -36,21 +36,21 @@ class Mixing:
     switch_prob: float = 0.5
     smoothing: float = 0.1
 
-    def draw(self, rng: np.random.RandomState, size: int) -> Mix:
+    def draw(self, rng: np.random.RandomState, size: int) -> MixupDraw:
         """Draw the mix of one micro-batch of size x size images."""
         if (self.mixup <= 0 and self.cutmix <= 0) or rng.random_sample() >= self.prob:
-            return Mix(1.0)
+            return MixupDraw(1.0)
         use_cutmix = self.cutmix > 0
         if self.mixup > 0 and self.cutmix > 0:
             use_cutmix = rng.random_sample() < self.switch_prob
         alpha = self.cutmix if use_cutmix else self.mixup
         share = float(rng.beta(alpha, alpha))
         if not use_cutmix or share == 1.0:
-            return Mix(share)
+            return MixupDraw(share)
         side = int(size * np.sqrt(1 - share))
         centre = rng.randint(size), rng.randint(size)
         (top, bottom), (left, right) = ((max(c - side // 2, 0), min(c + (side + 1) // 2, size)) for c in centre)
-        return Mix(1.0 - (bottom - top) * (right - left) / float(size * size), (top, bottom, left, right))
+        return MixupDraw(1.0 - (bottom - top) * (right - left) / float(size * size), (top, bottom, left, right))
 
     def targets(self, labels: Tensor, share: float) -> Tensor:
         """Return the soft targets of a mixed micro-batch, float32 (B, classes)."""
@@ -60,7 +60,7 @@ class Mixing:
         return target * share + target.flip(0) * (1.0 - share)
 
 
-def mix_images(images: Tensor, mix: Mix) -> Tensor:
+def mix_images(images: Tensor, mix: MixupDraw) -> Tensor:
     """Mix a batch of images (B, C, S, S) with its flipped self, in place."""
     if mix.share == 1.0:
         return images

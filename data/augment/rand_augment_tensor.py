@@ -17,8 +17,8 @@ from torch import Tensor
 
 from data.augment import color, rand_augment
 from data.augment.affine import AXES, affine, matrix
-from data.augment.affine_cpu import shift
-from data.augment.color_cpu import recolor
+from data.augment.affine_cpu import affine_cpu
+from data.augment.color_cpu import color_cpu
 from data.augment.rand_augment import Op
 
 LOOK_UP = "look-up"
@@ -91,14 +91,14 @@ def augment(image: Tensor, ops: Sequence[Op], fill: tuple[int, int, int]) -> Ten
     for op in ops:
         kind = _kind(op)
         if kind in ("x bicubic", "y bicubic"):
-            image = shift(image, matrix(op.name, _argument(op), image.shape[-1]), kind[0], fill)
+            image = affine_cpu(image, matrix(op.name, _argument(op), image.shape[-1]), kind[0], fill)
         elif op.name in AXES:  # where Pillow is as fast
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
             picture = rand_augment.apply(picture, [op], fill)
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         else:
             planes = image.contiguous().numpy()
-            image = torch.from_numpy(recolor(planes, op.name.removesuffix("Increasing"), op.argument or 0.0))
+            image = torch.from_numpy(color_cpu(planes, op.name.removesuffix("Increasing"), op.argument or 0.0))
     return image
 
 

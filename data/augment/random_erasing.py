@@ -15,7 +15,7 @@ ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
-class EraseBoxes:
+class RandomErasing:
     """How boxes are drawn: with probability `prob`, 1 to `count` boxes of together `area` of the image."""
 
     prob: float = 0.25

@@ -15,11 +15,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from common.rng import generator
+from common.rng import keyed_generator
 from common.timeline import Timeline
 from data.augment import rand_augment
 from data.augment.rand_augment_tensor import augment
-from data.augment.random_erasing import EraseBoxes
+from data.augment.random_erasing import RandomErasing
 
 ATTEMPTS = 10
 INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -80,7 +80,7 @@ class TrainTransform:
     hflip: float = 0.5
     interpolation: str = "bicubic"  # bicubic, bilinear, or random of the two
     policy: rand_augment.Policy | None = None  # None is off
-    erase: EraseBoxes = field(default_factory=EraseBoxes)
+    erase: RandomErasing = field(default_factory=RandomErasing)
     fill: tuple[int, int, int] = IMAGENET_FILL  # what RandAugment's geometric operations bring in from outside
     sizes: Timeline | None = None
     magnitude: Timeline | None = None
@@ -101,7 +101,7 @@ class TrainTransform:
 
     def draw(self, epoch: int, position: int, height: int, width: int) -> TrainDraw:
         """Draw the choices for the sample at a position of an epoch, an image of height x width pixels."""
-        rng = generator(self.seed, "augment", epoch, position)
+        rng = keyed_generator(self.seed, "augment", epoch, position)
         crop = draw_crop(rng, height, width, self.scale, self.ratio)
         interpolation = self.interpolation
         if interpolation == "random":

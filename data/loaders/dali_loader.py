@@ -22,7 +22,7 @@ from data.loaders.bad_images import BadImage, read_or_replace
 from data.loaders.batch import Batch
 from data.loaders.decode import MAX_PIXELS, decode
 from data.loaders.jpeg import ordinary
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import (
     Address,
     Batches,
@@ -149,7 +149,7 @@ class DaliTrainLoader:
         self,
         source: Source,
         transform: TrainTransform,
-        stream: IndexStream,
+        sampler: Sampler,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -158,15 +158,15 @@ class DaliTrainLoader:
         backend: str = "auto",
     ) -> None:
         """`device` is where the batches go, `backend` (auto, cpu or gpu) where DALI runs."""
-        self._addresses, self._device = MicroBatches(stream, rank, world), torch.device(device)
-        images, size = EncodedTrain(source, transform), stream.micro_batch_size
+        self._addresses, self._device = MicroBatches(sampler, rank, world), torch.device(device)
+        images, size = EncodedTrain(source, transform), sampler.micro_batch_size
         self._decoder = _Decoder(images, self._addresses, size, workers, prefetch, self._device, backend)
         self._augment = RandAugment(transform.fill, self._device)
 
     @property
     def updates_per_epoch(self) -> int:
         """Updates in an epoch."""
-        return self._addresses.stream.updates_per_epoch
+        return self._addresses.sampler.updates_per_epoch
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of updates first_update .. end; what is skipped is not read."""

@@ -19,14 +19,14 @@ of 641; blocks of 1024 bring 370, for windows of 320,000 images. Shards written 
 
 import numpy as np
 
-from common.rng import generator
+from common.rng import keyed_generator
 
 # DeiT cuts a repeated epoch to a multiple of this many positions, whatever the batch.
 REPEATED_EPOCH_MULTIPLE = 256
 WINDOW_BLOCKS = 256
 
 
-class IndexStream:
+class Sampler:
     """The order of all samples of every epoch, cut into updates and micro-batches."""
 
     def __init__(
@@ -77,7 +77,7 @@ class IndexStream:
             if self.shuffle and self.block:
                 indices = self._block_shuffled(epoch)
             elif self.shuffle:
-                generator(self.seed, "order", epoch).shuffle(indices)
+                keyed_generator(self.seed, "order", epoch).shuffle(indices)
             if self.repeats > 1:
                 distinct = -(-self.epoch_length // self.repeats)
                 indices = indices[:distinct].repeat(self.repeats)[: self.epoch_length]
@@ -87,7 +87,7 @@ class IndexStream:
 
     def _block_shuffled(self, epoch: int) -> np.ndarray:
         """Return the indices with their blocks shuffled, then shuffled inside windows of blocks; int64."""
-        rng = generator(self.seed, "block order", epoch)
+        rng = keyed_generator(self.seed, "block order", epoch)
         stored = np.arange(self.num_samples, dtype=np.int64) if self.storage is None else self.storage
         blocks = np.split(stored, range(self.block, self.num_samples, self.block))
         order = rng.permutation(len(blocks))

@@ -4,6 +4,8 @@ import math
 import os
 from pathlib import Path
 
+from common.byte_size import format_bytes
+
 MAX_WORKERS = 16  # of each training process, when DATA.WORKERS=-1
 SPARE_FROM = 4  # cores a process has from which on one is left to the training process itself
 SHM = Path("/dev/shm")
@@ -69,12 +71,8 @@ def check_shared_memory(workers: int, prefetch: int, batch_bytes: int, batches: 
     reading = "" if readers == workers else f" ({readers} of them processes that read)"
     processes = f" x {neighbours()} processes" if neighbours() > 1 else ""
     raise ValueError(
-        f"{SHM} has {_size(free)} free, but DATA.WORKERS={workers}{reading} x DATA.PREFETCH={prefetch} batches of "
-        f"{_size(batch_bytes)}{processes} need {_size(needed)}: loader processes would die of a bus error. Enlarge it "
+        f"{SHM} has {format_bytes(free)} free, but DATA.WORKERS={workers}{reading} x DATA.PREFETCH={prefetch} batches of "
+        f"{format_bytes(batch_bytes)}{processes} need {format_bytes(needed)}: loader processes would die of a bus error. Enlarge it "
         f"(docker run --shm-size={-(-needed // 2**30)}g, or --ipc=host; Kubernetes: an emptyDir with medium Memory at "
         f"/dev/shm), or set {lower}, or DATA.WORKERS 0"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.rng import generator
+from common.rng import keyed_generator
 from common.timeline import Timeline
-from data.augment.random_erasing import EraseBoxes
+from data.augment.random_erasing import RandomErasing
 from data.loaders.batch import Batch
-from data.loaders.sampler import IndexStream, evaluation_indices
+from data.loaders.sampler import Sampler, evaluation_indices
 from data.loaders.torch_loader import MicroBatches
 
 POOL = 4  # micro-batches made for training
@@ -27,17 +27,17 @@ class SyntheticTrain:
 
     def __init__(
         self,
-        stream: IndexStream,
+        sampler: Sampler,
         size: int,
         num_classes: int,
-        erase: EraseBoxes,
+        erase: RandomErasing,
         seed: int,
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
         sizes: Timeline | None = None,
     ) -> None:
-        self._addresses = MicroBatches(stream, rank, world)
+        self._addresses = MicroBatches(sampler, rank, world)
         self._size, self._sizes, self._pin_memory = size, sizes, pin_memory
         self._make = functools.partial(_random_batch, seed, num_classes=num_classes, erase=erase)
         self._pool: list[Batch] = []
@@ -45,20 +45,20 @@ class SyntheticTrain:
     @property
     def updates_per_epoch(self) -> int:
         """Updates in an epoch."""
-        return self._addresses.stream.updates_per_epoch
+        return self._addresses.sampler.updates_per_epoch
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
         """Yield this rank's micro-batches of updates first_update .. end; the images are shared, not to be written."""
-        stream = self._addresses.stream
+        sampler = self._addresses.sampler
         self._addresses.epoch, self._addresses.first_update = epoch, first_update
         size = int(self._sizes.at(epoch)) if self._sizes else self._size
         if not self._pool or self._pool[0].images.shape[-1] != size:
-            self._pool = [self._make(k, stream.micro_batch_size, size) for k in range(POOL)]
+            self._pool = [self._make(k, sampler.micro_batch_size, size) for k in range(POOL)]
             if self._pin_memory:
                 self._pool = [made.pin_memory() for made in self._pool]
         for update, j in self._addresses.numbers():
-            made = self._pool[(update * stream.micro_batches_per_update + j) % POOL]
-            yield replace(made, indices=torch.from_numpy(stream.micro_batch(epoch, update, j)[1]))
+            made = self._pool[(update * sampler.micro_batches_per_update + j) % POOL]
+            yield replace(made, indices=torch.from_numpy(sampler.micro_batch(epoch, update, j)[1]))
 
 
 class SyntheticEval:
@@ -68,8 +68,8 @@ class SyntheticEval:
         self, num_images: int, size: int, num_classes: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> None:
         self.num_images = num_images
-        self._images = _random_batch(seed, POOL, EVAL_POOL, size, num_classes, EraseBoxes(prob=0)).images
-        self._labels = torch.from_numpy(generator(seed, "synthetic labels").randint(num_classes, size=num_images))
+        self._images = _random_batch(seed, POOL, EVAL_POOL, size, num_classes, RandomErasing(prob=0)).images
+        self._labels = torch.from_numpy(keyed_generator(seed, "synthetic labels").randint(num_classes, size=num_images))
         self._own = torch.from_numpy(evaluation_indices(num_images, rank, world))
         self._batch_size = batch_size
 
@@ -81,8 +81,8 @@ class SyntheticEval:
             yield Batch(self._images[indices % EVAL_POOL], self._labels[indices], indices)
 
 
-def _random_batch(seed: int, number: int, batch: int, size: int, num_classes: int, erase: EraseBoxes) -> Batch:
-    rng = generator(seed, "synthetic", number)
+def _random_batch(seed: int, number: int, batch: int, size: int, num_classes: int, erase: RandomErasing) -> Batch:
+    rng = keyed_generator(seed, "synthetic", number)
     images = np.frombuffer(bytearray(rng.bytes(batch * 3 * size * size)), dtype=np.uint8).reshape(batch, 3, size, size)
     labels = rng.randint(num_classes, size=batch)
     boxes = np.stack([erase.draw(rng, size) for _ in range(batch)])

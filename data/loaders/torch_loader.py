@@ -22,7 +22,7 @@ from data.loaders.batch import Batch
 from data.loaders.decode import MAX_PIXELS, UnreadableImageError, decode
 from data.loaders.decode_top import decode_top
 from data.loaders.jpeg import ordinary
-from data.loaders.sampler import IndexStream, evaluation_indices
+from data.loaders.sampler import Sampler, evaluation_indices
 from data.loaders.workers import Workers, ignore_signals
 
 Address = tuple[int, int, int]  # epoch, position in it, index in the data set
@@ -124,39 +124,39 @@ class EvalImages(Batches[int, EvalTransform, Batch]):
 class MicroBatches:
     """The addresses of a rank's micro-batches, from an update of an epoch on; DataLoader's batch sampler."""
 
-    def __init__(self, stream: IndexStream, rank: int, world: int) -> None:
-        if stream.micro_batches_per_update % world:
+    def __init__(self, sampler: Sampler, rank: int, world: int) -> None:
+        if sampler.micro_batches_per_update % world:
             raise ValueError(
-                f"{world} processes cannot share the {stream.micro_batches_per_update} micro-batches of an update evenly; "
+                f"{world} processes cannot share the {sampler.micro_batches_per_update} micro-batches of an update evenly; "
                 "choose TRAIN.GLOBAL_BATCH = TRAIN.MICRO_BATCH x processes x accumulation"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} must lie in 0 .. {world - 1}, the processes there are")
-        self.stream, self.rank, self.world = stream, rank, world
+        self.sampler, self.rank, self.world = sampler, rank, world
         self.epoch, self.first_update = 0, 0
 
     def begin(self, epoch: int, first_update: int) -> None:
         """Start at an update of an epoch; ValueError if the epoch has no such update."""
-        last = self.stream.updates_per_epoch
+        last = self.sampler.updates_per_epoch
         if not 0 <= first_update <= last:
             raise ValueError(f"first_update={first_update} must lie in 0 .. {last}, the epoch's updates")
         self.epoch, self.first_update = epoch, first_update
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """Yield (update, micro-batch number) in the order of training."""
-        for update in range(self.first_update, self.stream.updates_per_epoch):
-            for j in range(self.rank, self.stream.micro_batches_per_update, self.world):
+        for update in range(self.first_update, self.sampler.updates_per_epoch):
+            for j in range(self.rank, self.sampler.micro_batches_per_update, self.world):
                 yield update, j
 
     def __iter__(self) -> Iterator[list[Address]]:
         epoch = self.epoch
         for update, j in self.numbers():
-            positions, indices = self.stream.micro_batch(epoch, update, j)
+            positions, indices = self.sampler.micro_batch(epoch, update, j)
             yield [(epoch, p, i) for p, i in zip(positions.tolist(), indices.tolist(), strict=True)]
 
     def __len__(self) -> int:
-        per_update = self.stream.micro_batches_per_update // self.world
-        return (self.stream.updates_per_epoch - self.first_update) * per_update
+        per_update = self.sampler.micro_batches_per_update // self.world
+        return (self.sampler.updates_per_epoch - self.first_update) * per_update
 
 
 class TrainLoader:
@@ -166,20 +166,20 @@ class TrainLoader:
         self,
         source: Source,
         transform: TrainTransform,
-        stream: IndexStream,
+        sampler: Sampler,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        self._addresses = MicroBatches(stream, rank, world)
+        self._addresses = MicroBatches(sampler, rank, world)
         self._loader = start_workers(TrainImages(source, transform), self._addresses, workers, prefetch, pin_memory)
 
     @property
     def updates_per_epoch(self) -> int:
         """Updates in an epoch; each takes micro_batches_per_update / world batches from this loader."""
-        return self._addresses.stream.updates_per_epoch
+        return self._addresses.sampler.updates_per_epoch
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
         """Yield the micro-batches of updates first_update .. end; what is skipped is not read.

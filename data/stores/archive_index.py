@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from common.atomic_files import write_atomically
 from data.stores.archive import TAR, list_archive
-from data.stores.build_once import build_once, write_whole
+from data.stores.build_once import build_once
 from data.stores.folder import SUFFIXES
 from data.stores.label_files import find_label_file, inputs_of, read_labels
 from data.stores.layout import (
     LABEL_BYTES,
-    Place,
     Sample,
+    SplitLocation,
     of_split,
     parse_label,
     refuse_shard_names,
@@ -62,7 +63,7 @@ class Found:
 class StoreIndex:
     """Where the images of a split lie, sorted by class, folder and file name as torchvision sorts a folder."""
 
-    facts: dict[str, Any]  # kind, classes (None if they are numbers), problems, duplicates, inputs
+    metadata: dict[str, Any]  # kind, classes (None if they are numbers), problems, duplicates, inputs
     archive: np.ndarray  # int32 (n,)
     offset: np.ndarray  # int64 (n,)
     size: np.ndarray  # int64 (n,)
@@ -79,7 +80,7 @@ class StoreIndex:
         return os.fsdecode(self.names[start : int(self.ends[index])].tobytes())
 
 
-def open_index(place: Place, val_labels: str, say: Say | None) -> tuple[StoreIndex, Path]:
+def open_index(place: SplitLocation, val_labels: str, say: Say | None) -> tuple[StoreIndex, Path]:
     """Return the index of a split's archives and the file it is kept in; build it if there is none that fits.
 
     `say` hears of building and of waiting; without it stderr does, of building only: one process of many has a voice.
@@ -92,21 +93,21 @@ def open_index(place: Place, val_labels: str, say: Say | None) -> tuple[StoreInd
         index = _load(file)
         if index is None:
             return None
-        states[str(file)] = index.facts["inputs"]
-        return index if index.facts["inputs"] == inputs(place, index.facts["label_inputs"], val_labels) else None
+        states[str(file)] = index.metadata["inputs"]
+        return index if index.metadata["inputs"] == inputs(place, index.metadata["label_inputs"], val_labels) else None
 
     def build(file: Path) -> None:
         again = " again: its files have changed" if str(file) in states else ""
         tell(f"indexing {place.split} of {place.root} ({len(place.archives)} archives){again}")
         index = build_index(place, val_labels, tell)
-        write_whole(file, lambda temporary: _save(index, temporary))
+        write_atomically(file, lambda temporary: _save(index, temporary), shared=True)
         away = "" if file == files[0] else f" because {files[0].parent} cannot be written"
         tell(f"indexed {len(index)} images; the index is kept in {file}{away}")
 
     return build_once(files, read, build, say or _to_nobody)
 
 
-def index_files(place: Place) -> list[Path]:
+def index_files(place: SplitLocation) -> list[Path]:
     """Return where an index may lie: beside the archives, and in the cache of this user."""
     root = place.root.absolute()
     own = f"{root.name}." if place.inside else ""
@@ -116,7 +117,7 @@ def index_files(place: Place) -> list[Path]:
     return [_folder(place).absolute() / name, cache / f"{key}-{name}"]
 
 
-def _folder(place: Place) -> Path:
+def _folder(place: SplitLocation) -> Path:
     return place.root.parent if place.inside else place.root
 
 
@@ -125,7 +126,7 @@ def _relative(file: Path, folder: Path) -> str:
     return str(file.relative_to(folder) if file.is_relative_to(folder) else file.absolute())
 
 
-def inputs(place: Place, label_files: Iterable[str], val_labels: str) -> list[Any]:
+def inputs(place: SplitLocation, label_files: Iterable[str], val_labels: str) -> list[Any]:
     """Return what an index depends on: name, size and time of the archives and label files, and DATA.VAL_LABELS."""
     paths = [*place.archives, *(_folder(place) / file for file in label_files)]
     return [FORMAT, val_labels if label_files else "", *(_state(path) for path in paths)]
@@ -139,7 +140,7 @@ def _state(path: Path) -> list[Any]:
     return [path.name, status.st_size, status.st_mtime_ns]
 
 
-def build_index(place: Place, val_labels: str, say: Say) -> StoreIndex:
+def build_index(place: SplitLocation, val_labels: str, say: Say) -> StoreIndex:
     """List all archives of a split and sort their images. ValueError if they cannot be used."""
     with ThreadPoolExecutor(THREADS) as pool:
         numbers = range(len(place.archives))
@@ -157,16 +158,16 @@ def build_index(place: Place, val_labels: str, say: Say) -> StoreIndex:
         )
     problems = [problem for found in founds for problem in found.problems]
     problems += [f"{place.archives[found.archive]} holds no images" for found in founds if not found.samples]
-    facts = {
+    metadata = {
         "kind": kind,
         "problems": problems,
         "label_inputs": label_files,
         "inputs": inputs(place, label_files, val_labels),
     }
-    return _sorted(rows, facts, place)
+    return _sorted(rows, metadata, place)
 
 
-def _told(results: Iterator[T], total: int, place: Place, say: Say) -> list[T]:
+def _told(results: Iterator[T], total: int, place: SplitLocation, say: Say) -> list[T]:
     """Collect results, saying so at each tenth if they are many."""
     found: list[T] = []
     for result in results:
@@ -176,7 +177,7 @@ def _told(results: Iterator[T], total: int, place: Place, say: Say) -> list[T]:
     return found
 
 
-def _list(place: Place, number: int) -> tuple[Found, list[tuple[int, str, int, int]]]:
+def _list(place: SplitLocation, number: int) -> tuple[Found, list[tuple[int, str, int, int]]]:
     """List an archive; return what it holds itself, and the tars in it as (archive, name, offset, size)."""
     path = place.archives[number]
     contents = list_archive(path)
@@ -187,7 +188,7 @@ def _list(place: Place, number: int) -> tuple[Found, list[tuple[int, str, int, i
     return _found(path, number, "", entries, contents.problems), pieces
 
 
-def _list_inner(place: Place, number: int, inner: str, offset: int, size: int) -> Found:
+def _list_inner(place: SplitLocation, number: int, inner: str, offset: int, size: int) -> Found:
     path = place.archives[number]
     contents = list_archive(path, offset, size, inner)
     return _found(path, number, inner, of_split(contents.members, place.split, False), contents.problems)
@@ -210,7 +211,9 @@ def _found(path: Path, number: int, inner: str, entries: Sequence[Any], problems
     return Found(number, inner, kind, samples, problems)
 
 
-def _classes(place: Place, founds: Sequence[Found], val_labels: str) -> tuple[str, list[list[Sample]], Path | None]:
+def _classes(
+    place: SplitLocation, founds: Sequence[Found], val_labels: str
+) -> tuple[str, list[list[Sample]], Path | None]:
     """Decide what tells the classes; return the layout, the samples of each archive with their classes, and a label file."""
     kinds = {found.kind for found in founds} - {"empty"}
     if len(kinds) > 1:
@@ -244,7 +247,7 @@ def _classes(place: Place, founds: Sequence[Found], val_labels: str) -> tuple[st
     return kind, [[Sample(labels[s.place], s.place, s.member) for s in own] for own in samples], file
 
 
-def _sorted(rows: list[tuple[Sample, Found]], facts: dict[str, Any], place: Place) -> StoreIndex:
+def _sorted(rows: list[tuple[Sample, Found]], metadata: dict[str, Any], place: SplitLocation) -> StoreIndex:
     """Sort the images as torchvision sorts a folder: by class, folder and file name."""
     numbered = {isinstance(sample.label, int) for sample, _ in rows}
     if len(numbered) > 1:
@@ -258,8 +261,8 @@ def _sorted(rows: list[tuple[Sample, Found]], facts: dict[str, Any], place: Plac
     again = [a.place for (a, _), (b, _) in pairwise(rows) if (a.label, a.place) == (b.label, b.place)]
     paths = [os.fsencode((found.inner + "/" if found.inner else "") + sample.member.path) for sample, found in rows]
     return StoreIndex(
-        facts={
-            **facts,
+        metadata={
+            **metadata,
             "classes": classes,
             "numbered": numbered == {True},
             "duplicates": len(again),
@@ -296,18 +299,18 @@ def _to_nobody(text: str) -> None:
 
 
 def _save(index: StoreIndex, file: Path) -> None:
-    facts = np.frombuffer(json.dumps(index.facts).encode(), dtype=np.uint8)
+    metadata = np.frombuffer(json.dumps(index.metadata).encode(), dtype=np.uint8)
     arrays = {name: getattr(index, name) for name in ("archive", "offset", "size", "label", "names", "ends")}
     with file.open("wb") as stream:
-        np.savez(stream, facts=facts, **arrays)
+        np.savez(stream, facts=metadata, **arrays)
 
 
 def _load(file: Path) -> StoreIndex | None:
     """Read an index; None if there is none, or one that this code does not understand."""
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            facts = json.loads(arrays["facts"].tobytes())
+            metadata = json.loads(arrays["facts"].tobytes())
             found = {name: arrays[name] for name in arrays.files if name != "facts"}
-        return StoreIndex(facts=facts, **found) if facts["inputs"][0] == FORMAT else None
+        return StoreIndex(metadata=metadata, **found) if metadata["inputs"][0] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None

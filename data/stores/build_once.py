@@ -19,18 +19,6 @@ T = TypeVar("T")
 TOUCH_S, STALE_S, POLL_S = 5.0, 60.0, 0.2
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def build_once(
     files: Sequence[Path], read: Callable[[Path], T | None], build: Callable[[Path], None], say: Callable[[str], None]
 ) -> tuple[T, Path]:

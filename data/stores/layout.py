@@ -42,7 +42,7 @@ class NoSplitError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class SplitLocation:
     """Where a split lies: a folder of class folders, or archives."""
 
     split: str
@@ -72,7 +72,7 @@ class Sample(NamedTuple):
     member: Member
 
 
-def find_split(root: str | Path, split: str) -> Place:
+def find_split(root: str | Path, split: str) -> SplitLocation:
     """Find a split below DATA.PATH. NoSplitError if there is none, ValueError if more than one could be meant."""
     if not str(root):
         split_folder(root, split)  # says that it is not set
@@ -80,7 +80,7 @@ def find_split(root: str | Path, split: str) -> Place:
     if root.is_file():
         if not _is_archive(root.name):
             raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
-        return Place(split, root, None, (root,))
+        return SplitLocation(split, root, None, (root,))
     if not root.is_dir():
         split_folder(root, split)  # says what is wrong
     names = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
@@ -96,12 +96,12 @@ def find_split(root: str | Path, split: str) -> Place:
                 "Move one kind away"
             )
         notes = [f"{folder} is read; {' '.join(group[:2])} beside it is not" for group in beside]
-        return Place(split, root, None if inner else folder, inner, tuple(notes))
+        return SplitLocation(split, root, None if inner else folder, inner, tuple(notes))
     if len(beside) > 1:
         kinds = ", ".join(group[0] for group in beside)
         raise ValueError(f"DATA.PATH={str(root)!r} holds {split} more than once: {kinds}; move all but one away")
     if beside:
-        return Place(split, root, None, tuple(root / name for name in beside[0]))
+        return SplitLocation(split, root, None, tuple(root / name for name in beside[0]))
     raise NoSplitError(_nothing_found(root, split, names))
 
 

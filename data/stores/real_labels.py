@@ -12,32 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
+from common.accuracy import TopKCounts
 from data.stores.class_labels import IMAGENET, imagenet_wnids
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
 
 @dataclass(frozen=True)
-class RealAccuracy:
-    """Counts over the images that have labels; accuracies in percent."""
-
-    correct1: int
-    correct5: int
-    images: int
-
-    @property
-    def top1(self) -> float:
-        return 100.0 * self.correct1 / self.images
-
-    @property
-    def top5(self) -> float:
-        return 100.0 * self.correct5 / self.images
+class RealAccuracy(TopKCounts):
+    """Counts over the images that have labels."""
 
     def __str__(self) -> str:
-        return (
-            f"ReaL top-1 {self.top1:.3f} ({self.correct1}/{self.images})  "
-            f"top-5 {self.top5:.3f} ({self.correct5}/{self.images})"
-        )
+        return f"ReaL {super().__str__()}"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from data.loaders.sampler import WINDOW_BLOCKS
 from data.stores.archive_index import Say, StoreIndex, open_index
 from data.stores.folder import FolderSource, check_classes, class_folders, scan
-from data.stores.layout import Place, find_split
+from data.stores.layout import SplitLocation, find_split
 
 MOST_OPEN = 1 << 16  # files a process asks leave to open
 
@@ -45,7 +45,7 @@ class FolderStore:
 
     kind = "folder"
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: SplitLocation) -> None:
         assert place.folder is not None
         self.folder, self.where, self.notes = place.folder, str(place.folder), list(place.notes)
 
@@ -61,23 +61,23 @@ class FolderStore:
 class ArchiveStore:
     """Archives and their index."""
 
-    def __init__(self, place: Place, index: StoreIndex, file: Path) -> None:
+    def __init__(self, place: SplitLocation, index: StoreIndex, file: Path) -> None:
         self.place, self.index, self.file = place, index, file
-        self.where, self.kind = place.name, str(index.facts["kind"])
-        self.notes = [*place.notes, *index.facts["problems"]]
-        if index.facts["duplicates"]:
-            first = index.facts["duplicate_names"][0]
-            self.notes.append(f"{self.where} holds {index.facts['duplicates']} images twice, {first} the first")
+        self.where, self.kind = place.name, str(index.metadata["kind"])
+        self.notes = [*place.notes, *index.metadata["problems"]]
+        if index.metadata["duplicates"]:
+            first = index.metadata["duplicate_names"][0]
+            self.notes.append(f"{self.where} holds {index.metadata['duplicates']} images twice, {first} the first")
 
     def classes(self) -> list[str]:
         """Return the names of the classes, sorted; their numbers where the archives tell no names."""
-        known = self.index.facts["classes"]
+        known = self.index.metadata["classes"]
         return known if known else [str(i) for i in range(int(self.index.label.max()) + 1)]
 
     def source(self, classes: Sequence[str], must_hold_all: bool) -> "ArchiveSource":
         """Return the images. ValueError for classes that are not in `classes`, and, with `must_hold_all`, for missing ones."""
-        found, names = np.unique(self.index.label).tolist(), self.index.facts["classes"]
-        if self.index.facts["numbered"]:
+        found, names = np.unique(self.index.label).tolist(), self.index.metadata["classes"]
+        if self.index.metadata["numbered"]:
             self._check_numbers(found, classes, names)
             number = np.arange(max(found) + 1)
             present = [classes[label] for label in found]
@@ -105,7 +105,7 @@ class ArchiveStore:
 class ArchiveSource:
     """The images of archives: their labels, and their bytes by index, read in place."""
 
-    def __init__(self, place: Place, index: StoreIndex, labels: np.ndarray) -> None:
+    def __init__(self, place: SplitLocation, index: StoreIndex, labels: np.ndarray) -> None:
         order = np.argsort(labels, kind="stable")  # of one class, they stay sorted by name
         self.root, self.archives, self.labels = place.root, place.archives, labels[order].astype(np.int64)
         self._index, self._order = index, order
@@ -251,7 +251,7 @@ def open_store(
             raise ValueError(f"DATA.VAL_LABELS={val_labels!r} has no effect: {place.name} is a folder; set it to ''")
         return FolderStore(place)
     index, file = open_index(place, val_labels if split == "val" else "", say)
-    if labelled and not index.facts["label_inputs"]:
+    if labelled and not index.metadata["label_inputs"]:
         raise ValueError(
             f"DATA.VAL_LABELS={val_labels!r} has no effect: {place.name} tells the classes itself; set it to ''"
         )

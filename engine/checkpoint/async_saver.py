@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint.files import load_state, read_facts, read_seal, remove_temporary, save_weights
+from common.atomic_files import remove_temporary
+from common.byte_size import format_bytes
+from engine.checkpoint.files import load_state, read_metadata, read_seal, save_weights
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
-from engine.memory import gib
 from engine.state import TrainState
 
 APPEARS_S = 60.0  # until a node of a shared file system sees what another one has written
@@ -31,7 +32,7 @@ class SavingError(RuntimeError):
 
 
 @dataclass
-class Job:
+class SaveJob:
     """A snapshot to write."""
 
     update: int
@@ -45,7 +46,7 @@ class Job:
 
 
 @dataclass
-class Saver:
+class AsyncSaver:
     """Writes a run's checkpoints and best weights in the background, one at a time, on the main process.
 
     A failure is said and leaves what was written before; training goes on until `max_failures` in a row.
@@ -58,7 +59,7 @@ class Saver:
     stored: tuple[int, int] | None = None  # updates done and closed of the state last stored, or being so
     _failed: int | None = None  # update whose write failed last
     _good: int | None = None  # update of the last checkpoint that was written
-    _job: Job | None = None  # being written, or failed and kept to be tried again at the end
+    _job: SaveJob | None = None  # being written, or failed and kept to be tried again at the end
     _error: Exception | None = None  # of the last write that failed
     _thread: threading.Thread | None = None
     _owed: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = field(
@@ -74,7 +75,7 @@ class Saver:
         self,
         state: TrainState,
         processes: Processes,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         best: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Take a snapshot and write it while training goes on; called by all processes. Does nothing if it is stored already.
@@ -96,10 +97,10 @@ class Saver:
         if not processes.main:
             return
         stored = snapshot(stored)
-        new = {which: {**facts, **more, "weights": which} for which, more in best.items()}
+        new = {which: {**metadata, **more, "weights": which} for which, more in best.items()}
         epoch = state.update / state.plan.updates_per_epoch
-        stored["facts"] = {**facts, "epoch": epoch}
-        self._job = Job(
+        stored["facts"] = {**metadata, "epoch": epoch}
+        self._job = SaveJob(
             state.update,
             stored,
             new,
@@ -124,14 +125,14 @@ class Saver:
         if job.error is None:
             self._job, self.failures, self._failed = None, 0, None
             before = "" if job.evaluated else " before its evaluation"
-            self.log.say(
+            self.log.info(
                 f"saved update {job.update}{before} in {job.seconds:.1f} s, training waited {job.waited:.2f} s"
             )
             return
         if job.update != self._failed:  # an epoch is saved before and after its evaluation: that counts once
             self.failures, self._failed = self.failures + 1, job.update
         before = "nothing is saved so far" if self._good is None else f"update {self._good} is the last one saved"
-        self.log.warn(
+        self.log.warning(
             f"update {job.update} was not saved ({_reason(job.error)}; {self._free()}), {self.failures} of "
             f"CHECKPOINT.MAX_FAILURES={self.max_failures} in a row; {before}"
         )
@@ -162,7 +163,7 @@ class Saver:
         """Bring the files of the best weights to what the state says of them, from the checkpoints that hold them."""
         for which, entry in state.best.items():
             path = self.run.best(which)
-            found = read_facts(path).get("update")
+            found = read_metadata(path).get("update")
             if found == entry["update"]:
                 continue
             source = self.run.checkpoints.of(entry["update"])
@@ -170,37 +171,37 @@ class Saver:
                 holder = stored if entry["update"] == state.update else load_state(source)
             except ValueError:
                 what = "is missing" if found is None else f"is of update {found}"
-                self.log.warn(
+                self.log.warning(
                     f"{path} {what}, but the best {which} weights so far were those of update {entry['update']}"
                 )
                 continue
-            facts = {**holder["facts"], **entry, "weights": which}
+            metadata = {**holder["facts"], **entry, "weights": which}
             try:
-                save_weights(path, holder[PARTS[which]], facts)
+                save_weights(path, holder[PARTS[which]], metadata)
             except OSError as error:
-                self._owed[which] = holder[PARTS[which]], facts
-                self.log.warn(
+                self._owed[which] = holder[PARTS[which]], metadata
+                self.log.warning(
                     f"{path} cannot be written ({error.strerror}); it is tried again after the next checkpoint"
                 )
                 continue
-            self.log.say(f"wrote {path} again, from the checkpoint of update {entry['update']}")
+            self.log.info(f"wrote {path} again, from the checkpoint of update {entry['update']}")
 
     def _free(self) -> str:
         try:
-            return f"{gib(shutil.disk_usage(self.run.path).free)} are free there"
+            return f"{format_bytes(shutil.disk_usage(self.run.path).free)} are free there"
         except OSError as error:
             return f"{self.run.path}: {error.strerror}"
 
-    def _write(self, job: Job) -> None:
+    def _write(self, job: SaveJob) -> None:
         started = time.perf_counter()
         job.error = None
         try:
-            self._owed |= {which: (job.state[PARTS[which]], facts) for which, facts in job.best.items()}
+            self._owed |= {which: (job.state[PARTS[which]], metadata) for which, metadata in job.best.items()}
             self.run.checkpoints.save(job.update, job.state, prune=False)
             self._good = job.update
             remove_temporary(self.run.path)
-            for which, (weights, facts) in tuple(self._owed.items()):
-                save_weights(self.run.best(which), weights, facts)
+            for which, (weights, metadata) in tuple(self._owed.items()):
+                save_weights(self.run.best(which), weights, metadata)
                 del self._owed[which]
             if job.prune:  # now that no older checkpoint is the only file with weights that are owed
                 self.run.checkpoints.prune()

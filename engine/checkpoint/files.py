@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from common.atomic_files import remove_temporary, write_atomically
+
 FORMAT = 2  # raised when a checkpoint of the new form cannot be read by the old code; 1 had no seal
 _NAME = re.compile(r"update-(\d{8,})\.pt")
 _SEAL = b"retoken sha256 "  # followed by 64 hexadecimal digits
@@ -28,23 +30,6 @@ _NO_COMMENT = bytes(2)  # a zip archive ends with the length of its comment, and
 
 class DamagedError(ValueError):
     """A checkpoint is not what was written."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -98,10 +83,10 @@ def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
     return state
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write weights as safetensors, with facts (JSON values) in the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    header = {"retoken": json.dumps({"format": FORMAT, **facts})}
+    header = {"retoken": json.dumps({"format": FORMAT, **metadata})}
     written = save(tensors, header)  # save_file makes a temporary file of its own, which a kill would leave for ever
     write_atomically(path, lambda file: _write(file, written))
 
@@ -110,20 +95,14 @@ def _write(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """Return the facts in the header of weights that `save_weights` wrote; none for a missing or damaged file."""
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("retoken", "{}"))
+            metadata = json.loads((file.metadata() or {}).get("retoken", "{}"))
     except (OSError, ValueError, SafetensorError):
         return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what writes that were killed have left in a folder."""
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+    return metadata if isinstance(metadata, dict) else {}
 
 
 class CheckpointFolder:

@@ -16,6 +16,7 @@ output/<name>/
 import contextlib
 import errno
 import fcntl
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,13 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint.files import CheckpointFolder, remove_temporary, write_atomically
+from common.atomic_files import remove_temporary, write_atomically
+from engine.checkpoint.files import CheckpointFolder
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
 LOCK_ATTEMPTS = 10  # one a second
@@ -157,10 +158,10 @@ class RunDirectory:
             ) from error
         return found
 
-    def record_start(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+    def record_start(self, metadata: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Write the manifest: facts of the run, and one more entry to the list of its starts."""
         starts = self.read_manifest().get("starts", [])
-        text = json.dumps({**facts, "starts": [*starts, dict(start)]}, indent=2) + "\n"
+        text = json.dumps({**metadata, "starts": [*starts, dict(start)]}, indent=2) + "\n"
         write_atomically(self.manifest, lambda file: _write(file, text))
 
 
@@ -202,8 +203,8 @@ def _write(file: Path, text: str) -> None:
 
 def _version(package: str) -> str | None:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -12,7 +12,7 @@ from engine.distributed.processes import Processes
 T = TypeVar("T")
 
 
-class Wish(IntEnum):
+class Vote(IntEnum):
     """What a process wants of all; the largest wish of any is what happens."""
 
     GO_ON = 0
@@ -20,19 +20,19 @@ class Wish(IntEnum):
     FAIL = 2  # stop with an error: checkpoints cannot be written
 
 
-class Agreement:
+class Consensus:
     """Lets all processes learn of one another's wishes without waiting for one another, or for the device.
 
     Each poll sends this process's wish on its way, through gloo between the hosts, and returns the largest one of the poll
     before: what a process wishes in an update happens on all of them after the next. One process agrees with itself at once.
     """
 
-    def __init__(self, processes: Processes, own: Callable[[], Wish]):
+    def __init__(self, processes: Processes, own: Callable[[], Vote]):
         self.processes, self.own = processes, own
         self._box = torch.zeros(1, dtype=torch.int64)
         self._sent: dist.Work | None = None
 
-    def poll(self) -> Wish:
+    def poll(self) -> Vote:
         """Return what all agreed on at the poll before; called by all processes equally often."""
         if self.processes.world == 1:
             return self.own()
@@ -41,12 +41,12 @@ class Agreement:
         self._sent = dist.all_reduce(self._box, dist.ReduceOp.MAX, group=self.processes.hosts, async_op=True)
         return before
 
-    def settle(self) -> Wish:
+    def agree(self) -> Vote:
         """Return what all agree on now; waits for all processes."""
         before = self.poll()
         return max(before, self._received()) if self.processes.world > 1 else before
 
-    def watch(self, batches: Iterable[T], length: int, check: Callable[[Wish], None]) -> Iterator[T]:
+    def watch(self, batches: Iterable[T], length: int, check: Callable[[Vote], None]) -> Iterator[T]:
         """Yield this process's `length` batches; `check` gets the result of a poll before each.
 
         Processes with fewer batches than others poll as often as those, so that all stop at the same one.
@@ -60,9 +60,9 @@ class Agreement:
         for _ in range(longest - yielded):
             check(self.poll())
 
-    def _received(self) -> Wish:
+    def _received(self) -> Vote:
         if self._sent is None:
-            return Wish.GO_ON
+            return Vote.GO_ON
         self._sent.wait()
         self._sent = None
-        return Wish(int(self._box))
+        return Vote(int(self._box))

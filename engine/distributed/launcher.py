@@ -24,7 +24,7 @@ GRACE = 15.0  # seconds that process 0's word may take to the others
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchInfo:
     """Where a process stands among those that were started together."""
 
     rank: int
@@ -35,7 +35,7 @@ class Place:
     port: int = 0
 
 
-def find_place(env: Mapping[str, str]) -> Place:
+def find_launch(env: Mapping[str, str]) -> LaunchInfo:
     """Return the place that the environment tells. Raises ValueError if it contradicts itself or lacks something."""
     if "RANK" in env and "WORLD_SIZE" in env:
         if "LOCAL_RANK" not in env:
@@ -46,10 +46,10 @@ def find_place(env: Mapping[str, str]) -> Place:
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         return _place(env, "SLURM_PROCID", tasks, "SLURM_LOCALID", f"srun, job {env.get('SLURM_JOB_ID', '?')}")
     inside = f" inside job {env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
-    return Place(0, 1, 0, f"plain python{inside}")
+    return LaunchInfo(0, 1, 0, f"plain python{inside}")
 
 
-def _place(env: Mapping[str, str], rank_key: str, world_key: str, local_key: str, launcher: str) -> Place:
+def _place(env: Mapping[str, str], rank_key: str, world_key: str, local_key: str, launcher: str) -> LaunchInfo:
     rank, world, local_rank = (_number(env, key) for key in (rank_key, world_key, local_key))
     if not 0 <= rank < world:
         raise ValueError(
@@ -57,12 +57,12 @@ def _place(env: Mapping[str, str], rank_key: str, world_key: str, local_key: str
         )
     slurm = rank_key == "SLURM_PROCID"
     if world == 1 and (slurm or "MASTER_ADDR" not in env):
-        return Place(rank, world, local_rank, launcher)
+        return LaunchInfo(rank, world, local_rank, launcher)
     address = env.get("MASTER_ADDR") or (_first_host(env) if slurm else "")
     port = _number(env, "MASTER_PORT") if env.get("MASTER_PORT") or not slurm else _port_of_job(env)
     if not address:
         raise ValueError(f"MASTER_ADDR is not set, but {world_key}={world}; set it to the host of process 0")
-    return Place(rank, world, local_rank, launcher, address, port)
+    return LaunchInfo(rank, world, local_rank, launcher, address, port)
 
 
 def _number(env: Mapping[str, str], key: str) -> int:
@@ -91,7 +91,7 @@ def _first_host(env: Mapping[str, str]) -> str:
         ) from error
 
 
-def meet(place: Place, timeout_s: float) -> dist.Store:
+def meet(place: LaunchInfo, timeout_s: float) -> dist.Store:
     """Wait until all processes are there; return the store they share. Raises ValueError, naming those that are missing."""
     where = f"{place.address}:{place.port}"
     store = _open_store(place, where, timeout_s)
@@ -117,7 +117,7 @@ def meet(place: Place, timeout_s: float) -> dist.Store:
     return store
 
 
-def _open_store(place: Place, where: str, timeout_s: float) -> dist.Store:
+def _open_store(place: LaunchInfo, where: str, timeout_s: float) -> dist.Store:
     try:
         socket.getaddrinfo(place.address, place.port)
     except OSError as error:

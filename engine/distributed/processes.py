@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed.launcher import Place, find_place, meet
+from engine.distributed.launcher import LaunchInfo, find_launch, meet
 from engine.malloc import keep_freed_memory
 
 # A process that waits in vain ends with the collective's name and number instead of hanging; who waits where is compared.
@@ -101,7 +101,7 @@ def start(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0
         raise ValueError(
             "DEVICE=cuda but torch sees no CUDA device; set DEVICE to cpu or auto, or check the driver with nvidia-smi"
         )
-    place = find_place(os.environ)
+    place = find_launch(os.environ)
     own = torch.device("cuda", _gpu_of(place)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(own)
@@ -118,7 +118,7 @@ def start(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0
     return Processes(place.rank, place.world, place.local_rank, own, place.launcher, hosts)
 
 
-def _connect(place: Place, backend: str, start_limit: timedelta, limit: timedelta) -> Any:
+def _connect(place: LaunchInfo, backend: str, start_limit: timedelta, limit: timedelta) -> Any:
     """Let all processes meet and connect; return the group of their hosts. Raises ValueError if they do not come together."""
     store = dist.PrefixStore("run", meet(place, start_limit.total_seconds()))
     try:
@@ -139,7 +139,7 @@ def _connect(place: Place, backend: str, start_limit: timedelta, limit: timedelt
     return hosts
 
 
-def _gpu_of(place: Place) -> int:
+def _gpu_of(place: LaunchInfo) -> int:
     """Return the number of the GPU that is a process's own."""
     count = torch.cuda.device_count()
     if place.launcher.startswith("srun") and count == 1:

@@ -17,7 +17,7 @@ class PreemptedError(Exception):
     """All processes have agreed to save and stop."""
 
 
-class Interruption:
+class StopSignals:
     """Remembers that a signal asked the run to stop; whoever trains looks at it between updates.
 
     SIGTERM and SIGUSR1 are only remembered, however often they come: launchers and schedulers both send them. So is Ctrl-C

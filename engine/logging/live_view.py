@@ -38,7 +38,7 @@ from engine.logging.live_widgets import (
     sparkline,
     time_left,
 )
-from engine.loop import Step
+from engine.loop import StepMetrics
 from engine.memory import peak
 
 T = TypeVar("T")
@@ -96,13 +96,13 @@ class Pace:
         return updates * self.update + pauses * pause - running
 
 
-class View:
+class LiveView:
     """What the terminal shows of a run. Called from the training process; a thread draws it a few times a second."""
 
     def __init__(self, console: Console, name: str, now: Callable[[], float] = time.monotonic):
         self.console, self.name, self.now = console, name, now
         self.pace = Pace(now)
-        self.step: Step | None = None
+        self.step: StepMetrics | None = None
         self.losses: list[float] = []
         self.results: dict[str, Results] = {}
         self.epoch = self.epochs = self.done = self.updates = 0  # of the run, and of the epoch
@@ -147,7 +147,7 @@ class View:
         """Note that the epoch's updates are over."""
         self.pace.end()
 
-    def note_step(self, step: Step) -> None:
+    def note_step(self, step: StepMetrics) -> None:
         """Show the numbers of a logging step, whose update has not been counted by `advance` yet."""
         self.pace.report()
         self.step, self.memory = step, peak()
@@ -240,8 +240,8 @@ class View:
                 grid.add_row(Text(f"top-1 {name}", DIM), newest, best, Text(sparkline(found.top1, room), GOOD))
         return grid
 
-    def _facts(self, step: Step) -> list[Text]:
-        facts = [
+    def _facts(self, step: StepMetrics) -> list[Text]:
+        metadata = [
             fact("lr", f"{step.lr:.3e}"),
             fact("norm", f"{step.grad_norm:.2f}"),
             fact("images/s", f"{step.images_per_s:,.0f}"),
@@ -249,14 +249,14 @@ class View:
             fact("memory", self.memory),
         ]
         if step.skipped_in_run:
-            facts.append(fact("skipped", str(step.skipped_in_run), BAD))
-        return facts
+            metadata.append(fact("skipped", str(step.skipped_in_run), BAD))
+        return metadata
 
 
 class Screen(Live):
     """rich's Live that keeps the cursor, and clears up after a terminal that became narrower and folded its lines."""
 
-    def __init__(self, view: View, console: Console):
+    def __init__(self, view: LiveView, console: Console):
         self._own = sys.stdout, sys.stderr
         super().__init__(
             view,

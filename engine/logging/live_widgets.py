@@ -60,10 +60,10 @@ def fact(label: str, value: str, style: str = VALUE) -> Text:
     return Text.assemble((f"{label} ", DIM), (value, style))
 
 
-def flow(facts: Sequence[Text], width: int) -> Text:
+def flow(metadata: Sequence[Text], width: int) -> Text:
     """Write facts one after the other, a new line where the next does not fit."""
     text, column = Text(no_wrap=True, overflow="ellipsis"), 0
-    for item in facts:
+    for item in metadata:
         if column and column + 3 + cell_len(item.plain) > width:
             text.append("\n")
             column = 0

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.evaluate import Accuracy
-from engine.logging.live_view import View
-from engine.logging.trackers import Curves, TensorBoard, WandB
-from engine.loop import Step
+from engine.logging.live_view import LiveView
+from engine.logging.trackers import TensorBoardTracker, Tracker, WandbTracker
+from engine.loop import StepMetrics
 
 T = TypeVar("T")
 PICTURES = "pictures"  # folder of a run directory
@@ -36,12 +36,12 @@ class Log:
         self.main, self.dali = main, dali
         # Where stdout is no terminal there is no view, whatever FORCE_COLOR makes rich believe.
         self.console = Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
-        self.view: View | None = None  # on a terminal, once a run directory is open
+        self.view: LiveView | None = None  # on a terminal, once a run directory is open
         self.folder: Path | None = None
         self.file: IO[str] | None = None
         self.early: list[str] = []  # lines said before there was a file
         self.metrics: IO[str] | None = None
-        self.curves: list[Curves] = []
+        self.curves: list[Tracker] = []
         self.hinted: int | None = None  # the epoch of the last hint that data are late; -1 before any
         self.lost = False  # whether a line could not be written
 
@@ -76,15 +76,15 @@ class Log:
             temporary.replace(path)
         self.metrics = path.open("a", buffering=1)
         if tensorboard:
-            self.curves.append(TensorBoard(folder, update))
+            self.curves.append(TensorBoardTracker(folder, update))
         if wandb:
-            self.curves.append(WandB(folder, wandb, config or {}))
+            self.curves.append(WandbTracker(folder, wandb, config or {}))
         if config:
             for curves in self.curves:
                 with self._surviving(curves.name):
                     curves.text("config", json.dumps(config, indent=2), update)
         if self.console.is_interactive:
-            self.view = View(self.console, folder.name)
+            self.view = LiveView(self.console, folder.name)
             self.view.replay(map(json.loads, rows))
 
     def open_again(self, folder: Path, begin: Callable[[], None]) -> None:
@@ -105,7 +105,7 @@ class Log:
         self.file = self.metrics = self.view = None
         self.curves = []
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def info(self, text: str, style: str | None = None) -> None:
         """Print a line, and keep it in log.txt."""
         if not self.main:
             return
@@ -116,9 +116,9 @@ class Log:
             self.console.print(f"{stamp} {text}", markup=False, soft_wrap=True)
         self._keep(f"{stamp} {text}")
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """Print a warning, and keep it in log.txt."""
-        self.say(f"warning: {text}", style="yellow")
+        self.info(f"warning: {text}", style="yellow")
 
     def begin_epoch(self, epoch: int, epochs: int, done: int, updates: int) -> None:
         """Show an epoch's progress, `done` of `updates` being behind it already."""
@@ -152,34 +152,34 @@ class Log:
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield from progress.track(batches, total=total, description=label)
 
-    def step(self, step: Step, epochs: int, updates_per_epoch: int) -> None:
+    def step(self, step: StepMetrics, epochs: int, updates_per_epoch: int) -> None:
         """Report a logging step."""
         if not self.main:
             return
-        facts = (
+        metadata = (
             f"loss {step.loss:.4f}  lr {step.lr:.3e}  norm {step.grad_norm:.2f}  {step.images_per_s:.0f} images/s  "
             f"waiting for data {100 * step.data_share:.0f}%"
         )
         if step.skipped:
-            facts += f"  skipped, not finite: {step.skipped}, {step.skipped_in_run} in the run"
-        line = f"epoch {step.epoch + 1}/{epochs}  update {step.update_in_epoch}/{updates_per_epoch}  {facts}"
+            metadata += f"  skipped, not finite: {step.skipped}, {step.skipped_in_run} in the run"
+        line = f"epoch {step.epoch + 1}/{epochs}  update {step.update_in_epoch}/{updates_per_epoch}  {metadata}"
         if self.view:
             self.view.note_step(step)
         if self.view and step.update_in_epoch < updates_per_epoch:
             self._keep(f"{time.strftime('%H:%M:%S')} {line}")
         else:
-            self.say(line)
+            self.info(line)
         self._row({"kind": "train", **asdict(step)}, step.update)
         self._hint(step)
 
-    def _hint(self, step: Step) -> None:
+    def _hint(self, step: StepMetrics) -> None:
         """Say once an epoch what helps against waiting for data; the first report, in which workers start, does not count."""
         if self.hinted is None:
             self.hinted = -1
         elif step.data_share > STALL and step.epoch != self.hinted:
             self.hinted = step.epoch
             decode = "" if self.dali else ", decode on the GPU with DATA.LOADER dali"
-            self.warn(
+            self.warning(
                 f"the model waits for data {100 * step.data_share:.0f}% of the time: raise DATA.WORKERS or DATA.PREFETCH{decode}, "
                 "or on slow storage read from tars (docs/data.md, Sizing workers)"
             )
@@ -188,7 +188,7 @@ class Log:
         """Report an evaluation of the raw or EMA weights after `epoch` (from 0)."""
         if not self.main:
             return
-        self.say(
+        self.info(
             f"epoch {epoch + 1}  {which:<3}  {accuracy}{'  best' if best else ''}", style="green" if best else None
         )
         if self.view:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.checkpoint.files import write_atomically
+from common.atomic_files import write_atomically
 
 TOGETHER = {  # what TensorBoard's "Custom scalars" draw into one chart
     "top-1": ("eval_raw/top1", "eval_ema/top1"),
@@ -18,7 +18,7 @@ TOGETHER = {  # what TensorBoard's "Custom scalars" draw into one chart
 WANDB_ID = "wandb_id"  # file of a run directory: which run of Weights & Biases it is
 
 
-class Curves(Protocol):
+class Tracker(Protocol):
     """What takes numbers and pictures; `update` counts updates done in the run."""
 
     name: str
@@ -36,7 +36,7 @@ class Curves(Protocol):
         """Write out what is not written yet."""
 
 
-class TensorBoard:
+class TensorBoardTracker:
     """Event files in the run directory; what an earlier start wrote behind `update` is not shown."""
 
     def __init__(self, folder: Path, update: int):
@@ -65,7 +65,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
+class WandbTracker:
     """A run of Weights & Biases; the same one however often the run directory is continued.
 
     Raises ValueError if it cannot start. Curves are drawn over `update`, not over wandb's own step, which cannot go back to a

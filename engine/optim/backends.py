@@ -48,7 +48,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def settle(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def align_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Bring the state of a new or restored optimiser to the form that fused kernels rely on; return the optimiser.
 
     They walk through weights, gradients and state in the order of memory, so these must have the same strides, which on the

@@ -33,12 +33,12 @@ class DivergedError(RuntimeError):
         self.row, self.end = row, end
 
 
-def seed_of(loss: Tensor) -> Tensor:
+def gradient_seed(loss: Tensor) -> Tensor:
     """Return the gradient that a loss begins its backward pass with: 1, or NaN if it is not finite."""
     return torch.where(loss.detach().isfinite(), torch.ones_like(loss), math.nan)
 
 
-def step_if(ok: Tensor, optimizer: torch.optim.Optimizer, norm: Tensor | None = None, limit: float = 0.0) -> None:
+def clip_and_step(ok: Tensor, optimizer: torch.optim.Optimizer, norm: Tensor | None = None, limit: float = 0.0) -> None:
     """Step, unless the verdict is against it, with gradients whose L2 norm, `norm`, is brought down to `limit` (0: left).
 
     A kernel that would divide gradients by a loss scale divides them by what they are too long: no pass over them of its own.
@@ -54,7 +54,7 @@ def step_if(ok: Tensor, optimizer: torch.optim.Optimizer, norm: Tensor | None = 
         optimizer.step()
 
 
-def count(skips: Tensor, ok: Tensor, overflow: Tensor) -> Tensor:
+def count_skipped(skips: Tensor, ok: Tensor, overflow: Tensor) -> Tensor:
     """Bring (skipped in a row, skipped, overflows) up to date; return whether this update counts as skipped.
 
     An overflow of scaled gradients is the scaler's own search for a scale: it neither lengthens a row nor ends it.
@@ -65,7 +65,7 @@ def count(skips: Tensor, ok: Tensor, overflow: Tensor) -> Tensor:
     return counted
 
 
-class Row:
+class ConsecutiveSkips:
     """Tells the host how many updates in a row were skipped: on CUDA an update late, so that it need not wait."""
 
     def __init__(self) -> None:
@@ -87,17 +87,17 @@ class Row:
         return before
 
 
-def is_good(stored: Mapping[str, Any]) -> bool:
+def is_sound(stored: Mapping[str, Any]) -> bool:
     """Return whether a stored state is worth going back to: no update skipped just before it, all weights finite."""
     row = int(stored["skips"][0]) if "skips" in stored else 0
     return not row and all(bool(w.isfinite().all()) for w in stored["model"].values() if w.is_floating_point())
 
 
-def norms(weights: Mapping[str, Tensor]) -> dict[str, float | str]:
+def tensor_norms(weights: Mapping[str, Tensor]) -> dict[str, float | str]:
     """Return the L2 norm of every floating-point tensor, for JSON."""
-    return {name: plain(float(w.float().norm())) for name, w in weights.items() if w.is_floating_point()}
+    return {name: json_number(float(w.float().norm())) for name, w in weights.items() if w.is_floating_point()}
 
 
-def plain(number: float) -> float | str:
+def json_number(number: float) -> float | str:
     """Return a number as JSON takes it: nan and inf as words."""
     return number if math.isfinite(number) else str(number)

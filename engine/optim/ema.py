@@ -16,7 +16,7 @@ class _Pairs(NamedTuple):
     shares: list[Tensor]  # views of it with their shapes, on CUDA their strides too
 
 
-class AveragedModel(ModelEmaV3):
+class ModelEma(ModelEmaV3):
     """timm's averaged model, whose update obeys a verdict that only the device knows (engine/optim/clip_and_step.py).
 
     torch's foreach kernels take the share by which weights move from the host or in a tensor of their own shape. The latter

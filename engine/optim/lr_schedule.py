@@ -11,11 +11,11 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from common.timeline import Timeline
-from engine.optim.ema import AveragedModel
+from engine.optim.ema import ModelEma
 
 
 @dataclass
-class LearningRate:
+class LrSchedule:
     """timm's schedule over steps of one update or of an epoch's; step s gets its value at s - delay, within 0 .. last."""
 
     scheduler: Scheduler
@@ -32,10 +32,10 @@ class LearningRate:
 class Schedule:
     """Everything that the position decides in the engine. What it decides about the data lies in data/."""
 
-    learning_rate: LearningRate
+    learning_rate: LrSchedule
     set_drop_path: Callable[[float], None] | None = None
     drop_path: Timeline | None = None
-    ema: AveragedModel | None = None
+    ema: ModelEma | None = None
     ema_decay: Timeline | None = None
 
     def set(self, update: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def neighbours(x: Tensor) -> Tensor:
+def unfold_neighbors(x: Tensor) -> Tensor:
     """Put beside each cell its 3×3 neighbours, row by row, zeros outside the grid: (B, h, w, C) -> (B, h, w, 9, C)."""
     return _Neighbours.apply(x)
 

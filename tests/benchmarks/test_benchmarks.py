@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import kernels, memory, record, roofline, step, throughput, timing, trainer
-from benchmarks.baselines import Ours, Step, parse_opponent
+from benchmarks.baselines import ModelStep, Ours, parse_baseline
 from tests.helpers.small_models import shrunken
 
 ROOT = Path(__file__).parents[2]
@@ -93,9 +93,9 @@ def test_step_says_what_is_wrong(capsys, opponents, flags, told):
 
 
 def test_opponent_is_read_with_and_without_name(opponents):
-    assert parse_opponent("theirs=somebodys:{model}").name == "theirs"
-    assert parse_opponent("somebodys:convolution").name == "convolution"
-    assert isinstance(parse_opponent("somebodys:{model}").build("groupmixformer_mobile"), nn.Module)
+    assert parse_baseline("theirs=somebodys:{model}").name == "theirs"
+    assert parse_baseline("somebodys:convolution").name == "convolution"
+    assert isinstance(parse_baseline("somebodys:{model}").build("groupmixformer_mobile"), nn.Module)
 
 
 class Layers(nn.Module):
@@ -132,7 +132,7 @@ def test_floor_counts_operations_and_bytes():
 
 def test_kept_bytes_are_what_autograd_keeps():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 1000), nn.Softplus())
-    kept = Step(linear, linear, 2, 4, "fp32").kept_bytes()
+    kept = ModelStep(linear, linear, 2, 4, "fp32").kept_bytes()
     logits = 2 * 1000 * 4
     assert (
         2 * logits <= kept <= 3 * logits + 100

@@ -73,10 +73,10 @@ def test_statistics_are_waited_for_and_the_agreement_only_if_it_lasts_longer_tha
     plain, more = (cost(replace(SIMPLE, statistics_k=s, host_latency_us=10), 16) for s in (0, 1000))
     assert more.statistics == pytest.approx(2 * 15 / 16 * 4e6 / 10e9)
     assert more.exposed - plain.exposed == pytest.approx(more.statistics)
-    assert plain.agreement == pytest.approx(8 * 10e-6)
+    assert plain.consensus == pytest.approx(8 * 10e-6)
     assert plain.exposed == cost(SIMPLE, 16).exposed
     assert cost(replace(SIMPLE, host_latency_us=1e6), 16).seconds == pytest.approx(8.0)
-    assert cost(replace(SIMPLE, host_latency_us=1e6), 1).agreement == 0
+    assert cost(replace(SIMPLE, host_latency_us=1e6), 1).consensus == 0
 
 
 def test_fixed_global_batch_is_divided_and_accumulated():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.rng import generator, torch_seed
+from common.rng import keyed_generator, keyed_torch_seed
 
 FROZEN_WORDS = [139799983, 3840302203, 2054011595]
 FROZEN_FLOATS = [0.34401355862101923, -0.4529428811049703, 0.17490498443749472]
@@ -12,17 +12,17 @@ FROZEN_SEED = 5667366165212058129
 
 def test_stream_is_frozen():
     """A changed number here means that every run so far would resume with other augmentation: do not adapt the test."""
-    rng = generator(0, "augment", 3, 7)
+    rng = keyed_generator(0, "augment", 3, 7)
     assert rng.randint(0, 2**32, size=3, dtype=np.uint64).tolist() == FROZEN_WORDS
     assert [rng.random_sample(), rng.normal(), rng.beta(0.8, 0.8)] == pytest.approx(FROZEN_FLOATS, rel=1e-12)
-    assert torch_seed(0, "erase", 1, 2, 3) == FROZEN_SEED
+    assert keyed_torch_seed(0, "erase", 1, 2, 3) == FROZEN_SEED
 
 
 def test_same_address_gives_same_stream_whatever_was_drawn_before():
-    first = generator(1, "a", 5, 6).random_sample(10)
-    generator(1, "a", 5, 7).random_sample(1000)
+    first = keyed_generator(1, "a", 5, 6).random_sample(10)
+    keyed_generator(1, "a", 5, 7).random_sample(1000)
     np.random.seed(3)
-    assert np.array_equal(generator(1, "a", 5, 6).random_sample(10), first)
+    assert np.array_equal(keyed_generator(1, "a", 5, 6).random_sample(10), first)
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,13 @@ def test_same_address_gives_same_stream_whatever_was_drawn_before():
     ],
 )
 def test_other_address_gives_other_stream(other):
-    assert not np.intersect1d(generator(1, "a", 5, 6).random_sample(1000), generator(*other).random_sample(1000)).size
+    assert not np.intersect1d(
+        keyed_generator(1, "a", 5, 6).random_sample(1000), keyed_generator(*other).random_sample(1000)
+    ).size
 
 
 def test_neighbouring_addresses_never_overlap_and_look_independent():
-    draws = np.array([generator(0, "augment", 0, position).random_sample(8) for position in range(4000)])
+    draws = np.array([keyed_generator(0, "augment", 0, position).random_sample(8) for position in range(4000)])
     assert len(np.unique(draws)) == draws.size
     assert abs(draws.mean() - 0.5) < 0.01
     centred = draws - 0.5
@@ -53,11 +55,11 @@ def test_neighbouring_addresses_never_overlap_and_look_independent():
 @pytest.mark.parametrize("address", [(-1,), (2**64,), (1, 2, 3, 4)])
 def test_impossible_address_is_refused(address):
     with pytest.raises(ValueError, match="must be at most 3 numbers in 0"):
-        generator(0, "a", *address)
+        keyed_generator(0, "a", *address)
 
 
 def test_torch_seed_fits_63_bits():
-    seeds = [torch_seed(0, "erase", i) for i in range(200)]
+    seeds = [keyed_torch_seed(0, "erase", i) for i in range(200)]
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert len(set(seeds)) == 200
     assert max(seeds) > 2**62

@@ -26,7 +26,7 @@ def cfg_of(root, *opts):
 def test_training_data_runs_from_file_to_targets(root):
     data = build_data(cfg_of(root), rank=0, world=1, device="cpu")
     assert data.classes == ["cat", "dog", "owl"]
-    assert (data.stream.num_samples, data.train.updates_per_epoch, data.val.num_images) == (24, 3, 7)
+    assert (data.sampler.num_samples, data.train.updates_per_epoch, data.val.num_images) == (24, 3, 7)
     batches = list(data.train.epoch(0))
     assert len(batches) == 6
     images, targets = data.stage.train(batches[0].to("cpu"), 0, 0, 0)
@@ -47,7 +47,7 @@ def test_options_reach_what_they_name(root):
     assert (transform.policy, transform.hflip, transform.scale, transform.ratio) == (None, 0, (1, 1), (1, 1))
     assert (transform.seed, transform.interpolation, transform.fill, transform.size) == (5, "bilinear", (0, 0, 0), 32)
     assert (transform.erase.prob, transform.erase.count, transform.erase.area) == (1, 2, (0.1, 0.2))
-    assert (data.stream.seed, data.stream.repeats) == (5, 2)
+    assert (data.sampler.seed, data.sampler.repeats) == (5, 2)
     assert (data.stage.erase_mode, data.stage.order, data.stage.seed) == ("const", "mix_then_erase", 5)
     assert (data.stage.mixing.prob, data.stage.mixing.switch_prob) == (0.5, 0.2)
     batch = next(data.train.epoch(0))

@@ -13,7 +13,7 @@ from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
 from data.loaders.decode import UnreadableImageError, decode
 from data.loaders.jpeg import stated_size
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.stores.folder import scan
 from tests.helpers.damaged_images import JPEG, READABLE, UNREADABLE
@@ -112,12 +112,12 @@ REPLACED = {3: 5, 4: 5, 11: 12, 19: 20, 27: 28, 39: 0}
 
 
 def loader(source, rank=0, world=1, workers=0):
-    return TrainLoader(source, TrainTransform(24, 1), IndexStream(len(source), 1, 8, 4), rank, world, workers, 2)
+    return TrainLoader(source, TrainTransform(24, 1), Sampler(len(source), 1, 8, 4), rank, world, workers, 2)
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1)])
 def test_training_takes_the_next_readable_image_at_any_number_of_workers(damaged, world, workers):
-    order = IndexStream(40, 1, 8, 4).order(0)
+    order = Sampler(40, 1, 8, 4).order(0)
     batches = {}
     for rank in range(world):
         for step, batch in enumerate(loader(damaged, rank, world, workers).epoch(0)):
@@ -135,7 +135,7 @@ def test_training_takes_the_next_readable_image_at_any_number_of_workers(damaged
 
 def test_pixels_of_a_replacement_are_those_of_the_neighbour_at_the_same_address(damaged):
     transform = TrainTransform(24, 1)
-    order = IndexStream(40, 1, 8, 4).order(0).tolist()
+    order = Sampler(40, 1, 8, 4).order(0).tolist()
     images = torch.cat([batch.images for batch in loader(damaged).epoch(0)])
     position = order.index(27)
     assert torch.equal(images[position], transform(decode(damaged.read(28), "x"), 0, position)[0])

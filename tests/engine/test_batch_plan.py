@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import config
-from engine.batch_plan import Plan, accumulation, divisors, scaled_lr
+from engine.batch_plan import BatchPlan, accumulation, divisors, scaled_lr
 from engine.build import build_learning_rate, build_optimizer
 
 
@@ -17,7 +17,7 @@ def test_accumulation_follows_from_the_world(world, expected):
 
 def test_micro_batches_of_all_processes_are_all_micro_batches():
     for world in (1, 2, 4):
-        plans = [Plan(32, 8, rank, world, 10, 2) for rank in range(world)]
+        plans = [BatchPlan(32, 8, rank, world, 10, 2) for rank in range(world)]
         assert sorted(j for plan in plans for j in plan.micro_batches()) == [0, 1, 2, 3]
         assert plans[0].updates == 20
 
@@ -36,7 +36,7 @@ def test_learning_rate_scales_with_the_global_batch():
 
 def test_schedule_follows_the_formula_at_every_update():
     cfg = config.load((), ["OPTIM.LR", "5e-4", "OPTIM.SCALE_BATCH", "512", "SCHEDULE.SCALED", "true"])
-    plan = Plan(1024, 128, 0, 1, 10, 300)
+    plan = BatchPlan(1024, 128, 0, 1, 10, 300)
     optimizer = build_optimizer(cfg, torch.nn.Linear(2, 2))
     schedule = build_learning_rate(cfg, optimizer, plan)
     peak, low, start, warm = 1e-3, 2e-5, 2e-6, 200

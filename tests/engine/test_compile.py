@@ -14,9 +14,9 @@ from torch._dynamo.utils import counters
 
 import config
 import train as train_script
-from common.seeding import seed_process
+from common.rng import seed_default_generators
 from engine import compilation
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.build import build_compilation, build_state, prepare_model
 from engine.checkpoint.files import load_state
 from engine.compilation import Compilation, VaryingDropPath
@@ -74,7 +74,7 @@ class Small(nn.Module):
 def passes(model, x, autocast, seed=0):
     """Return output, gradients and buffers of one training pass."""
     model.train().zero_grad()
-    seed_process(seed, 1, 2)
+    seed_default_generators(seed, 1, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model(x).float()
     y.square().mean().backward()
@@ -143,7 +143,7 @@ def run(model, *opts):
     cfg = config.load((), ["TRAIN.COMPILE", "default", "EMA.DECAY", "0.9", "TRAIN.AMP", "off", *opts])
     model = prepare_model(model, ALONE)
     compiling = build_compilation(cfg, model, ALONE)
-    state = build_state(cfg, model, Plan(1024, 128, 0, 1, 10, 300), Precision("off", CPU))
+    state = build_state(cfg, model, BatchPlan(1024, 128, 0, 1, 10, 300), Precision("off", CPU))
     compiling.apply(state.weights().values())
     return state
 

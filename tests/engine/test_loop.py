@@ -17,16 +17,16 @@ from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
-from common.seeding import seed_process
+from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state, prepare_model
 from engine.checkpoint.run_directory import differences
 from engine.distributed import processes as distributed
 from engine.distributed.processes import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
-from engine.loop import Step
+from engine.loop import StepMetrics
 from engine.optim.ema import views_of_one
 from engine.precision import Precision
 
@@ -93,15 +93,15 @@ def test_average_moves_by_a_number_in_views_of_any_form(single):
 def test_seed_depends_on_every_part_of_the_address():
     draws = set()
     for address in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        seed_process(*address)
+        seed_default_generators(*address)
         draws.add(torch.rand(()).item())
     assert len(draws) == 4
     torch.manual_seed(0)
     colliding = [(5,), (5, 0), (5, 0, 0), (2**32, 7, 3), (0, 1, 7, 3)]
-    assert len({(seed_process(*a), torch.initial_seed()) for a in colliding}) == len(colliding)
-    seed_process(0, 0, 0)
+    assert len({(seed_default_generators(*a), torch.initial_seed()) for a in colliding}) == len(colliding)
+    seed_default_generators(0, 0, 0)
     first = torch.rand(3)
-    seed_process(0, 0, 0)
+    seed_default_generators(0, 0, 0)
     assert torch.equal(first, torch.rand(3))
 
 
@@ -110,7 +110,7 @@ def test_seed_reaches_cuda_where_it_is_in_use(monkeypatch, in_use):
     seeds = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    seed_process(3, 1, 2)
+    seed_default_generators(3, 1, 2)
     assert seeds == [torch.initial_seed()] * in_use
 
 
@@ -125,7 +125,7 @@ def test_precision_sets_the_format_of_matmuls(mode, dtype):
 def loop_of(opts, model, micro=4, world=1):
     cfg = config.load((), ["TRAIN.GLOBAL_BATCH", "8", "TRAIN.MICRO_BATCH", str(micro), "TRAIN.AMP", "off", *opts])
     precision = Precision(cfg.TRAIN.AMP, CPU)
-    plan = Plan(8, micro, 0, world, 5, cfg.TRAIN.EPOCHS)
+    plan = BatchPlan(8, micro, 0, world, 5, cfg.TRAIN.EPOCHS)
     loop = build_loop(cfg, model, lambda batch, update, micro, epoch: batch, precision, ALONE)
     return build_state(cfg, model, plan, precision), loop
 
@@ -209,7 +209,7 @@ def test_evaluation_that_misses_an_image_is_an_error():
         evaluate(nn.Identity(), batches, lambda b: b, Precision("off", CPU), ALONE, 5)
 
 
-STEP = Step(0, 10, 10, 2.0, 2.1, 1.0, 1e-3, 100.0, 0.05)
+STEP = StepMetrics(0, 10, 10, 2.0, 2.1, 1.0, 1e-3, 100.0, 0.05)
 
 
 def test_log_drops_rows_of_updates_that_will_be_repeated(tmp_path):
@@ -267,7 +267,7 @@ def test_log_writes_tensorboard_curves(tmp_path):
 def test_other_processes_are_silent(tmp_path, capsys):
     log = Log(main=False)
     log.open(tmp_path, 0, tensorboard=True)
-    log.say("x")
+    log.info("x")
     log.step(STEP, 3, 20)
     log.result("raw", Accuracy(1, 2, 4, 1.0, 1.0), 0, 10, True)
     log.close()

@@ -183,11 +183,11 @@ def cfg_for(path, teacher="test_efficientnet", *more):
     return config.load((), [str(o) for o in opts])
 
 
-def store(path, name="test_efficientnet", facts=None, seed=0, **arguments):
+def store(path, name="test_efficientnet", metadata=None, seed=0, **arguments):
     torch.manual_seed(seed)
     model = scrambled(timm.create_model(name, **{"num_classes": 3, **arguments}), seed).eval()
     if path.suffix == ".safetensors":
-        save_weights(path, model.state_dict(), facts or {})
+        save_weights(path, model.state_dict(), metadata or {})
     else:
         torch.save(model.state_dict(), path)
     return model
@@ -209,8 +209,8 @@ def test_any_model_teaches_from_a_file(tmp_path, name):
 
 
 def test_file_of_a_run_says_what_images_its_model_knows(tmp_path):
-    facts = {"mean": [0.4, 0.5, 0.6], "std": HALF, "img_size": 48, "classes": CLASSES, "model": "test_vit"}
-    stored = store(tmp_path / "t.safetensors", "test_vit", facts, img_size=48)
+    metadata = {"mean": [0.4, 0.5, 0.6], "std": HALF, "img_size": 48, "classes": CLASSES, "model": "test_vit"}
+    stored = store(tmp_path / "t.safetensors", "test_vit", metadata, img_size=48)
     cfg = cfg_for(tmp_path / "t.safetensors", "test_vit", "DATA.MEAN", "[0.4, 0.5, 0.6]", "DATA.STD", list(HALF))
     model, _ = build_teacher(cfg, CLASSES)
     teacher, x = wrap_teacher(cfg, model, ALONE), images(2, 3, 48, 48)
@@ -267,7 +267,7 @@ def test_wrong_settings_are_refused(opts, parts):
 def test_unsuitable_teachers_are_refused(tmp_path, teacher, source, parts):
     store(tmp_path / "t.pt")
     store(tmp_path / "ten.pt", num_classes=10)
-    store(tmp_path / "order.safetensors", facts={"classes": CLASSES[1:] + CLASSES[:1]})
+    store(tmp_path / "order.safetensors", metadata={"classes": CLASSES[1:] + CLASSES[:1]})
     path = source if source == "pretrained" else tmp_path / source
     with pytest.raises(ValueError, match="DISTILL") as caught:
         build_teacher(cfg_for(path, teacher), CLASSES)
@@ -281,7 +281,7 @@ def test_pretrained_weights_that_do_not_exist_are_refused():
 
 
 def test_teacher_of_other_classes_is_said(tmp_path):
-    store(tmp_path / "t.safetensors", facts={"classes": ["cat", "dog", "owl"]})
+    store(tmp_path / "t.safetensors", metadata={"classes": ["cat", "dog", "owl"]})
     assert "other classes" in build_teacher(cfg_for(tmp_path / "t.safetensors"), CLASSES)[1]
 
 

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_iter
 
 import config
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing
+from data.augment.mixup import Mixup
 from data.loaders.batch import Batch
 from engine.batch_norm import RunningStatistics
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state, prepare_model
 from engine.distributed.processes import Processes
 from engine.optim.apex import apex_optimizer
@@ -77,8 +77,8 @@ def parts(model, device=CPU, order="erase_then_mix", erase="pixel", opts=(), bui
     build_on = build_on or device
     model = prepare_model(model, replace(processes, device=build_on)).train()
     checkpoint_blocks(model, cfg.TRAIN.CHECKPOINT_BLOCKS)
-    state = build_state(cfg, model, Plan(8, 4, 0, 1, 50, 300), Precision(cfg.TRAIN.AMP, build_on))
-    stage = DeviceStage(Mixing(10), [0.5] * 3, [0.2] * 3, 0, build_on, erase, order)
+    state = build_state(cfg, model, BatchPlan(8, 4, 0, 1, 50, 300), Precision(cfg.TRAIN.AMP, build_on))
+    stage = DeviceStage(Mixup(10), [0.5] * 3, [0.2] * 3, 0, build_on, erase, order)
     loop = build_loop(cfg, model, stage.train, Precision(cfg.TRAIN.AMP, device), processes)
     state.sums, state.skips = state.sums.to(device), state.skips.to(device)
     if device != build_on:

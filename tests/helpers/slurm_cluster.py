@@ -129,8 +129,8 @@ class SlurmCluster:
         (self.folder / "state").mkdir()
         for node in ("node1", "node2"):
             (self.folder / f"spool.{node}").mkdir()
-        facts = {"host": socket.gethostname().split(".")[0], "user": pwd.getpwuid(os.getuid()).pw_name}
-        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**facts, ports=ports, folder=self.folder))
+        metadata = {"host": socket.gethostname().split(".")[0], "user": pwd.getpwuid(os.getuid()).pw_name}
+        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**metadata, ports=ports, folder=self.folder))
         numbers = tuple(map(int, self.run("slurmctld", "-V").split()[1].split(".")[:2]))
         cgroup = "CgroupPlugin=disabled\n" if numbers >= (23, 11) else "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
         (self.folder / "cgroup.conf").write_text(cgroup)

@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 
-from models.attention_hooks import all_blocks, has_maps, last_blocks, look
+from models.attention_hooks import all_blocks, attention_maps, has_maps, last_blocks
 from models.attention_maps import merge_plan, read, super_tokens
 from models.groupmixformer import GroupMixAttention
 from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention, run_tokens, sort_tokens
-from models.stvit import SuperTokenAttention, associate, to_cells
+from models.stvit import SuperTokenAttention, affinity, to_cells
 from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
 
 PLACE = (0.4, 0.7)
@@ -25,7 +25,7 @@ def test_logits_are_bitwise_the_same_and_hooks_are_gone(name, at):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.no_grad():
         want = model(x)
-    logits, maps = look(model, x, at, all_blocks(model))
+    logits, maps = attention_maps(model, x, at, all_blocks(model))
     assert torch.equal(logits, want)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -38,7 +38,7 @@ def test_logits_are_bitwise_the_same_and_hooks_are_gone(name, at):
 def test_hooks_are_removed_after_an_error():
     model = shrunken("groupmixformer_mobile").eval()
     with pytest.raises(ValueError, match="images must have shape"):
-        look(model, torch.zeros(1, 4, 64, 64))
+        attention_maps(model, torch.zeros(1, 4, 64, 64))
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -46,7 +46,7 @@ def test_significance_is_the_one_that_guides_the_next_block():
     model, x = scrambled(shrunken("sgformer_small")).double().eval(), double(2, 3, 60, 90)
     made = []
     hook = model.stages[0].blocks[0].attn.register_forward_hook(lambda module, inputs, output: made.append(output[1]))
-    _, maps = look(model, x)
+    _, maps = attention_maps(model, x)
     hook.remove()
     assert [found.name for found in maps[:2]] == ["stage1_block1_significance", "stage1_block2_merged"]
     torch.testing.assert_close(maps[0].reading.values, made[0])
@@ -140,7 +140,7 @@ def test_attention_through_super_tokens_weighs_the_pixels_as_the_output_does(ite
 def test_super_token_of_a_pixel_is_the_one_it_has_its_largest_share_in():
     x, cell = double(1, 8, 12, 5), 4
     cells = to_cells(x, cell)
-    shares = associate(cells, cells.mean(3))
+    shares = affinity(cells, cells.mean(3))
     found = super_tokens(shares, cell, 8, 12)[0]
     means = cells.mean(3)[0]
     for row in range(8):
@@ -169,7 +169,9 @@ def test_groups_of_group_mix_attention_weigh_values_as_the_output_does():
 
 def test_place_is_the_token_that_covers_it():
     model, x = scrambled(shrunken("stvit_small")).eval(), images(1, 3, 40, 100)
-    _, maps = look(model, x, (0.65, 0.5), [(4, 1)])  # column 65 of 100 lies in token 2 of 4, row 20 in token 0 of 2
+    _, maps = attention_maps(
+        model, x, (0.65, 0.5), [(4, 1)]
+    )  # column 65 of 100 lies in token 2 of 4, row 20 in token 0 of 2
     attention = model.stages[3].blocks[0].attn
     taken = []
     hook = attention.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0]))
@@ -197,13 +199,13 @@ def test_mistake_is_an_error_with_a_remedy():
     with pytest.raises(
         ValueError, match=r"no block 1\.3; both are counted from 1, and the stages have 2, 2, 2, 2 blocks"
     ):
-        look(model, x, blocks=[(1, 3)])
+        attention_maps(model, x, blocks=[(1, 3)])
     with pytest.raises(ValueError, match="outside the picture"):
-        look(model, x, (1.2, 0))
+        attention_maps(model, x, (1.2, 0))
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        look(model.train(), x)
+        attention_maps(model.train(), x)
     with pytest.raises(ValueError, match="has no maps"):
-        look(timm.create_model("test_efficientnet").eval(), x)
+        attention_maps(timm.create_model("test_efficientnet").eval(), x)
 
 
 def test_group_of_several_heads_has_the_mean_of_their_weights():
@@ -224,7 +226,7 @@ def test_models_whose_attentions_are_unknown_have_no_maps():
     del model.stages[1].blocks[0].attn
     assert not has_maps(model)
     with pytest.raises(ValueError, match="no maps to show"):
-        look(model.eval(), torch.zeros(1, 3, 64, 64))
+        attention_maps(model.eval(), torch.zeros(1, 3, 64, 64))
 
 
 def test_compiled_model_is_shown_without_compiling_it_anew():
@@ -240,7 +242,7 @@ def test_compiled_model_is_shown_without_compiling_it_anew():
         model.compile(backend=backend, dynamic=False)
         model(x)
         before = len(compiled)
-        logits, maps = look(model, x)
+        logits, maps = attention_maps(model, x)
         assert torch.equal(logits, want)
         assert maps
         model(x)

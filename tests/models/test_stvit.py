@@ -8,13 +8,13 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from models.kernels.neighborhood import neighbours, overlap_add
+from models.kernels.neighborhood import overlap_add, unfold_neighbors
 from models.published import to_published
 from models.stvit import (
     Attention,
     Block,
     SuperTokenAttention,
-    associate,
+    affinity,
     average,
     from_cells,
     lowered,
@@ -150,7 +150,7 @@ def test_attention_equals_plain_loops():
 
 def test_neighbour_outside_the_grid_takes_its_share():
     cells, tokens = doubles(1, 1, 1, 4, 8), doubles(1, 1, 1, 8, seed=2)
-    shares = associate(cells, tokens)[0, 0, 0]  # (9, M)
+    shares = affinity(cells, tokens)[0, 0, 0]  # (9, M)
     own = (cells[0, 0, 0] @ tokens[0, 0, 0] * 8**-0.5).exp()
     torch.testing.assert_close(shares[4], own / (own + 8))
     torch.testing.assert_close(shares[0], 1 / (own + 8))
@@ -176,7 +176,7 @@ def test_token_that_no_pixel_joins_is_zero():
 
 def test_neighbours_are_those_of_the_padded_grid():
     x = doubles(2, 3, 4, 5)
-    got = neighbours(x)
+    got = unfold_neighbors(x)
     for i in range(3):
         for j in range(4):
             for n, (di, dj) in enumerate(AROUND):
@@ -186,11 +186,11 @@ def test_neighbours_are_those_of_the_padded_grid():
 
 def test_overlap_add_is_the_adjoint_of_neighbours():
     x, y = doubles(2, 3, 4, 5), doubles(2, 3, 4, 9, 5, seed=2)
-    torch.testing.assert_close((neighbours(x) * y).sum(), (x * overlap_add(y)).sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close((unfold_neighbors(x) * y).sum(), (x * overlap_add(y)).sum(), rtol=1e-12, atol=0)
     x, y = doubles(1, 2, 3, 1).requires_grad_(), doubles(1, 2, 3, 9, 1).requires_grad_()
-    assert torch.autograd.gradcheck(neighbours, (x,))
+    assert torch.autograd.gradcheck(unfold_neighbors, (x,))
     assert torch.autograd.gradcheck(overlap_add, (y,))
-    assert torch.autograd.gradgradcheck(lambda x: neighbours(x).square(), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: unfold_neighbors(x).square(), (x,))
 
 
 def test_overlap_add_adds_in_float32():

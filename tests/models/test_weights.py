@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from engine.checkpoint.files import save_state, save_weights
-from models.weights import fit, load_initial, load_weights
+from models.weights import fit, load_warm_start, load_weights
 from tests.helpers.damaged_files import damaged_file
 
 
 def test_weights_and_facts_survive_safetensors(tmp_path):
     weights = {"a": torch.randn(2, 3).to(memory_format=torch.contiguous_format), "n": torch.tensor(3)}
     save_weights(tmp_path / "w.safetensors", weights, {"model": "m", "classes": ["x", "y"]})
-    read, facts = load_weights(tmp_path / "w.safetensors")
-    assert facts["model"] == "m"
-    assert facts["classes"] == ["x", "y"]
+    read, metadata = load_weights(tmp_path / "w.safetensors")
+    assert metadata["model"] == "m"
+    assert metadata["classes"] == ["x", "y"]
     assert all(torch.equal(read[k], weights[k]) for k in weights)
 
 
@@ -68,10 +68,10 @@ def net(classes):
 
 def test_initial_weights_keep_a_fitting_head_and_say_when_not():
     old, same, other = net(5), net(5), net(3)
-    assert "all 4 tensors" in load_initial(same, old.state_dict(), "w")
+    assert "all 4 tensors" in load_warm_start(same, old.state_dict(), "w")
     assert torch.equal(same.head.weight, old.head.weight)
     before = other.head.weight.clone()
-    text = load_initial(other, old.state_dict(), "w")
+    text = load_warm_start(other, old.state_dict(), "w")
     assert "5 classes there, 3 here" in text
     assert torch.equal(other.body.weight, old.body.weight)
     assert torch.equal(other.head.weight, before)
@@ -81,4 +81,4 @@ def test_initial_weights_that_lack_a_layer_are_refused():
     weights = net(5).state_dict()
     del weights["body.bias"]
     with pytest.raises(ValueError, match=r"body\.bias"):
-        load_initial(net(3), weights, "w")
+        load_warm_start(net(3), weights, "w")

@@ -43,10 +43,10 @@ def rows(every=5, until=20, loss=lambda update: 3 - update / 20):
     return found
 
 
-def write(path, lines, config=CONFIG, start=START, **facts):
+def write(path, lines, config=CONFIG, start=START, **metadata):
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    manifest = {"model": "m", "seed": 0, "data": {"train": 48, "classes": 3}, **facts, "starts": [START | start]}
+    manifest = {"model": "m", "seed": 0, "data": {"train": 48, "classes": 3}, **metadata, "starts": [START | start]}
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)

@@ -114,10 +114,10 @@ def test_round_trip_is_bit_equal(published, tmp_path, capsys, first, last):
         assert main([str(ours), str(back), "--model", name, "--weights", which, "--to", "published"]) == 0
         assert f"{name} ({type(on_meta(name)).__name__}) under our names, 3 classes" in capsys.readouterr().out
         assert_bit_equal(entries_of(back), theirs)
-        read, facts = load_weights(ours, which)
+        read, metadata = load_weights(ours, which)
         assert not is_published(on_meta(name), read)
-        assert (facts["model"], facts["num_classes"], facts["weights"]) == (name, 3, which)
-        assert facts["parameters"] == sum(p.numel() for p in on_meta(name, num_classes=3).parameters())
+        assert (metadata["model"], metadata["num_classes"], metadata["weights"]) == (name, 3, which)
+        assert metadata["parameters"] == sum(p.numel() for p in on_meta(name, num_classes=3).parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,7 +133,7 @@ def test_every_variant_is_identified_and_converted_bit_by_bit(name):
     theirs |= constants(theirs)
     assert (identify(ours).name, identify(ours).share) == (name, 1)
     there = convert(theirs, {}, None, published=False, source="file")
-    assert there.facts["model"] == name
+    assert there.metadata["model"] == name
     assert there.was_published
     back = convert(there.tensors, {}, name, published=True, source="file")
     assert not back.was_published
@@ -160,7 +160,7 @@ def test_weights_of_another_size_and_input_keep_it():
 def test_weights_without_head_are_converted_without():
     model = on_meta("stvit_small", num_classes=0)
     done = convert({k: torch.zeros(t.shape) for k, t in model.state_dict().items()}, {}, None, True, "file")
-    assert done.facts["num_classes"] == 0
+    assert done.metadata["num_classes"] == 0
     assert "head.weight" not in done.tensors
 
 

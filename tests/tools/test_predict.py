@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
     """Weights of a small model of timm's, as train.py writes them."""
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=3)
-    facts = {
+    metadata = {
         "model": "test_efficientnet",
         "num_classes": 3,
         "classes": CLASSES,
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory):
         "weights": "raw",
     }
     path = tmp_path_factory.mktemp("checkpoint") / "best_raw.safetensors"
-    save_weights(path, model.state_dict(), facts)
+    save_weights(path, model.state_dict(), metadata)
     return path
 
 
@@ -88,9 +88,9 @@ def test_folders_are_searched_and_damaged_files_listed(checkpoint, pictures, tmp
 
 
 def test_file_without_a_crop_takes_timms_and_says_so(checkpoint, tmp_path, pictures):
-    weights, facts = load_weights(checkpoint)
-    del facts["evaluation"], facts["layout"], facts["holds"]
-    save_weights(tmp_path / "old.safetensors", weights, facts)
+    weights, metadata = load_weights(checkpoint)
+    del metadata["evaluation"], metadata["layout"], metadata["holds"]
+    save_weights(tmp_path / "old.safetensors", weights, metadata)
     old = load_classifier(tmp_path / "old.safetensors")
     assert (old.transform.crop, old.transform.resize) == (32, 33)  # 0.95 of the shorter side
     assert "does not say how images are cropped" in old.notes[0]

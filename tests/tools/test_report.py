@@ -14,7 +14,7 @@ from tests.helpers.small_runs import run_here
 from tools import report
 from tools.browser import MISSING, document, find_browser, screenshot
 from tools.published_results import TOP1
-from tools.run_info import RunFacts
+from tools.run_info import RunInfo
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -82,7 +82,7 @@ class Checker(html.parser.HTMLParser):
 
 def written(*runs):
     """The page about these runs, checked: tags nest, nothing is loaded from elsewhere."""
-    page = report.render([RunFacts.read(run) for run in runs])
+    page = report.render([RunInfo.read(run) for run in runs])
     checker = Checker()
     checker.feed(page)
     checker.close()
@@ -121,14 +121,14 @@ def test_page_holds_all_numbers(trained):
 
 def test_page_tells_what_was_done(trained):
     page = written(trained)
-    facts = RunFacts.read(trained)
-    best = max(row["top1"] for row in facts.run.evals.values() if row["weights"] == "raw")
+    metadata = RunInfo.read(trained)
+    best = max(row["top1"] for row in metadata.run.evals.values() if row["weights"] == "raw")
     for expected in (
         *(">complete<", "3 / 3", f"{best:.3f}", "update 18 of 18", "blue, green, red", "test_efficientnet"),
         *("TRAIN.GLOBAL_BATCH", "data:image/png;base64,", "The first batch", "log.txt", "best_ema.safetensors"),
     ):
         assert expected in page, expected
-    assert facts.starts[0]["packages"]["torch"] in page
+    assert metadata.starts[0]["packages"]["torch"] in page
 
 
 def test_page_shows_a_run_in_which_things_went_wrong(tmp_path):
@@ -154,8 +154,8 @@ def test_page_shows_a_run_in_which_things_went_wrong(tmp_path):
 
 
 def test_other_data_have_no_published_figure(tmp_path):
-    assert RunFacts.read(made_up(tmp_path / "run", **IMAGENET | {"train": 5000})).published is None
-    assert RunFacts.read(made_up(tmp_path / "other", **IMAGENET, synthetic=True)).published is None
+    assert RunInfo.read(made_up(tmp_path / "run", **IMAGENET | {"train": 5000})).published is None
+    assert RunInfo.read(made_up(tmp_path / "other", **IMAGENET, synthetic=True)).published is None
 
 
 def test_published_figures_are_those_of_the_recipes():
@@ -169,17 +169,17 @@ def test_published_figures_are_those_of_the_recipes():
 
 def test_status_follows_the_run(tmp_path):
     run = made_up(tmp_path / "run")
-    assert RunFacts.read(run).status == "stopped"
+    assert RunInfo.read(run).status == "stopped"
     (run / "preempted").touch()
-    assert RunFacts.read(run).status == "interrupted"
+    assert RunInfo.read(run).status == "interrupted"
     training = RunDirectory(run, keep=1)
     training.lock()
-    assert RunFacts.read(run).status == "running"
+    assert RunInfo.read(run).status == "running"
     assert re.search(r"update 20 of 40; last row \d+ seconds ago; about 10 seconds of training left", written(run))
     training.unlock()
-    assert RunFacts.read(run).status == "interrupted"
+    assert RunInfo.read(run).status == "interrupted"
     (run / "done").touch()
-    assert RunFacts.read(run).status == "complete"
+    assert RunInfo.read(run).status == "complete"
 
 
 @pytest.mark.parametrize("metrics", [None, "", '{"kind": "tr'])
@@ -273,7 +273,7 @@ def test_browser_draws_the_page_without_complaint(tmp_path, trained):
         (runs[:1], "dark", 390, 18),
         (runs, "light", 1280, 246),
     ):
-        page.write_text(report.render([RunFacts.read(run) for run in shown]))
+        page.write_text(report.render([RunInfo.read(run) for run in shown]))
         assert screenshot(page, shot, width, 1400, theme) == []
         with Image.open(shot) as image:
             assert image.size == (width, 1400)
@@ -291,7 +291,7 @@ def test_browser_says_what_is_not_there_yet(tmp_path):
     first = (run / "metrics.jsonl").read_text().splitlines()[0]
     for metrics, missing in ((first, ["evaluated"] * 2), ("", ["evaluated", "logged", "evaluated", *["logged"] * 4])):
         (run / "metrics.jsonl").write_text(metrics)
-        page.write_text(report.render([RunFacts.read(run)]))
+        page.write_text(report.render([RunInfo.read(run)]))
         assert screenshot(page, tmp_path / "page.png", 1280, 1400) == []
         assert re.findall(r'<p class="none">not (\w+) yet', document(page)) == missing
 

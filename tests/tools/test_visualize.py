@@ -8,8 +8,8 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -r requirements.txt")
 
 from data.augment.transforms import EvalTransform
-from models.attention_hooks import Map
-from models.attention_maps import Reading
+from models.attention_hooks import AttentionMap
+from models.attention_maps import AttentionReading
 from tools import visualize
 from tools.visualize import main, parse_place
 from trainer.figures.figure import arranged, as_pixels, save, sheet, single
@@ -23,7 +23,7 @@ def photo(height=60, width=100, crop=32, resize=40, mode="center"):
 
 
 def region(values, kind="super tokens", patch=16, **more):
-    return Map(1, 1, Reading(kind, torch.tensor(values)[None], **more), patch)
+    return AttentionMap(1, 1, AttentionReading(kind, torch.tensor(values)[None], **more), patch)
 
 
 def test_box_is_what_the_evaluation_crop_takes():

@@ -59,10 +59,10 @@ def weights_of(num_classes, seed):
     return model.state_dict()
 
 
-def checkpoint(path, classes, seed=0, names=True, **facts):
+def checkpoint(path, classes, seed=0, names=True, **metadata):
     """Write best_raw-like safetensors; without names a plain file of weights."""
     weights = {k: v.contiguous() for k, v in weights_of(len(classes), seed).items()}
-    known = {"model": "test_efficientnet", "num_classes": len(classes), "classes": list(classes), **facts}
+    known = {"model": "test_efficientnet", "num_classes": len(classes), "classes": list(classes), **metadata}
     save_file(weights, path, {"retoken": json.dumps(known)} if names else None)
     return path
 
@@ -270,8 +270,8 @@ def test_real_accuracy_is_printed_beside_top1(base, tmp_path, capsys):
 def both(tmp_path_factory):
     """A checkpoint of a run, with raw and EMA weights, of three classes."""
     path = tmp_path_factory.mktemp("both") / "update-00000001.pt"
-    facts = {"model": "test_efficientnet", "num_classes": 3, "classes": ["blue", "green", "red"], "seed": 4}
-    torch.save({"format": 1, "model": weights_of(3, 0), "ema": weights_of(3, 1), "facts": facts}, path)
+    metadata = {"model": "test_efficientnet", "num_classes": 3, "classes": ["blue", "green", "red"], "seed": 4}
+    torch.save({"format": 1, "model": weights_of(3, 0), "ema": weights_of(3, 1), "facts": metadata}, path)
     return path
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import config
 import models  # noqa: F401  registers the families
 from data.build import _eval_transform
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from engine.build import build_learning_rate, build_optimizer, build_plan, build_state
 from engine.checkpoint.run_directory import differences
 from engine.distributed.processes import Processes
@@ -43,9 +43,9 @@ def trace(cfg, world, micro):
     cfg = cfg.clone()
     cfg.defrost()
     cfg.TRAIN.MICRO_BATCH = micro
-    stream = IndexStream(IMAGES, cfg.TRAIN.SEED, cfg.TRAIN.GLOBAL_BATCH, micro, cfg.AUG.REPEATS)
+    sampler = Sampler(IMAGES, cfg.TRAIN.SEED, cfg.TRAIN.GLOBAL_BATCH, micro, cfg.AUG.REPEATS)
     processes = Processes(rank=0, world=world, local_rank=0, device=torch.device("cpu"), launcher="none")
-    plan = build_plan(cfg, processes, stream.updates_per_epoch)
+    plan = build_plan(cfg, processes, sampler.updates_per_epoch)
     optimizer = build_optimizer(cfg, nn.Linear(2, 2))
     rate = build_learning_rate(cfg, optimizer, plan)
 
@@ -240,9 +240,9 @@ def test_drop_path_rises_linearly_over_all_blocks(family, variant):
 
 def test_repeated_augmentation_counts_as_published():
     cfg = recipe("stvit", "large")
-    stream = IndexStream(IMAGES, 0, cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, cfg.AUG.REPEATS)
-    assert stream.epoch_length == 1_281_024
-    assert len(set(stream.order(0).tolist())) == 427_008
+    sampler = Sampler(IMAGES, 0, cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, cfg.AUG.REPEATS)
+    assert sampler.epoch_length == 1_281_024
+    assert len(set(sampler.order(0).tolist())) == 427_008
 
 
 def test_ema_decay_reaches_the_average():

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing
+from data.augment.mixup import Mixup
 from data.loaders.batch import Batch
 from engine.logging.log import Log
 from engine.precision import Precision
 from tests.helpers.small_models import shrunken
 from tests.helpers.small_runs import run_here
-from trainer.sample_images import COLUMNS, GAP, SIDE, Gallery, as_pictures, grid
+from trainer.sample_images import COLUMNS, GAP, SIDE, SampleImages, as_pictures, grid
 
 CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cat/dog", "eel"]
@@ -34,13 +34,13 @@ class Heard:
     def picture(self, name, image, update):
         self.pictures[name] = image, update
 
-    def warn(self, text):
+    def warning(self, text):
         self.lines.append(text)
 
 
-def gallery(every=2, evaluated_every=1, smoothing=0.1, mixing=None):
-    stage = DeviceStage(mixing or Mixing(4, 0, 0, smoothing=smoothing), MEAN, STD, seed=0)
-    return Gallery(every, evaluated_every, stage, CLASSES, smoothing, Heard())
+def sample_images(every=2, evaluated_every=1, smoothing=0.1, mixing=None):
+    stage = DeviceStage(mixing or Mixup(4, 0, 0, smoothing=smoothing), MEAN, STD, seed=0)
+    return SampleImages(every, evaluated_every, stage, CLASSES, smoothing, Heard())
 
 
 def batch(first, count, size=32):
@@ -50,14 +50,14 @@ def batch(first, count, size=32):
 
 
 def test_pictures_are_the_pixels_the_model_got_normalised():
-    found, one = gallery(), batch(0, 3)
+    found, one = sample_images(), batch(0, 3)
     images, _ = found.stage.evaluate(one)
     for picture, image in zip(as_pictures(images, found.stage), one.images, strict=True):
         np.testing.assert_array_equal(np.asarray(picture), image.permute(1, 2, 0).numpy())
 
 
 def test_targets_are_written_as_shares_of_classes():
-    found = gallery(smoothing=0.2)
+    found = sample_images(smoothing=0.2)
     mixing = found.stage.mixing
     shares = mixing.targets(torch.tensor([0, 1, 1, 3]), 0.7)
     assert [found._shares(target) for target in shares] == [
@@ -66,7 +66,7 @@ def test_targets_are_written_as_shares_of_classes():
 
 
 def test_first_batch_is_drawn_once_and_passes_through():
-    found = gallery(mixing=Mixing(4, mixup=0.8, cutmix=0, prob=1.0))
+    found = sample_images(mixing=Mixup(4, mixup=0.8, cutmix=0, prob=1.0))
     loop, state = SimpleNamespace(prepare=found.stage.train), SimpleNamespace(update=0)
     plain = loop.prepare
     found.catch_first_batch(loop, state)
@@ -95,7 +95,7 @@ def test_a_grid_shows_each_image_where_it_belongs():
 
 @pytest.mark.parametrize("sizes", [[40], [16, 16, 8], [1] * 40, [2, 1]])
 def test_images_are_kept_from_all_over_the_evaluation(sizes):
-    found, first, batches = gallery(), 0, []
+    found, first, batches = sample_images(), 0, []
     for size in sizes:
         batches.append(batch(first, size))
         first += size
@@ -114,7 +114,7 @@ def test_images_are_kept_from_all_over_the_evaluation(sizes):
     [(10, 1, [10, 20, 25]), (10, 3, [12, 21, 25]), (1, 5, [5, 10, 15, 20, 25]), (0, 1, []), (100, 2, [25])],
 )
 def test_pictures_are_due_at_the_evaluation_after_each_multiple_and_the_last(every, evaluated_every, drawn):
-    found = gallery(every, evaluated_every)
+    found = sample_images(every, evaluated_every)
     list(found.watch([batch(0, 4)], 4))
     evaluated = [epoch for epoch in range(1, 26) if epoch % evaluated_every == 0 or epoch == 25]
     assert [epoch for epoch in evaluated if found.is_due(epoch, epoch == 25)] == drawn
@@ -124,7 +124,7 @@ def test_pictures_are_due_at_the_evaluation_after_each_multiple_and_the_last(eve
 def test_each_family_draws_its_own_pictures(name, monkeypatch):
     pytest.importorskip("matplotlib", reason="pip install matplotlib: the pictures of models are drawn with it")
     monkeypatch.setattr("trainer.sample_images.SHOWN", 1)
-    found, model = gallery(), shrunken(name, num_classes=4).train()
+    found, model = sample_images(), shrunken(name, num_classes=4).train()
     list(found.watch([batch(0, 8, 64)], 8))
     random, before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     found.draw(model, OFF, 2, 20)
@@ -139,7 +139,7 @@ def test_each_family_draws_its_own_pictures(name, monkeypatch):
 
 
 def test_a_model_without_pictures_is_silently_fine():
-    found = gallery()
+    found = sample_images()
     list(found.watch([batch(0, 4)], 4))
     found.draw(torch.nn.Linear(2, 2), OFF, 2, 20)
     assert (found.log.pictures, found.log.lines) == ({}, [])
@@ -147,7 +147,7 @@ def test_a_model_without_pictures_is_silently_fine():
 
 def test_a_missing_matplotlib_is_said_once(monkeypatch):
     monkeypatch.setattr("trainer.sample_images.find_spec", lambda name: None)
-    found = gallery()
+    found = sample_images()
     list(found.watch([batch(0, 4)], 4))
     for epoch in (2, 4):
         found.draw(shrunken("stvit_small", num_classes=4), OFF, epoch, 20)
@@ -162,7 +162,7 @@ def test_a_failure_costs_the_picture_and_not_the_run(monkeypatch):
 
     monkeypatch.setattr("trainer.sample_images.pictures_of", fail)
     monkeypatch.setattr("trainer.sample_images.find_spec", lambda name: name)
-    found, model = gallery(), shrunken("stvit_small", num_classes=4).train()
+    found, model = sample_images(), shrunken("stvit_small", num_classes=4).train()
     list(found.watch([batch(0, 4)], 4))
     found.draw(model, OFF, 2, 20)
     assert "cannot be drawn (OutOfMemoryError: CUDA out of memory)" in found.log.lines[0]

@@ -12,7 +12,8 @@ from torch import nn
 import config
 import models  # noqa: F401  registers the families
 import train as train_script
-from engine.memory import Alive, activations, estimate, gib, optimizer_share
+from common.byte_size import format_bytes
+from engine.memory import Alive, activations, estimate, optimizer_share
 from trainer import summary
 
 ROOT = Path(__file__).parents[2]
@@ -195,4 +196,4 @@ def test_optimiser_keeps_what_it_keeps(name, share):
 
 
 def test_bytes_are_written_for_a_person():
-    assert (gib(3 * 2**30), gib(5 * 2**20)) == ("3.0 GiB", "5 MiB")
+    assert (format_bytes(3 * 2**30), format_bytes(5 * 2**20)) == ("3.0 GiB", "5 MiB")

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Colormap
 
-from models.attention_hooks import Map
+from models.attention_hooks import AttentionMap
 from trainer.figures.photograph import Photograph
 
 SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both can be told apart by the colour-blind, the first in grey, too
@@ -56,7 +56,7 @@ def original(photo: Photograph, mark: tuple[float, float] | None = None) -> Pane
 
 
 def panels(
-    found: Map, index: int, photo: Photograph, mark: tuple[float, float] | None = None, smooth: bool = False
+    found: AttentionMap, index: int, photo: Photograph, mark: tuple[float, float] | None = None, smooth: bool = False
 ) -> list[Panel]:
     """Return what shows a map of image `index` of the batch: two panels for regions, one for the rest."""
     reading = found.reading
@@ -106,7 +106,7 @@ def _blend(pixels: np.ndarray, numbers: np.ndarray, colours: np.ndarray, share: 
     return np.round(kept[numbers] * (pixels @ GREY)[..., None] + added[numbers]).astype(np.uint8)
 
 
-def _merged(found: Map, values: np.ndarray, level: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
+def _merged(found: AttentionMap, values: np.ndarray, level: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
     lengths = sorted(np.unique(level).tolist(), reverse=True)
     colours = colormaps[SEQUENTIAL](np.linspace(0.0, 1.0, max(len(lengths), 2)))[: len(lengths), :3]
     laid = photo.lay(np.searchsorted(-np.array(lengths), -level), found.patch)
@@ -139,7 +139,7 @@ def _merged(found: Map, values: np.ndarray, level: np.ndarray, photo: Photograph
     ]
 
 
-def _super_tokens(found: Map, values: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
+def _super_tokens(found: AttentionMap, values: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
     lines = boundaries(values, photo, found.patch)
     count = len(np.unique(values))
     means = _mean_colours(photo, photo.lay(values, found.patch))

@@ -7,16 +7,16 @@ import pytest
 import timm.data.random_erasing as timm_erasing
 import torch
 
-from common.rng import generator, torch_seed
+from common.rng import keyed_generator, keyed_torch_seed
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing, mix_images
-from data.augment.random_erasing import EraseBoxes, _erase_masked, erase
+from data.augment.mixup import Mixup, mix_images
+from data.augment.random_erasing import RandomErasing, _erase_masked, erase
 from data.loaders.batch import Batch
 from tests.helpers.data_doubles import TimmRandom
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES, SIZE = 5, 32
-OFF = Mixing(CLASSES, mixup=0, cutmix=0, smoothing=0)
+OFF = Mixup(CLASSES, mixup=0, cutmix=0, smoothing=0)
 
 
 def batch(count=8, boxes=(4, 6, 10, 12), slots=1):
@@ -85,14 +85,14 @@ def test_erase_modes_fill_boxes_with_zero_or_one_colour_each(layout):
 
 @pytest.mark.parametrize(("prob", "count", "size"), [(1.0, 1, 224), (0.25, 1, 64), (1.0, 3, 96), (1.0, 1, 8)])
 def test_boxes_are_timms_for_the_same_random_numbers(monkeypatch, prob, count, size):
-    ours = EraseBoxes(prob, count)
+    ours = RandomErasing(prob, count)
     timms = timm_erasing.RandomErasing(prob, mode="const", max_count=count, device="cpu")
     erased = 0
     for position in range(80):
-        boxes = ours.draw(generator(0, "augment", 0, position), size)
+        boxes = ours.draw(keyed_generator(0, "augment", 0, position), size)
         found = erase(torch.ones(1, 3, size, size), torch.from_numpy(boxes)[None], "const", torch.Generator())
         with monkeypatch.context() as patch:
-            patch.setattr(timm_erasing, "random", TimmRandom(generator(0, "augment", 0, position)))
+            patch.setattr(timm_erasing, "random", TimmRandom(keyed_generator(0, "augment", 0, position)))
             wanted = timms(torch.ones(1, 3, size, size))
         assert torch.equal(found, wanted)
         erased += (wanted == 0).any().item()
@@ -113,7 +113,7 @@ def test_erasing_by_box_equals_erasing_by_mask(mode, given):
 
 @pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
 def test_memory_of_the_loaders_images_changes_nothing(order):
-    given, mixing = batch(), Mixing(CLASSES)
+    given, mixing = batch(), Mixup(CLASSES)
     pixels = given.images.to(memory_format=torch.channels_last)  # as DALI makes them
     for update in range(4):
         wanted = stage(mixing, order=order).train(given, update, 0, 0)[0]
@@ -124,15 +124,15 @@ def test_memory_of_the_loaders_images_changes_nothing(order):
 
 @pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
 def test_stage_equals_the_steps_written_out(order):
-    given, mixing = batch(slots=2), Mixing(CLASSES)
+    given, mixing = batch(slots=2), Mixup(CLASSES)
     for update in range(6):
-        mix = mixing.draw(generator(3, "mix", 1, update, 2), SIZE)
+        mix = mixing.draw(keyed_generator(3, "mix", 1, update, 2), SIZE)
         mean, std = (torch.tensor([255.0 * v for v in values]).view(1, 3, 1, 1) for values in (MEAN, STD))
         images = given.images.float()
         if order == "mix_then_erase":
             images = mix_images(images, mix).round()
         images = (images - mean) / std
-        noise = torch.Generator().manual_seed(torch_seed(3, "erase", 1, update, 2))
+        noise = torch.Generator().manual_seed(keyed_torch_seed(3, "erase", 1, update, 2))
         noise = torch.randn(8, SIZE, SIZE, 3, generator=noise).permute(0, 3, 1, 2)
         inside = torch.zeros(8, 1, SIZE, SIZE, dtype=torch.bool)
         inside[::2, :, 4:14, 6:18] = True
@@ -143,23 +143,23 @@ def test_stage_equals_the_steps_written_out(order):
 
 
 def test_switched_off_erasing_has_no_boxes():
-    assert EraseBoxes(prob=0.0, count=3).draw(generator(0, "augment", 0, 0), 32).shape == (0, 4)
+    assert RandomErasing(prob=0.0, count=3).draw(keyed_generator(0, "augment", 0, 0), 32).shape == (0, 4)
     given = batch(boxes=None, slots=0)
     assert torch.allclose(stage().train(given, 0, 0, 0)[0], normalised(given.images), atol=2e-6)
 
 
 def test_erase_then_mix_mixes_the_noise():
-    given, mixing = batch(), Mixing(CLASSES, cutmix=0)
+    given, mixing = batch(), Mixup(CLASSES, cutmix=0)
     erased, _ = stage().train(given, 4, 1, 2)
-    mix = mixing.draw(generator(3, "mix", 2, 4, 1), SIZE)
+    mix = mixing.draw(keyed_generator(3, "mix", 2, 4, 1), SIZE)
     images, targets = stage(mixing).train(given, 4, 1, 2)
     assert torch.equal(images, mix_images(erased.clone(), mix))
     assert torch.equal(targets, mixing.targets(given.labels, mix.share))
 
 
 def test_mix_then_erase_leaves_the_noise_alone_and_rounds_the_mixture():
-    given, mixing = batch(), Mixing(CLASSES, cutmix=0)
-    mix = mixing.draw(generator(3, "mix", 2, 4, 1), SIZE)
+    given, mixing = batch(), Mixup(CLASSES, cutmix=0)
+    mix = mixing.draw(keyed_generator(3, "mix", 2, 4, 1), SIZE)
     noise, _ = stage().train(given, 4, 1, 2)
     images, targets = stage(mixing, order="mix_then_erase").train(given, 4, 1, 2)
     assert torch.equal(images[::2, :, 4:14, 6:18], noise[::2, :, 4:14, 6:18])
@@ -170,7 +170,7 @@ def test_mix_then_erase_leaves_the_noise_alone_and_rounds_the_mixture():
 
 @pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
 def test_the_address_decides_everything(order):
-    given, mixing = batch(), Mixing(CLASSES)
+    given, mixing = batch(), Mixup(CLASSES)
     first = stage(mixing, order=order)
     wanted = first.train(given, 7, 1, 2)
     other = stage(mixing, order=order)
@@ -203,7 +203,7 @@ def test_batch_moves_as_a_whole():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nothing_waits_for_the_device():
-    on_device = stage(Mixing(CLASSES), device="cuda")
+    on_device = stage(Mixup(CLASSES), device="cuda")
     given = batch().pin_memory().to("cuda", non_blocking=True)
     on_device.train(given, 0, 0, 0)
     torch.cuda.set_sync_debug_mode("error")

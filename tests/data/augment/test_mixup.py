@@ -5,8 +5,8 @@ import pytest
 import timm.data.mixup as timm_mixup
 import torch
 
-from common.rng import generator
-from data.augment.mixup import Mix, Mixing, mix_images
+from common.rng import keyed_generator
+from data.augment.mixup import Mixup, MixupDraw, mix_images
 from tests.helpers.data_doubles import TimmRandom
 
 CLASSES, SIZE = 7, 24
@@ -37,17 +37,17 @@ class HalfOpen(TimmRandom):
     ],
 )
 def test_images_and_targets_are_timms_for_the_same_random_numbers(monkeypatch, options):
-    mixing = Mixing(CLASSES, **options)
+    mixing = Mixup(CLASSES, **options)
     timms = timm_mixup.Mixup(
         mixing.mixup, mixing.cutmix, None, mixing.prob, mixing.switch_prob, "batch", True, mixing.smoothing, CLASSES
     )
     kinds = set()
     for update in range(60):
         images, labels = batch()
-        mix = mixing.draw(generator(0, "mix", 0, update, 0), SIZE)
+        mix = mixing.draw(keyed_generator(0, "mix", 0, update, 0), SIZE)
         ours = mix_images(images.clone(), mix), mixing.targets(labels, mix.share)
         with monkeypatch.context() as patch:
-            patch.setattr(timm_mixup.np, "random", HalfOpen(generator(0, "mix", 0, update, 0)))
+            patch.setattr(timm_mixup.np, "random", HalfOpen(keyed_generator(0, "mix", 0, update, 0)))
             wanted = timms(images.clone(), labels)
         assert torch.equal(ours[0], wanted[0])
         assert torch.equal(ours[1], wanted[1])
@@ -58,7 +58,7 @@ def test_images_and_targets_are_timms_for_the_same_random_numbers(monkeypatch, o
 
 def test_share_of_cutmix_is_the_area_left():
     for update in range(200):
-        mix = Mixing(CLASSES, mixup=0).draw(generator(0, "mix", 0, update, 0), SIZE)
+        mix = Mixup(CLASSES, mixup=0).draw(keyed_generator(0, "mix", 0, update, 0), SIZE)
         top, bottom, left, right = mix.box
         assert 0 <= top <= bottom <= SIZE
         assert 0 <= left <= right <= SIZE
@@ -70,7 +70,7 @@ def test_targets_equal_timms():
     for smoothing in (0.0, 0.1):
         for share in (1.0, 0.3):
             wanted = timm_mixup.mixup_target(labels, CLASSES, share, smoothing)
-            found = Mixing(CLASSES, smoothing=smoothing).targets(labels, share)
+            found = Mixup(CLASSES, smoothing=smoothing).targets(labels, share)
             assert found.dtype == torch.float32
             assert torch.equal(found, wanted)
             assert torch.allclose(found.sum(1), torch.ones(5))
@@ -78,15 +78,17 @@ def test_targets_equal_timms():
 
 def test_switched_off_mixing_leaves_images_and_smooths_only():
     images, labels = batch()
-    for mixing in (Mixing(CLASSES, mixup=0, cutmix=0), Mixing(CLASSES, prob=0)):
-        mix = mixing.draw(generator(0, "mix", 0, 0, 0), SIZE)
-        assert mix == Mix(1.0)
+    for mixing in (Mixup(CLASSES, mixup=0, cutmix=0), Mixup(CLASSES, prob=0)):
+        mix = mixing.draw(keyed_generator(0, "mix", 0, 0, 0), SIZE)
+        assert mix == MixupDraw(1.0)
         assert torch.equal(mix_images(images.clone(), mix), images)
         assert torch.equal(mixing.targets(labels, mix.share).argmax(1), labels)
 
 
 def test_draws_have_their_probabilities():
-    draws = [Mixing(CLASSES, prob=0.8, switch_prob=0.25).draw(generator(0, "mix", 0, u, 0), 224) for u in range(3000)]
+    draws = [
+        Mixup(CLASSES, prob=0.8, switch_prob=0.25).draw(keyed_generator(0, "mix", 0, u, 0), 224) for u in range(3000)
+    ]
     mixed = [mix for mix in draws if mix.share < 1]
     assert len(mixed) / 3000 == pytest.approx(0.8, abs=0.03)
     assert np.mean([mix.box is not None for mix in mixed]) == pytest.approx(0.25, abs=0.03)

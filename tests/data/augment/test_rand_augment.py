@@ -5,7 +5,7 @@ import pytest
 import timm.data.auto_augment as timm_aa
 from PIL import Image
 
-from common.rng import generator
+from common.rng import keyed_generator
 from data.augment.rand_augment import INCREASING_OPS, PUBLISHED_OPS, Op, Policy, apply, argument, draw, parse_policy
 from tests.helpers.data_doubles import TimmRandom, picture
 
@@ -63,12 +63,12 @@ def test_pictures_are_timms_for_the_same_random_numbers(monkeypatch, policy, int
     timms = timm_aa.rand_augment_transform(policy, hparams)
     compared = changed = 0
     for position in range(60):
-        ops = draw(parse_policy(policy), generator(0, "augment", 0, position), interpolation)
+        ops = draw(parse_policy(policy), keyed_generator(0, "augment", 0, position), interpolation)
         if any(op.name.startswith("Posterize") and op.argument <= 0 for op in ops):
             continue  # timm raises
         ours = apply(PICTURE, ops, FILL)
         with monkeypatch.context() as patch:
-            timm_random(patch, generator(0, "augment", 0, position))
+            timm_random(patch, keyed_generator(0, "augment", 0, position))
             wanted = timms(PICTURE)
         assert same(ours, wanted), ops
         compared += 1
@@ -79,7 +79,9 @@ def test_pictures_are_timms_for_the_same_random_numbers(monkeypatch, policy, int
 
 def test_draws_have_the_published_frequencies():
     policy = parse_policy("rand-m9-mstd0.5-inc1")
-    draws = [op for position in range(4000) for op in draw(policy, generator(3, "augment", 0, position), "bicubic")]
+    draws = [
+        op for position in range(4000) for op in draw(policy, keyed_generator(3, "augment", 0, position), "bicubic")
+    ]
     assert len(draws) / 8000 == pytest.approx(0.5, abs=0.02)  # two operations, each with probability 1/2
     counts = {name: sum(op.name == name for op in draws) for name in INCREASING_OPS}
     assert max(abs(count / len(draws) - 1 / 15) for count in counts.values()) < 0.015

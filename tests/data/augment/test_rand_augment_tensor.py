@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.rng import generator
+from common.rng import keyed_generator
 from data.augment.rand_augment import INCREASING_OPS, PUBLISHED_OPS, Op, apply, argument, draw, parse_policy
 from data.augment.rand_augment_tensor import RandAugment, augment, pack
 from tests.helpers.data_doubles import picture
@@ -90,7 +90,7 @@ def test_augmented_batch_of_a_policy_is_pillows(policy, interpolation, device):
     rng = np.random.RandomState(3)
     images = torch.stack([tensor(picture(rng, 64, 64)) for _ in range(24)])
     policy = parse_policy(policy)
-    ops = [draw(policy, generator(0, "augment", 0, row), interpolation) for row in range(len(images))]
+    ops = [draw(policy, keyed_generator(0, "augment", 0, row), interpolation) for row in range(len(images))]
     wanted = torch.stack([by_pillow(image, own) for image, own in zip(images, ops, strict=True)])
     given = images.to(device)
     run = RandAugment(FILL, device)
@@ -113,7 +113,7 @@ def test_augment_without_operations_changes_nothing():
 def test_augment_packs_few_groups():
     """One pass for each kind in a layer: the look-ups together, two filters, three directions in each resampling."""
     policy = parse_policy("rand-m9-mstd0.5-inc1-n2")
-    packed = pack([draw(policy, generator(0, "augment", 0, row), "random") for row in range(256)], 224)
+    packed = pack([draw(policy, keyed_generator(0, "augment", 0, row), "random") for row in range(256)], 224)
     assert len({group.kind for group in packed.groups}) == 1 + 2 + 6
     assert len(packed.groups) <= 2 * 9
     assert packed.numbers.shape == (len(packed.images), 6)
@@ -123,7 +123,7 @@ def test_augment_packs_few_groups():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_augment_waits_for_nothing_on_a_gpu():
     policy = parse_policy("rand-m9-mstd0.5-inc1")
-    ops = [draw(policy, generator(0, "augment", 0, row), "random") for row in range(64)]
+    ops = [draw(policy, keyed_generator(0, "augment", 0, row), "random") for row in range(64)]
     images, run = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda"), RandAugment(FILL, "cuda")
     run(images, ops)
     torch.cuda.set_sync_debug_mode("error")

@@ -8,9 +8,9 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as tvf_pil
 
-from common.rng import generator
+from common.rng import keyed_generator
 from data.augment.rand_augment import apply, parse_policy
-from data.augment.random_erasing import EraseBoxes
+from data.augment.random_erasing import RandomErasing
 from data.augment.transforms import Crop, EvalTransform, TrainTransform, draw_crop, shorter_side_size
 from tests.helpers.data_doubles import TimmRandom, picture
 
@@ -37,9 +37,9 @@ def test_crop_is_timms_for_the_same_random_numbers(monkeypatch, width, height, s
     blank = Image.new("RGB", (width, height))
     crops = set()
     for position in range(100):
-        ours = draw_crop(generator(0, "augment", 0, position), height, width, scale, RATIO)
+        ours = draw_crop(keyed_generator(0, "augment", 0, position), height, width, scale, RATIO)
         with monkeypatch.context() as patch:
-            patch.setattr(timm_tf, "random", TimmRandom(generator(0, "augment", 0, position)))
+            patch.setattr(timm_tf, "random", TimmRandom(keyed_generator(0, "augment", 0, position)))
             wanted = timm_tf.RandomResizedCropAndInterpolation.get_params(blank, scale, RATIO)
         if 0 in wanted[2:]:
             continue  # of a tiny image timm may take a crop without pixels
@@ -53,7 +53,7 @@ def test_crop_is_timms_for_the_same_random_numbers(monkeypatch, width, height, s
     [(300, 20, Crop(0, 136, 20, 27)), (20, 300, Crop(136, 0, 27, 20)), (1, 1, Crop(0, 0, 1, 1))],
 )
 def test_crop_that_never_fits_falls_back_to_the_centre(width, height, wanted):
-    assert draw_crop(generator(0, "augment", 0, 0), height, width, (1.0, 1.0), RATIO) == wanted
+    assert draw_crop(keyed_generator(0, "augment", 0, 0), height, width, (1.0, 1.0), RATIO) == wanted
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -105,7 +105,7 @@ def test_flip_and_interpolation_have_their_probabilities():
 
 
 def test_erase_boxes_come_with_the_crop():
-    transform = TrainTransform(32, 0, erase=EraseBoxes(prob=1.0, count=2))
+    transform = TrainTransform(32, 0, erase=RandomErasing(prob=1.0, count=2))
     cropped, boxes = transform(tensor(picture(np.random.RandomState(2), 60, 50)), 0, 0)
     assert cropped.shape == (3, 32, 32)
     assert boxes.shape == (2, 4)

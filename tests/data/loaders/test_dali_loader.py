@@ -15,7 +15,7 @@ from data.augment.rand_augment_tensor import RandAugment
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, check_dali
 from data.loaders.decode import UnreadableImageError
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader, load
 from data.stores.folder import SUFFIXES, class_folders, scan
 from tests.helpers.damaged_images import READABLE, UNREADABLE
@@ -50,9 +50,9 @@ def source(tmp_path_factory):
 def loader(
     kind, source, rank=0, world=1, workers=0, repeats=1, policy=POLICY, interpolation="random", size=24, **options
 ):
-    stream = IndexStream(len(source), 1, MICRO * PER_UPDATE, MICRO, repeats=repeats)
+    sampler = Sampler(len(source), 1, MICRO * PER_UPDATE, MICRO, repeats=repeats)
     transform = TrainTransform(size, 1, policy=policy, interpolation=interpolation)
-    return kind(source, transform, stream, rank, world, workers, prefetch=2, **options)
+    return kind(source, transform, sampler, rank, world, workers, prefetch=2, **options)
 
 
 def assert_same(found, wanted):

@@ -3,12 +3,12 @@
 import pytest
 
 from engine.logging.log import Log
-from engine.loop import Step
+from engine.loop import StepMetrics
 
 
 def hints(log, capsys, *reports):
     for epoch, share in reports:
-        log.step(Step(epoch, 1, 1, 1.0, 1.0, 1.0, 1e-3, 100.0, share), 3, 10)
+        log.step(StepMetrics(epoch, 1, 1, 1.0, 1.0, 1.0, 1e-3, 100.0, share), 3, 10)
     return [line for line in capsys.readouterr().out.splitlines() if "the model waits for data" in line]
 
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from data.augment.random_erasing import EraseBoxes
-from data.loaders.sampler import IndexStream
+from data.augment.random_erasing import RandomErasing
+from data.loaders.sampler import Sampler
 from data.loaders.synthetic import POOL, SyntheticEval, SyntheticTrain
 
 
 def loader(rank=0, world=1, seed=0):
-    return SyntheticTrain(IndexStream(40, seed, 12, 3), 16, 7, EraseBoxes(prob=1.0), seed, rank, world)
+    return SyntheticTrain(Sampler(40, seed, 12, 3), 16, 7, RandomErasing(prob=1.0), seed, rank, world)
 
 
 def by_number(world):
@@ -34,7 +34,7 @@ def test_batches_look_like_the_real_loaders():
         assert batch.erase.shape == (3, 1, 4)
         assert batch.labels.min() >= 0
         assert batch.labels.max() < 7
-    assert torch.cat([batch.indices for batch in batches]).tolist() == IndexStream(40, 0, 12, 3).order(0)[:36].tolist()
+    assert torch.cat([batch.indices for batch in batches]).tolist() == Sampler(40, 0, 12, 3).order(0)[:36].tolist()
     assert len({batch.images.numpy().tobytes() for batch in batches}) == POOL
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from data.augment.device_stage import DeviceStage
-from data.augment.mixup import Mixing
+from data.augment.mixup import Mixup
 from data.augment.rand_augment import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
-from data.loaders.sampler import IndexStream
+from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.stores.folder import class_folders, scan
 from tests.helpers.data_doubles import write_folder
@@ -40,14 +40,14 @@ class Recorded:
 
 
 def loader(source, rank=0, world=1, workers=0, repeats=1):
-    stream = IndexStream(len(source), 1, MICRO * PER_UPDATE, MICRO, repeats=repeats)
+    sampler = Sampler(len(source), 1, MICRO * PER_UPDATE, MICRO, repeats=repeats)
     transform = TrainTransform(24, 1, policy=parse_policy("rand-m9-mstd0.5-inc1"), interpolation="random")
-    return TrainLoader(source, transform, stream, rank, world, workers, prefetch=2)
+    return TrainLoader(source, transform, sampler, rank, world, workers, prefetch=2)
 
 
 def by_number(source, world, workers=0, repeats=1, epochs=(0, 1)):
     """Return {(epoch, update, micro-batch): everything the model would see}, collected from all ranks."""
-    stage = DeviceStage(Mixing(3), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), seed=1)
+    stage = DeviceStage(Mixup(3), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), seed=1)
     found = {}
     for rank in range(world):
         own = loader(source, rank, world, workers, repeats)
@@ -75,7 +75,7 @@ def reference(source):
 
 
 def test_batches_hold_the_streams_images(source, reference):
-    order = IndexStream(len(source), 1, MICRO * PER_UPDATE, MICRO).order(1)
+    order = Sampler(len(source), 1, MICRO * PER_UPDATE, MICRO).order(1)
     images, labels, indices, erase, *_ = reference[1, 2, 3]
     assert images.shape == (MICRO, 3, 24, 24)
     assert images.dtype == torch.uint8
@@ -203,7 +203,7 @@ def test_folder_without_a_readable_file_is_an_error_that_names_one(tmp_path, wor
     for path in folder.glob("cat/*"):
         path.write_bytes(b"\xff\xd8 not a picture")
     source = scan(folder, ["cat"], must_hold_all=True)
-    first = IndexStream(16, 1, MICRO * PER_UPDATE, MICRO).order(0)[0]
+    first = Sampler(16, 1, MICRO * PER_UPDATE, MICRO).order(0)[0]
     reason = "cannot be decoded (16 bytes; no image format that Pillow knows)"
     found = error_of(loader(source, workers=workers).epoch(0))  # and no traceback of another process
     assert found.startswith(f"{source.name(first)}: {reason}, and neither can the 15 images after it be read")

@@ -196,7 +196,7 @@ def test_block_shuffle_follows_the_archives_and_reads_ahead(folder, tmp_path, mo
     source = data.train._loader.dataset.source
     names = [source.name(i) for i in source.storage_order()]
     assert names == sorted(names, key=lambda name: name.split(":")[0])  # 16 images a shard
-    assert np.array_equal(data.stream.storage, source.storage_order())
+    assert np.array_equal(data.sampler.storage, source.storage_order())
     advised = []
     monkeypatch.setattr("os.posix_fadvise", lambda fd, start, length, how: advised.append((fd, start, length)))
     batches = list(data.train.epoch(0))

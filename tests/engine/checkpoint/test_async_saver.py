@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import engine.checkpoint.files
-from engine.checkpoint.async_saver import Saver, snapshot
-from engine.checkpoint.files import load_state, read_facts, save_state
+from engine.checkpoint.async_saver import AsyncSaver, snapshot
+from engine.checkpoint.files import load_state, read_metadata, save_state
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.state import TrainState
@@ -25,10 +25,10 @@ class Voice:
     def __init__(self):
         self.lines = []
 
-    def say(self, text):
+    def info(self, text):
         self.lines.append(text)
 
-    warn = say
+    warning = info
 
 
 def state_of(update, value, closed=None):
@@ -57,7 +57,7 @@ def test_epoch_is_saved_before_and_after_its_evaluation(tmp_path):
 
 def saver_of(path, max_failures=3):
     path.mkdir(exist_ok=True)
-    return Saver(RunDirectory(path, 2), Voice(), max_failures)
+    return AsyncSaver(RunDirectory(path, 2), Voice(), max_failures)
 
 
 def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_full_disk_leaves_the_checkpoint_before_and_owes_the_best(tmp_path):
     assert "OSError: [Errno 27] File too large" in saver.log.lines[-1]
     assert "2 of CHECKPOINT.MAX_FAILURES=3 in a row; update 1 is the last one saved" in saver.log.lines[-1]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["update-00000001.pt"]
-    assert read_facts(tmp_path / "best_raw.safetensors")["update"] == 1
+    assert read_metadata(tmp_path / "best_raw.safetensors")["update"] == 1
     saver.save(state_of(4, 4.0)[0], ALONE, {}, {})
     assert saver.finish()
     assert saver.failures == 0

@@ -17,7 +17,7 @@ from engine.checkpoint.files import (
     DamagedError,
     Sealing,
     load_state,
-    read_facts,
+    read_metadata,
     save_state,
     write_atomically,
 )
@@ -145,8 +145,8 @@ def assert_same_run(a, b):
 
 def assert_best_files_hold_the_best(run):
     for which, entry in load_state(max((run / "checkpoints").glob("*.pt")))["best"].items():
-        facts = read_facts(run / f"best_{which}.safetensors")
-        assert {k: facts[k] for k in entry} == entry
+        metadata = read_metadata(run / f"best_{which}.safetensors")
+        assert {k: metadata[k] for k in entry} == entry
     assert not [p for p in run.rglob("*") if p.suffix == ".tmp"]
 
 
@@ -214,7 +214,7 @@ def assert_refused(cfg, output, capsys, text):
 
 def killed_run(cfg, output, patch):
     """Run train.py in a process with the code `patch` before it, which is to end it with status 9 without any clean-up."""
-    code = f"import os, train\nfrom engine import checkpoint, saver\n{patch}\ntrain.main(['--cfg', {str(cfg)!r}, '--output', {str(output)!r}])"
+    code = f"import os, train\nfrom engine.checkpoint import async_saver, files\n{patch}\ntrain.main(['--cfg', {str(cfg)!r}, '--output', {str(output)!r}])"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
@@ -223,7 +223,7 @@ def killed_run(cfg, output, patch):
 @pytest.mark.parametrize(("after", "cut"), [(1, 6), (2, 12)])  # an epoch is saved before its evaluation and after it
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, whole, tmp_path, after, cut):
     nth = f"calls = []\ndef finish(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(file)\n"
-    killed_run(small_cfg, tmp_path, f"whole = checkpoint.Sealing.finish\n{nth}checkpoint.Sealing.finish = finish")
+    killed_run(small_cfg, tmp_path, f"whole = files.Sealing.finish\n{nth}files.Sealing.finish = finish")
     names = {p.name for p in (tmp_path / "small/checkpoints").iterdir()}
     assert names == {"update-00000006.pt", f".update-{cut:08d}.pt.tmp"}
     assert run_here(small_cfg, tmp_path) == 0
@@ -234,7 +234,7 @@ def test_kill_between_checkpoint_and_best_files_is_mended(small_cfg, whole, tmp_
     patch = (
         "calls = []\ndef write(*args):\n"
         "  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  whole(*args)\n"
-        "whole = saver.save_weights\nsaver.save_weights = write"
+        "whole = async_saver.save_weights\nasync_saver.save_weights = write"
     )
     killed_run(small_cfg, tmp_path, patch)
     run = tmp_path / "small"

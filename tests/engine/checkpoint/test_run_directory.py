@@ -76,7 +76,7 @@ def test_mark_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     said = []
     run = RunDirectory(tmp_path, 2)
     monkeypatch.setattr(RunDirectory, "mark", lambda *args: no_space())
-    train.leave_mark(SimpleNamespace(run=run, log=SimpleNamespace(warn=said.append)), run.done, "after update 1")
+    train.leave_mark(SimpleNamespace(run=run, log=SimpleNamespace(warning=said.append)), run.done, "after update 1")
     assert said == [f"{run.done} cannot be written (No space left on device): whoever looks for it finds nothing"]
 
 

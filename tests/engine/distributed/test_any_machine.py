@@ -34,7 +34,7 @@ def batches(cfg, world, epoch, first_update=0):
         numbers = [
             (update, j)
             for update in range(first_update, data.train.updates_per_epoch)
-            for j in range(rank, data.stream.micro_batches_per_update, world)
+            for j in range(rank, data.sampler.micro_batches_per_update, world)
         ]
         for (update, j), batch in zip(numbers, data.train.epoch(epoch, first_update), strict=True):
             indices = batch.indices.clone()

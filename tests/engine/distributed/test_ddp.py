@@ -10,7 +10,7 @@ from torch import nn
 
 import config
 from engine.batch_norm import RunningStatistics
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.build import HOOKS, build_loop, build_state, prepare_model, wrap_model
 from engine.distributed.processes import Processes
 from engine.precision import Precision
@@ -37,7 +37,7 @@ def train(variant, processes, prepare=lambda wrapped: None):
     cfg = config.load((), [*opts, *sgd, *own])
     model = prepare_model(shrunken("groupmixformer_mobile", depths=(1, 1, 1, 1), drop_path_rate=0.3), processes)
     checkpoint_blocks(model, cfg.TRAIN.CHECKPOINT_BLOCKS)
-    plan, precision = Plan(images, 2, processes.rank, processes.world, 50, 300), Precision("off", CPU)
+    plan, precision = BatchPlan(images, 2, processes.rank, processes.world, 50, 300), Precision("off", CPU)
     state = build_state(cfg, model, plan, precision)
     wrapped = wrap_model(model, processes, cfg)
     prepare(wrapped)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from engine.checkpoint.files import save_state
 from engine.distributed import processes as distributed
-from engine.distributed.consensus import Agreement, Wish
-from engine.distributed.launcher import Place, find_place
+from engine.distributed.consensus import Consensus, Vote
+from engine.distributed.launcher import LaunchInfo, find_launch
 from tests.conftest import ROOT
 from tests.engine.distributed.test_signals import start, wait_for
 
@@ -31,19 +31,22 @@ SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID
 @pytest.mark.parametrize(
     ("env", "place"),
     [
-        ({}, Place(0, 1, 0, "plain python")),
-        (BATCH, Place(0, 1, 0, "plain python inside job 71234")),  # SLURM_NTASKS is the allocation's, this is no step
-        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, Place(3, 8, 1, "torchrun", "a", 29500)),
-        (TORCHRUN, Place(3, 8, 1, "RANK and WORLD_SIZE", "a", 29500)),
-        (SRUN | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, Place(3, 8, 1, "torchrun", "a", 29500)),  # srun torchrun
-        (SRUN, Place(3, 4, 1, "srun, job 71234", "n1", 21234)),
-        (SRUN | {"SLURM_STEP_NODELIST": "n2"}, Place(3, 4, 1, "srun, job 71234", "n2", 21234)),
-        (SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "1"}, Place(3, 4, 1, "srun, job 71234", "b", 1)),
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(0, 1, 1, "srun, job 71234")),  # srun -n1
+        ({}, LaunchInfo(0, 1, 0, "plain python")),
+        (
+            BATCH,
+            LaunchInfo(0, 1, 0, "plain python inside job 71234"),
+        ),  # SLURM_NTASKS is the allocation's, this is no step
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, LaunchInfo(3, 8, 1, "torchrun", "a", 29500)),
+        (TORCHRUN, LaunchInfo(3, 8, 1, "RANK and WORLD_SIZE", "a", 29500)),
+        (SRUN | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, LaunchInfo(3, 8, 1, "torchrun", "a", 29500)),  # srun torchrun
+        (SRUN, LaunchInfo(3, 4, 1, "srun, job 71234", "n1", 21234)),
+        (SRUN | {"SLURM_STEP_NODELIST": "n2"}, LaunchInfo(3, 4, 1, "srun, job 71234", "n2", 21234)),
+        (SRUN | {"MASTER_ADDR": "b", "MASTER_PORT": "1"}, LaunchInfo(3, 4, 1, "srun, job 71234", "b", 1)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, LaunchInfo(0, 1, 1, "srun, job 71234")),  # srun -n1
     ],
 )
 def test_place_is_what_the_launcher_says(env, place):
-    assert find_place(env) == place
+    assert find_launch(env) == place
 
 
 def test_first_host_is_asked_of_scontrol(tmp_path, monkeypatch):
@@ -52,9 +55,9 @@ def test_first_host_is_asked_of_scontrol(tmp_path, monkeypatch):
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    assert find_place(SRUN | {"SLURM_JOB_NODELIST": "n[07-09]"}).address == "n07"
+    assert find_launch(SRUN | {"SLURM_JOB_NODELIST": "n[07-09]"}).address == "n07"
     with pytest.raises(ValueError, match=r"SLURM_JOB_NODELIST='n\[1-2\]'.*set MASTER_ADDR"):
-        find_place(SRUN | {"SLURM_JOB_NODELIST": "n[1-2]"})
+        find_launch(SRUN | {"SLURM_JOB_NODELIST": "n[1-2]"})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_first_host_is_asked_of_scontrol(tmp_path, monkeypatch):
 )
 def test_contradictions_in_the_environment_are_named(env, text):
     with pytest.raises(ValueError, match=text.replace(".", r"\.")):
-        find_place(env)
+        find_launch(env)
 
 
 def free_port():
@@ -191,21 +194,21 @@ def test_missing_first_process_and_unknown_address_are_named(monkeypatch):
 WATCH = """
 import os, torch
 from engine.distributed import processes as distributed
-from engine.distributed.consensus import Agreement, Wish
+from engine.distributed.consensus import Consensus, Vote
 p = distributed.start("cpu", 60)
 told = []
-agreement = Agreement(p, lambda: Wish.STOP if p.rank == 1 and len(told) >= 2 else Wish.GO_ON)
-def check(wish):
-    told.append(wish)
-    if wish is Wish.STOP:
+consensus = Consensus(p, lambda: Vote.STOP if p.rank == 1 and len(told) >= 2 else Vote.GO_ON)
+def check(vote):
+    told.append(vote)
+    if vote is Vote.STOP:
         raise StopIteration
 seen = []
 try:
-    for batch in agreement.watch(range(3 + 4 * p.rank), 3 + 4 * p.rank, check):
+    for batch in consensus.watch(range(3 + 4 * p.rank), 3 + 4 * p.rank, check):
         seen.append(batch)
 except (StopIteration, RuntimeError):
     pass
-print(len(told), int(told[-1]), seen, int(agreement.settle()))
+print(len(told), int(told[-1]), seen, int(consensus.agree()))
 distributed.stop()
 """
 
@@ -299,7 +302,7 @@ def test_one_process_is_alone(monkeypatch):
         monkeypatch.delenv(key, raising=False)
     processes = distributed.start("cpu")
     assert (processes.world, processes.launcher.startswith("plain python")) == (1, True)
-    assert Agreement(processes, lambda: Wish.GO_ON).settle() is Wish.GO_ON
+    assert Consensus(processes, lambda: Vote.GO_ON).agree() is Vote.GO_ON
     assert processes.largest(3) == 3
     assert processes.sum(torch.tensor(2)) == 2
 

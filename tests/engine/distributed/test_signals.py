@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train as train_script
-from engine.checkpoint.files import load_state, read_facts
-from engine.distributed.consensus import Agreement, Wish
+from engine.checkpoint.files import load_state, read_metadata
+from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
-from engine.distributed.signals import Interruption
+from engine.distributed.signals import StopSignals
 from engine.logging.log import Log
 from tests.conftest import ROOT
 from tests.helpers.small_runs import rows, run_here
@@ -46,8 +46,8 @@ def assert_same_run(a, b):
     assert x["best"] == y["best"]
     assert rows(a) == rows(b)
     for which, entry in x["best"].items():
-        facts = read_facts(a / f"best_{which}.safetensors")
-        assert {key: facts[key] for key in entry} == entry
+        metadata = read_metadata(a / f"best_{which}.safetensors")
+        assert {key: metadata[key] for key in entry} == entry
 
 
 @pytest.fixture(scope="module")
@@ -129,29 +129,29 @@ def test_only_ctrl_c_counts_and_only_a_second_one_that_a_person_gave(monkeypatch
     now, ended = [100.0], []
     monkeypatch.setattr("engine.distributed.signals.time.monotonic", lambda: now[0])
     monkeypatch.setattr("engine.distributed.signals.os._exit", ended.append)
-    interruption = Interruption()
+    stop_signals = StopSignals()
     with pytest.raises(KeyboardInterrupt):
-        interruption._receive(signal.SIGINT, None)
-    assert interruption.received is None
-    interruption.defer()
+        stop_signals._receive(signal.SIGINT, None)
+    assert stop_signals.received is None
+    stop_signals.defer()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        interruption._receive(number, None)
-    assert interruption.received is signal.SIGTERM
+        stop_signals._receive(number, None)
+    assert stop_signals.received is signal.SIGTERM
     for _ in range(2):
-        interruption._count_ctrl_c()
+        stop_signals._count_ctrl_c()
     assert ended == []  # torchrun repeats a terminal's Ctrl-C at once
     now[0] += 2
-    interruption._count_ctrl_c()
+    stop_signals._count_ctrl_c()
     assert ended == [130]
 
 
 # The main thread never comes back from C, as in an exchange with a process that is gone; a forked worker gets signals, too.
 STUCK = """
 import ctypes, os, signal, sys, time
-from engine.distributed.signals import Interruption
-interruption = Interruption()
-interruption.listen()
-interruption.defer()
+from engine.distributed.signals import StopSignals
+stop_signals = StopSignals()
+stop_signals.listen()
+stop_signals.defer()
 worker = os.fork()
 if not worker:
     while True:
@@ -203,22 +203,22 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
         return self.own()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "INTERRUPTION", Interruption())
-        patch.setattr(Agreement, "poll", poll)
+        patch.setattr(train_script, "INTERRUPTION", StopSignals())
+        patch.setattr(Consensus, "poll", poll)
         patch.setattr(Log, "begin_epoch", begin_epoch)
         assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
     state = load_state(tmp_path / "small/checkpoints/update-00000012.pt")
     assert (state["update"], state["closed"]) == (12, 6)
     assert state["best"]["raw"]["update"] == 6
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "INTERRUPTION", Interruption())
+        patch.setattr(train_script, "INTERRUPTION", StopSignals())
         assert run_here(small_cfg, tmp_path) == 0
     assert_same_run(tmp_path / "small", whole)
 
 
 def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_path, monkeypatch):
-    interruption = Interruption()
-    interruption.received = signal.SIGUSR1
+    stop_signals = StopSignals()
+    stop_signals.received = signal.SIGUSR1
     monkeypatch.setattr(train_script, "INTERRUPTION", interruption)
     assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
     assert (tmp_path / "small/preempted").exists()
@@ -226,9 +226,9 @@ def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_p
 
 
 def test_one_process_agrees_with_itself_and_watches_every_batch():
-    agreement = Agreement(Processes(0, 1, 0, torch.device("cpu"), "test"), lambda: Wish.STOP)
-    assert agreement.poll() is Wish.STOP
-    assert agreement.settle() is Wish.STOP
+    consensus = Consensus(Processes(0, 1, 0, torch.device("cpu"), "test"), lambda: Vote.STOP)
+    assert consensus.poll() is Vote.STOP
+    assert consensus.agree() is Vote.STOP
     seen = []
-    assert list(agreement.watch("abc", 3, seen.append)) == ["a", "b", "c"]
-    assert seen == [Wish.STOP] * 3
+    assert list(consensus.watch("abc", 3, seen.append)) == ["a", "b", "c"]
+    assert seen == [Vote.STOP] * 3

@@ -14,21 +14,23 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from engine.logging.live_view import Pace, View
+from engine.logging.live_view import LiveView, Pace
 from engine.logging.live_widgets import duration, sparkline
 from engine.logging.log import Log
-from engine.loop import Step
+from engine.loop import StepMetrics
 from tests.conftest import ROOT
 from tools.terminal_recorder import Screen
 
-STEP = Step(2, 250, 50, 2.3456, 2.4, 1.23, 9.1e-4, 2510.2, 0.25)
+STEP = StepMetrics(2, 250, 50, 2.3456, 2.4, 1.23, 9.1e-4, 2510.2, 0.25)
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def view(width, height=30, clock=None):
     """A view of epoch 3 of 10, update 50 of 100 at two seconds an update, with curves."""
     seconds = clock or [0.0]
-    made = View(Console(file=io.StringIO(), width=width, height=height, force_terminal=True), "run", lambda: seconds[0])
+    made = LiveView(
+        Console(file=io.StringIO(), width=width, height=height, force_terminal=True), "run", lambda: seconds[0]
+    )
     made.epoch, made.epochs, made.updates = 2, 10, 100
     made.pace.begin()
     for update in range(50):
@@ -89,14 +91,14 @@ def test_view_shows_an_evaluation_in_place_of_the_epoch():
 
 
 def test_view_of_a_run_that_continues_with_an_evaluation():
-    made = View(Console(file=io.StringIO(), width=80, height=30, force_terminal=True), "run")
+    made = LiveView(Console(file=io.StringIO(), width=80, height=30, force_terminal=True), "run")
     assert list(made.track(range(2), 2, "evaluate raw")) == [0, 1]
     made.stop()
     assert "raw batch 2/2" in "\n".join(drawn(made))
 
 
 def test_view_continues_the_curves_of_a_run():
-    made = View(Console(file=io.StringIO()), "run")
+    made = LiveView(Console(file=io.StringIO()), "run")
     made.replay(
         [
             {"kind": "train", "loss": 3.0},
@@ -146,7 +148,7 @@ def test_log_lines_scroll_above_the_view_and_the_view_goes(tmp_path):
     log.begin_epoch(0, 3, 0, 20)
     log.step(replace(STEP, epoch=0, update=10, update_in_epoch=10), 3, 20)
     log.view._live.refresh()
-    log.say("a line")
+    log.info("a line")
     log.close()
     shown = screen(out.getvalue())
     assert shown == ["a line"]

@@ -12,8 +12,8 @@ from torch.nn.utils import get_total_norm
 import config
 from engine.build import build_optimizer
 from engine.optim import apex
-from engine.optim.backends import backend_of, settle, skips_on_device
-from engine.optim.clip_and_step import step_if
+from engine.optim.backends import align_state, backend_of, skips_on_device
+from engine.optim.clip_and_step import clip_and_step
 from engine.state import optimizer_name
 from models.kernels.apex_norm import use_apex_norms
 from tests.helpers import fake_apex
@@ -58,7 +58,7 @@ def step(optimizer, number, ok=True, limit=0.0):
             drawn = torch.randn(weight.shape, generator=generator)
             weight.grad = torch.empty_like(weight).copy_(drawn if ok else drawn * float("nan"))
     norm = get_total_norm([weight.grad for group in optimizer.param_groups for weight in group["params"]])
-    step_if(torch.tensor(ok), optimizer, norm, limit)
+    clip_and_step(torch.tensor(ok), optimizer, norm, limit)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -149,7 +149,7 @@ def test_state_takes_the_memory_layout_of_its_weights():
     step(optimizer, 0)
     state = optimizer.state[model[0].weight]
     state["exp_avg"] = state["exp_avg"].contiguous()
-    settle(optimizer)
+    align_state(optimizer)
     step(optimizer, 1)
     torch.testing.assert_close(model.state_dict(), reference("adamw", (0, 1)), rtol=1e-5, atol=1e-6)
 

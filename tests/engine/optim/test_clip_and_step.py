@@ -17,16 +17,16 @@ from torch import nn
 
 import config
 import engine.loop
-from common.seeding import seed_process
+from common.rng import seed_default_generators
 from data.build import build_data
 from engine.batch_norm import RunningStatistics
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state
-from engine.checkpoint.async_saver import Saver
+from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.files import load_state
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
-from engine.optim.clip_and_step import DivergedError, is_good
+from engine.optim.clip_and_step import DivergedError, is_sound
 from engine.precision import Precision
 from tests.conftest import ROOT
 from tests.helpers.small_runs import rows, run_here
@@ -60,7 +60,7 @@ def parts(accumulation, optimizer="adamw", amp="off", device="cpu", model=None, 
     model = (plain if model is None else model).to(device).train()
     precision = Precision(amp, torch.device(device))
     processes = replace(ALONE, device=torch.device(device))
-    state = build_state(cfg, model, Plan(8, 8 // accumulation, 0, 1, 50, 1), precision)
+    state = build_state(cfg, model, BatchPlan(8, 8 // accumulation, 0, 1, 50, 1), precision)
     state.sums, state.skips = state.sums.to(device), state.skips.to(device)
     loop = build_loop(cfg, model, lambda batch, update, micro, epoch: batch, precision, processes)
     for name, value in loop_fields.items():
@@ -86,9 +86,9 @@ def everything(state):
 @pytest.mark.parametrize("optimizer", ["adamw for-loop", "adamw foreach", "adamw fused", "momentum", "lamb", "lion"])
 def test_skipped_update_leaves_everything_as_it_was(optimizer, accumulation, bad):
     state, loop, statistics = parts(accumulation, optimizer)
-    stream, good = batches(8 // accumulation), loop.criterion
+    sampler, good = batches(8 // accumulation), loop.criterion
     for _ in range(2):
-        loop._train_update(state, stream, statistics)
+        loop._train_update(state, sampler, statistics)
     before = everything(state)
     calls = []
 
@@ -98,12 +98,12 @@ def test_skipped_update_leaves_everything_as_it_was(optimizer, accumulation, bad
         return BAD[bad](loss) if len(calls) == accumulation else loss
 
     loop.criterion = criterion
-    loop._train_update(state, stream, statistics)
+    loop._train_update(state, sampler, statistics)
     torch.testing.assert_close(everything(state), before, rtol=0, atol=0)
     assert state.skips.tolist() == [1, 1, 0]
     assert state.update == 3
     loop.criterion = good
-    loop._train_update(state, stream, statistics)
+    loop._train_update(state, sampler, statistics)
     assert state.skips.tolist() == [0, 1, 0]
     after = everything(state)
     assert not torch.equal(after[0]["0.weight"], before[0]["0.weight"])
@@ -136,20 +136,20 @@ def test_overflow_of_the_loss_scale_is_not_counted():
     state, loop, statistics = parts(2, amp="fp16")
     before, good = everything(state), loop.criterion
     loop.criterion = lambda *args: 1e4 * good(*args)
-    stream = batches(4)
+    sampler = batches(4)
     scales = [state.scaler.get_scale()]
     while state.skips[2] < 3:
-        loop._train_update(state, stream, statistics)
+        loop._train_update(state, sampler, statistics)
         scales.append(state.scaler.get_scale())
     assert state.skips.tolist() == [0, 0, 3]
     assert scales == [65536.0, 32768.0, 16384.0, 8192.0]
     torch.testing.assert_close(everything(state)[:2], before[:2], rtol=0, atol=0)
     loop.criterion = lambda *args: good(*args) * float("nan")
-    loop._train_update(state, stream, statistics)
+    loop._train_update(state, sampler, statistics)
     assert state.skips.tolist() == [1, 1, 3]
     loop.criterion = lambda *args: BAD["gradient only"](good(*args))  # the scale falls to 1, then it is no overflow
     for _ in range(14):
-        loop._train_update(state, stream, statistics)
+        loop._train_update(state, sampler, statistics)
     assert state.scaler.get_scale() < 1
     assert state.skips[0] > 1
 
@@ -177,15 +177,15 @@ def test_row_that_is_seen_an_update_late_is_told_as_it_was(monkeypatch, bad, row
             before, self.before = self.before, int(skips[0])
             return before
 
-    monkeypatch.setattr(engine.loop, "Row", Late)
+    monkeypatch.setattr(engine.loop, "ConsecutiveSkips", Late)
     state, loop, _ = parts(1, max_skipped=3)
     good = loop.criterion
     loop.criterion = lambda *args: good(*args) * (float("nan") if state.update in bad else 1.0)
     with pytest.raises(DivergedError, match=f"{row} updates in a row .*the last one update {end}") as caught:
         loop.train_epoch(state, batches(8), lambda step: None, lambda: None)
     assert (caught.value.row, caught.value.end, state.update) == (row, end, 8)
-    stream = SimpleNamespace(micro_batch=lambda epoch, number, j: (None, torch.tensor([number])))
-    found = describe_divergence(caught.value, state, loop, stream, ALONE)["updates"]
+    sampler = SimpleNamespace(micro_batch=lambda epoch, number, j: (None, torch.tensor([number])))
+    found = describe_divergence(caught.value, state, loop, sampler, ALONE)["updates"]
     assert [(u["update"], u["micro_batches"][0]) for u in found] == [
         (u + 1, {"loss": "nan", "indices": [u]}) for u in bad
     ]
@@ -193,10 +193,10 @@ def test_row_that_is_seen_an_update_late_is_told_as_it_was(monkeypatch, bad, row
 
 def test_checkpoint_in_a_row_or_with_broken_weights_is_not_gone_back_to():
     state = {"skips": torch.tensor([0, 4, 0]), "model": {"w": torch.ones(2), "n": torch.tensor(3)}}
-    assert is_good(state)
-    assert is_good({"model": state["model"]})  # of the first format
-    assert not is_good(state | {"skips": torch.tensor([1, 4, 0])})
-    assert not is_good(state | {"model": {"w": torch.tensor([1.0, float("inf")])}})
+    assert is_sound(state)
+    assert is_sound({"model": state["model"]})  # of the first format
+    assert not is_sound(state | {"skips": torch.tensor([1, 4, 0])})
+    assert not is_sound(state | {"model": {"w": torch.tensor([1.0, float("inf")])}})
 
 
 class Poison:
@@ -205,7 +205,7 @@ class Poison:
     def __init__(self, monkeypatch, spoils):
         def seed(number, update, micro):
             self.address = (update, micro)
-            seed_process(number, update, micro)
+            seed_default_generators(number, update, micro)
 
         poison = self
 
@@ -213,7 +213,7 @@ class Poison:
             def forward(self, x, target):
                 return super().forward(x, target) * (float("nan") if spoils(*poison.address) else 1.0)
 
-        monkeypatch.setattr(engine.loop, "seed_process", seed)
+        monkeypatch.setattr(engine.loop, "seed_default_generators", seed)
         monkeypatch.setattr("engine.build.SoftTargetCrossEntropy", Spoiled)
 
 
@@ -257,8 +257,8 @@ def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path,
         kept.append([path.name for path in self.run.checkpoints.numbered()])
         return whole_mend_best(self, *args)
 
-    whole_mend_best = Saver.mend_best
-    monkeypatch.setattr(Saver, "mend_best", mend_best)
+    whole_mend_best = AsyncSaver.mend_best
+    monkeypatch.setattr(AsyncSaver, "mend_best", mend_best)
 
     def spoils(update, micro):  # for a while, as a broken device would
         seen.append(update)
@@ -276,11 +276,11 @@ def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path,
     record = json.loads((tmp_path / "spoiled/small/diverged.json").read_text())
     assert record["went_back_to"] == "update-00000007.pt"
     assert [entry["update"] for entry in record["updates"]] == [8, 9, 10, 11]
-    stream = build_data(config.load(str(small_cfg)), 0, 1, "cpu").stream
+    sampler = build_data(config.load(str(small_cfg)), 0, 1, "cpu").sampler
     for number, entry in enumerate(record["updates"], start=1):
         assert {m["loss"] for m in entry["micro_batches"]} == {"nan"}
         found = [m["indices"] for m in entry["micro_batches"]]
-        assert found == [stream.micro_batch(1, number, j)[1].tolist() for j in range(2)]
+        assert found == [sampler.micro_batch(1, number, j)[1].tolist() for j in range(2)]
     weights = load_state(tmp_path / "spoiled/small/checkpoints/update-00000017.pt")["model"]
     assert record["norms"]["raw"].keys() == {name for name, w in weights.items() if w.is_floating_point()}
     assert record["norms"].keys() == {"raw", "ema"}
@@ -332,16 +332,16 @@ def test_loss_of_one_process_skips_the_update_on_all(small_cfg, tmp_path, monkey
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import engine.build, engine.loop, train
-from common.seeding import seed_process
+from common.rng import seed_default_generators
 from timm.loss import SoftTargetCrossEntropy
 address = []
 def seed(number, update, micro):
     address[:] = update, micro
-    seed_process(number, update, micro)
+    seed_default_generators(number, update, micro)
 class Spoiled(SoftTargetCrossEntropy):  # in update 2 the second micro-batch's loss is infinite and its gradient finite
     def forward(self, x, target):
         return super().forward(x, target) + (float("inf") if address == [2, 1] else 0.0)
-engine.loop.seed_process, engine.build.SoftTargetCrossEntropy = seed, Spoiled
+engine.loop.seed_default_generators, engine.build.SoftTargetCrossEntropy = seed, Spoiled
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[1:]))
 """)
@@ -374,10 +374,10 @@ def test_sums_are_averaged_where_the_processes_exchange_and_stay_where_they_are(
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_update_on_cuda_is_skipped_without_waiting_for_the_device(amp):
     state, loop, statistics = parts(2, amp=amp, device="cuda")
-    stream, good = batches(4, "cuda"), loop.criterion
-    loop._train_update(state, stream, statistics)
+    sampler, good = batches(4, "cuda"), loop.criterion
+    loop._train_update(state, sampler, statistics)
     before = everything(state)
-    prepared = iter([next(stream) for _ in range(2)])
+    prepared = iter([next(sampler) for _ in range(2)])
     loop.criterion = lambda *args: good(*args) * float("nan")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -12,7 +12,7 @@ from torch import nn
 import config
 import train as train_script
 from data.build import build_data
-from engine.batch_plan import Plan
+from engine.batch_plan import BatchPlan
 from engine.build import build_learning_rate, build_optimizer, build_state
 from engine.checkpoint.files import load_state
 from engine.optim.lr_schedule import drop_path_setter
@@ -70,7 +70,7 @@ def test_magnitude_follows_the_epoch(small_cfg):
 
 def state_of(model, *opts):
     cfg = config.load((), ["TRAIN.AMP", "off", *opts])
-    return build_state(cfg, model, Plan(8, 4, 0, 1, 10, 3), Precision("off", torch.device("cpu")))
+    return build_state(cfg, model, BatchPlan(8, 4, 0, 1, 10, 3), Precision("off", torch.device("cpu")))
 
 
 def test_ema_decay_follows_the_epoch():
@@ -119,7 +119,7 @@ def learning_rates(plan, *opts):
     return at
 
 
-PLAN = Plan(8, 4, 0, 1, 10, 100)  # 10 updates an epoch, 100 epochs
+PLAN = BatchPlan(8, 4, 0, 1, 10, 100)  # 10 updates an epoch, 100 epochs
 LENGTH = ("TRAIN.EPOCHS", "100", "SCHEDULE.MIN_LR", "0.1")
 
 
@@ -162,7 +162,7 @@ def test_tanh_falls_to_the_minimum():
 @pytest.mark.parametrize("unit", ["update", "epoch"])
 def test_cooldown_stays_where_the_schedule_ended(opts, rate, unit):
     lr = learning_rates(
-        Plan(8, 4, 0, 1, 10, 110), *LENGTH, *opts, "SCHEDULE.COOLDOWN_EPOCHS", "10", "SCHEDULE.UNIT", unit
+        BatchPlan(8, 4, 0, 1, 10, 110), *LENGTH, *opts, "SCHEDULE.COOLDOWN_EPOCHS", "10", "SCHEDULE.UNIT", unit
     )
     assert [lr(update) for update in range(1000, 1100)] == pytest.approx([rate] * 100)
     assert lr(999) == pytest.approx(rate, rel=0.1)

@@ -1,0 +1,34 @@
+"""Atomic file writes: a reader, or a run after a crash, finds the old file or the whole new one, never a part."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], shared: bool = False) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    `shared` gives the temporary file a unique name, for a path that several processes may write at once. Raises OSError,
+    after which `path` is as it was.
+    """
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = path.with_name(f".{path.name}{unique}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files that killed writes left in a folder."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)

@@ -1,0 +1,6 @@
+"""Byte counts as text."""
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes as text: 512 MiB, 1.5 GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
