@@ -58,6 +58,7 @@ class Loop:
     log_every: int
     eval_mode: bool = False  # train the model in evaluation mode
     max_skipped: int = 10  # updates skipped in a row that end the training
+    on_batch: Callable[[Tensor, Tensor, int], None] | None = None  # called with each (images, targets, update)
     losses: Tensor | None = None  # of the last max_skipped + 1 updates by micro-batch, 0 where another process ran it
 
     def train_epoch(
@@ -109,6 +110,8 @@ class Loop:
             batch = next(batches)
             waited += time.perf_counter() - started
             images, targets = self.prepare(batch, state.update, micro, state.epoch)
+            if self.on_batch is not None:
+                self.on_batch(images, targets, state.update)
             seed_default_generators(self.seed, state.update, micro)
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():

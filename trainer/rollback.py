@@ -82,7 +82,7 @@ def describe_divergence(
     assert loop.losses is not None
     losses = processes.sum(loop.losses.clone()).tolist()
     updates: list[dict[str, Any]] = []
-    for update in range(max(error.end - min(error.row, len(losses)), 0), error.end):
+    for update in range(max(error.last_update - min(error.consecutive, len(losses)), 0), error.last_update):
         epoch, number = divmod(update, state.plan.updates_per_epoch)
         micro_batches = [
             {"loss": json_number(loss), "indices": sampler.micro_batch(epoch, number, j)[1].tolist()}
@@ -91,4 +91,4 @@ def describe_divergence(
         updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
     weights = {which: tensor_norms(model.state_dict()) for which, model in state.weights().items()}
     rate = max(group["lr"] for group in state.optimizer.param_groups)
-    return {"update": error.end, "skipped_in_a_row": error.row, "lr": rate, "updates": updates, "norms": weights}
+    return {"update": error.last_update, "skipped_in_a_row": error.consecutive, "lr": rate, "updates": updates, "norms": weights}

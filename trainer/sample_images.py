@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -53,16 +52,13 @@ class SampleImages:
         """Draw the run's first micro-batch when it comes by; a run that is further has drawn it."""
         if not self._on or state.update:
             return
-        prepare = loop.prepare
 
-        def draw(batch: Any, update: int, micro: int, epoch: int) -> tuple[Tensor, Tensor]:
-            loop.prepare = prepare
-            images, targets = prepare(batch, update, micro, epoch)
+        def draw(images: Tensor, targets: Tensor, update: int) -> None:
+            loop.on_batch = None
             with self._surviving("the first batch"):
                 self.log.picture("first_batch", self.first_batch(images, targets), update)
-            return images, targets
 
-        loop.prepare = draw
+        loop.on_batch = draw
 
     def first_batch(self, images: Tensor, targets: Tensor) -> Image.Image:
         """Draw normalised images with the classes and shares that their targets name."""

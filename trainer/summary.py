@@ -189,23 +189,15 @@ def _optimiser(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Iterator[Line]
 def _schedule(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
     schedule, plan = cfg.SCHEDULE, state.plan
     lag = f", {schedule.DELAY} {schedule.UNIT} late" if schedule.DELAY else ""
-    end = f" to {_lr(state, plan.updates - 1):.4g}"
+    end = f" to {state.schedule.lr_at(plan.updates - 1):.4g}"
     yield "schedule", f"{schedule.NAME}{end}, by {schedule.UNIT}{lag}; warmup {schedule.WARMUP_EPOCHS:g} epochs"
     warm = math.ceil(schedule.WARMUP_EPOCHS)
     asked = {0, 1, 2, warm - 1, warm, warm + 1, plan.epochs // 2, cfg.TRAIN.EPOCHS - 1, plan.epochs - 1}
     epochs = sorted(epoch for epoch in asked if 0 <= epoch < plan.epochs)
-    rates = (f"{epoch}: {_lr(state, epoch * plan.updates_per_epoch):.4g}" for epoch in epochs)
+    rates = (f"{epoch}: {state.schedule.lr_at(epoch * plan.updates_per_epoch):.4g}" for epoch in epochs)
     yield "", f"learning rate where epochs begin (from 0)  {'  '.join(rates)}"
     if state.ema:
         yield "ema", f"decay {_over_time(cfg, 'EMA_DECAY', cfg.EMA.DECAY)} an update"
-
-
-def _lr(state: TrainState, update: int) -> float:
-    """Return the learning rate of an update, counted from 0."""
-    state.schedule.set(update)
-    rate = max(group["lr"] for group in state.optimizer.param_groups)
-    state.schedule.set(state.update)
-    return rate
 
 
 def _augmentation(cfg: CfgNode) -> Iterator[Line]:

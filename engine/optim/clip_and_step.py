@@ -26,11 +26,11 @@ MARGIN = 1e-6  # torch's, beside the norm that it clips
 
 
 class DivergedError(RuntimeError):
-    """Too many updates in a row had to be skipped: `row` of them, the last one update `end` of the run, from 1."""
+    """Too many updates in a row had to be skipped: `consecutive` of them, the last one update `last_update` of the run, from 1."""
 
-    def __init__(self, message: str, row: int = 0, end: int = 0):
+    def __init__(self, message: str, consecutive: int = 0, last_update: int = 0):
         super().__init__(message)
-        self.row, self.end = row, end
+        self.consecutive, self.last_update = consecutive, last_update
 
 
 def gradient_seed(loss: Tensor) -> Tensor:

@@ -24,8 +24,18 @@ class LrSchedule:
     last: int
 
     def set(self, update: int) -> None:
-        """Give the optimiser's groups their rates for an update, counted from 0."""
-        self.scheduler.step(min(max(update // self.updates_per_step - self.delay, 0), self.last))
+        """Set the learning rate of every parameter group for an update, counted from 0."""
+        self.scheduler.step(self._step(update))
+
+    def lr_at(self, update: int) -> float:
+        """Return the largest learning rate of any parameter group at an update, counted from 0; change nothing."""
+        values = self.scheduler._get_values(self._step(update), on_epoch=True)
+        assert values is not None  # timm's schedulers are stepped by "epochs" here, which are our steps
+        groups = self.scheduler.optimizer.param_groups
+        return max(value * group.get("lr_scale", 1.0) for value, group in zip(values, groups, strict=True))
+
+    def _step(self, update: int) -> int:
+        return min(max(update // self.updates_per_step - self.delay, 0), self.last)
 
 
 @dataclass
@@ -41,6 +51,10 @@ class Schedule:
     def set(self, update: int) -> None:
         """Set the learning rate for an update, counted from 0."""
         self.learning_rate.set(update)
+
+    def lr_at(self, update: int) -> float:
+        """Return the largest learning rate of any parameter group at an update, counted from 0; change nothing."""
+        return self.learning_rate.lr_at(update)
 
     def begin_epoch(self, epoch: int) -> None:
         """Set what is constant within an epoch, counted from 0."""

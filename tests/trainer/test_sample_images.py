@@ -65,22 +65,21 @@ def test_targets_are_written_as_shares_of_classes():
     ]
 
 
-def test_first_batch_is_drawn_once_and_passes_through():
+def test_first_batch_is_drawn_once_and_left_as_it_is():
     found = sample_images(mixing=Mixup(4, mixup=0.8, cutmix=0, prob=1.0))
-    loop, state = SimpleNamespace(prepare=found.stage.train), SimpleNamespace(update=0)
-    plain = loop.prepare
+    loop, state = SimpleNamespace(on_batch=None), SimpleNamespace(update=0)
     found.catch_first_batch(loop, state)
-    one = batch(0, 10)
-    images, targets = loop.prepare(one, 0, 0, 0)
-    want_images, want_targets = plain(one, 0, 0, 0)
-    assert torch.equal(images, want_images)
-    assert torch.equal(targets, want_targets)
-    assert loop.prepare == plain
+    images, targets = found.stage.train(batch(0, 10), 0, 0, 0)
+    before = images.clone(), targets.clone()
+    loop.on_batch(images, targets, 0)
+    assert torch.equal(images, before[0])
+    assert torch.equal(targets, before[1])
+    assert loop.on_batch is None
     picture, update = found.log.pictures["first_batch"]
     assert update == 0
     assert picture.width == COLUMNS * (SIDE[0] + GAP) + GAP
     found.catch_first_batch(loop, SimpleNamespace(update=1))
-    assert loop.prepare == plain
+    assert loop.on_batch is None
 
 
 def test_a_grid_shows_each_image_where_it_belongs():

@@ -219,7 +219,7 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
 def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_path, monkeypatch):
     stop_signals = StopSignals()
     stop_signals.received = signal.SIGUSR1
-    monkeypatch.setattr(train_script, "INTERRUPTION", interruption)
+    monkeypatch.setattr(train_script, "INTERRUPTION", stop_signals)
     assert run_here(small_cfg, tmp_path) == os.EX_TEMPFAIL
     assert (tmp_path / "small/preempted").exists()
     assert not list(tmp_path.glob("small/checkpoints/*"))
