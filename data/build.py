@@ -1,4 +1,4 @@
-"""Build the loaders, the sampler and the device stage of a run from its config; only this module of data/ reads one.
+"""Build the loaders, the sampler and the device stage of a run from its config.
 
 data = build_data(cfg, rank, world, device)        train.py
 data = build_eval_data(cfg, rank, world, device)   eval.py; needs no training images
