@@ -129,8 +129,10 @@ class TrainState:
 
     def _check_ema(self, stored: Mapping[str, Any], file: str) -> None:
         if (stored["ema"] is None) != (self.ema is None):
+            lacks = self.ema is not None
             raise ValueError(
-                f"{file} {'lacks' if self.ema else 'has'} EMA weights but EMA.DECAY says otherwise; set it as it was"
+                f"{file} {'lacks' if lacks else 'has'} EMA weights, this run {'keeps' if lacks else 'does not keep'} them; set "
+                "EMA.DECAY back"
             )
 
     def _load_weights(self, stored: Mapping[str, Any], file: str) -> None:
