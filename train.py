@@ -38,7 +38,7 @@ from engine.distributed.processes import Processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
 from engine.loop import StepMetrics
-from engine.optim.clip_and_step import DivergedError
+from engine.optim.skipped_updates import DivergedError
 from trainer.rollback import roll_back
 from trainer.session import Session, build_session
 from trainer.summary import estimate_memory, summarize

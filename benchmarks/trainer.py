@@ -40,12 +40,14 @@ from benchmarks import record
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, timed
 from config import command_line
-from engine.build import build_optimizer, prepare_model, wrap_model
+from engine.build import prepare_model
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed import processes as distributed
+from engine.distributed.ddp import wrap_in_ddp
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
+from engine.optim.build import build_optimizer
 from engine.precision import Precision
 from models.build import build_model
 from trainer import session
@@ -94,7 +96,7 @@ def bare_step(s: session.Session) -> Callable[[], None]:
     """Return forward, loss, backward and the optimiser's step of the run's model, on one batch."""
     cfg, processes = s.cfg, s.processes
     model = prepare_model(build_model(cfg, len(s.data.classes)), processes, cfg.MODEL.SYNC_BN)
-    optimizer, net = build_optimizer(cfg, model), wrap_model(model, processes)
+    optimizer, net = build_optimizer(cfg, model), wrap_in_ddp(model, processes)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     net.train()
     images = torch.randn(cfg.TRAIN.MICRO_BATCH, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE)

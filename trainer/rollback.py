@@ -9,7 +9,7 @@ from engine.checkpoint.async_saver import AsyncSaver, SavingError, load_on_all
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.loop import Loop
-from engine.optim.clip_and_step import DivergedError, is_sound, json_number, tensor_norms
+from engine.optim.skipped_updates import DivergedError, is_rollback_target, json_number, tensor_norms
 from engine.result_files import write_json
 from engine.state import TrainState
 
@@ -55,7 +55,7 @@ def find_good(saver: AsyncSaver, processes: Processes) -> tuple[Path | None, dic
     stored = None
     if processes.main:
         with contextlib.suppress(ValueError, OSError):
-            found, stored, _ = saver.run.checkpoints.newest_good(is_sound)
+            found, stored, _ = saver.run.checkpoints.newest_good(is_rollback_target)
     agreed = processes.from_main(found)
     return (Path(str(agreed)) if agreed else None), stored
 

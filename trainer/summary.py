@@ -15,9 +15,9 @@ from common.byte_size import format_bytes
 from common.timeline import Timeline, parse_optional
 from data.build import Data
 from engine.batch_plan import divisors
-from engine.build import build_optimizer, optimizer_takes
 from engine.memory import Memory, estimate
 from engine.optim.backends import backend_of, skips_on_device
+from engine.optim.build import build_optimizer, supported_keys
 from engine.precision import Precision
 from engine.state import TrainState
 
@@ -87,7 +87,7 @@ def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
 def _unused(cfg: CfgNode) -> Iterator[str]:
     """Yield what was changed from its default but is not used by what was chosen."""
     aug, schedule, default = cfg.AUG, cfg.SCHEDULE, config.defaults()
-    takes = optimizer_takes(cfg.OPTIM.NAME)
+    takes = supported_keys(cfg.OPTIM.NAME)
     users = {
         "SCHEDULE.MIN_LR": (*config.TO_MIN_LR,),
         "SCHEDULE.DECAY_EPOCHS": ("step",),

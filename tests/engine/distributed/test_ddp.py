@@ -11,7 +11,8 @@ from torch import nn
 import config
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
-from engine.build import HOOKS, build_loop, build_state, prepare_model, wrap_model
+from engine.build import build_loop, build_state, prepare_model, wrap_model
+from engine.distributed.ddp import COMPRESSION_HOOKS
 from engine.distributed.processes import Processes
 from engine.precision import Precision
 from models.build import checkpoint_blocks
@@ -46,7 +47,7 @@ def train(variant, processes, prepare=lambda wrapped: None):
     statistics = RunningStatistics(model, plan.accumulation, processes)
     for _ in range(UPDATES):
         loop._train_update(state, iter(range(99)), statistics)
-    return {"model": model.state_dict(), "ema": state.ema.module.state_dict(), "sums": state.mean_sums(processes)}
+    return {"model": model.state_dict(), "ema": state.ema.module.state_dict(), "sums": state.sums.mean(processes)}
 
 
 def data(update, micro):
@@ -84,7 +85,7 @@ def main(out):
     train("plain", processes, lambda wrapped: wrapped.register_comm_hook(None, counting))
     found["exchanges"] = sum(exchanges)
     found["own"] = gradients(lambda layer: layer)
-    for form in HOOKS:
+    for form in COMPRESSION_HOOKS:
         cfg = config.load((), ["DIST.COMPRESS", form])
         found[form] = gradients(lambda layer, cfg=cfg: wrap_model(layer, processes, cfg))
     torch.save(found, f"{out}/{processes.rank}.pt")
