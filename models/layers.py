@@ -60,6 +60,18 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise(x, self.weight, self.bias, self.stride[0])
 
 
+@torch.no_grad()
+def constant_depthwise(kernel: Tensor, bias: Tensor | None, training: bool) -> DepthwiseConv:
+    """Build a depthwise convolution with a given kernel (C, 1, k, k) and bias (C), drawing no random numbers."""
+    with torch.device("meta"):
+        plain = DepthwiseConv(len(kernel), kernel.shape[-1], bias=bias is not None)
+    plain = plain.to_empty(device=kernel.device).to(kernel.dtype).train(training)
+    plain.weight.copy_(kernel)
+    if bias is not None and plain.bias is not None:
+        plain.bias.copy_(bias)
+    return plain
+
+
 class ResidualDepthwiseConv(DepthwiseConv):
     """x + a 3×3 depthwise convolution of x, as one convolution: its centre tap has 1 added. (B, H, W, C) -> same."""
 
@@ -69,6 +81,12 @@ class ResidualDepthwiseConv(DepthwiseConv):
     def forward(self, x: Tensor) -> Tensor:
         itself = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return depthwise(x, self.weight + itself, self.bias)
+
+    def folded_layer(self) -> nn.Module | None:
+        """Return a plain depthwise convolution with 1 added to the centre tap (models/inference/fold.py)."""
+        kernel = self.weight.detach().clone()
+        kernel[:, :, 1, 1] += 1
+        return constant_depthwise(kernel, self.bias, self.training)
 
 
 class GeluDepthwiseConv(ResidualDepthwiseConv):
@@ -92,6 +110,13 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
             return super().forward(F.gelu(x))
         return F.gelu(super().forward(x))
 
+    def folded_layer(self) -> nn.Module | None:
+        """Return GELU and a plain depthwise convolution in sequence; None with a kernel, which does both in one pass."""
+        plain = super().folded_layer()
+        if self.kernel is not None or plain is None:
+            return None
+        return nn.Sequential(nn.GELU(), plain) if self.gelu_before else nn.Sequential(plain, nn.GELU())
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gelu_before={self.gelu_before}, kernel={self.kernel is not None}"
 
@@ -108,6 +133,8 @@ class LayerNorm(nn.LayerNorm):
 
 class Mlp(nn.Module):
     """Two linear layers with GELU between: (..., C) -> (..., C)."""
+
+    activation_after: ClassVar[tuple[str, ...]] = ("fc1",)
 
     def __init__(self, dim: int, ratio: float):
         super().__init__()

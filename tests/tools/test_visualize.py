@@ -8,8 +8,7 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -r requirements.txt")
 
 from data.augment.transforms import EvalTransform
-from models.attention_hooks import AttentionMap
-from models.attention_maps import AttentionReading
+from models.attention_maps import AttentionMap, AttentionReading
 from tools import visualize
 from tools.visualize import main, parse_place
 from trainer.figures.figure import arranged, as_pixels, save, sheet, single

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Colormap
 
-from models.attention_hooks import AttentionMap
+from models.attention_maps import AttentionMap
 from trainer.figures.photograph import Photograph
 
 SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both can be told apart by the colour-blind, the first in grey, too

@@ -1,4 +1,4 @@
-"""models.inference.prepare: a model made ready to answer is the same function."""
+"""models.inference.prepare: a model prepared for inference computes the same function."""
 
 import copy
 
@@ -132,7 +132,7 @@ def test_other_models_are_refused():
 
 
 def test_a_model_of_ones_own_is_refused():
-    """Its layers may use each other's weights in ways that are not known here."""
+    """A class that does not itself declare `foldable` may use weights in ways that folding does not expect."""
 
     class Own(Backbone):
         def __init__(self):
