@@ -1,4 +1,4 @@
-"""The two-way map between our parameter names and those of the published checkpoints.
+"""Two-way map between our parameter names and those of the published checkpoints.
 
 A family declares a table of rules, from ours to theirs; the first rule that matches a name applies:
 

@@ -1,4 +1,4 @@
-"""The three attentions of SG-Former: hybrid-scale, self-guided and plain.
+"""Attentions of SG-Former: hybrid-scale, self-guided and plain.
 
 SG-Former: Self-guided Transformer with Evolving Token Reallocation (Ren et al., ICCV 2023), sections 3.2 and 3.3.
 
@@ -297,7 +297,7 @@ def window_probabilities(qkv: Tensor, num_heads: int, row: int, column: int) -> 
 
 
 def cells_to_tokens(cells: Tensor, side: int, H: int, W: int) -> Tensor:
-    """Give each token the value of its cell: (B, h, w) -> (B, H, W)."""
+    """Copy the value of each cell to its tokens: (B, h, w) -> (B, H, W)."""
     B, h, w = cells.shape
     tokens = cells.view(B, h, 1, w, 1).expand(B, h, side, w, side)
     return tokens.reshape(B, h * side, w * side)[:, :H, :W]

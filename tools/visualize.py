@@ -188,7 +188,7 @@ def draw(
     mark = at = None
     if place:
         mark = (place[0] * width, place[1] * height) if place[2] else place[:2]
-        at = photo.place(*mark)
+        at = photo.fractions(*mark)
     logits, maps = attention_maps(classifier.model, classifier.prepare(image)[None], at, blocks)
     best = logits.softmax(1).max(1)
     caption = f"{classifier.readable[int(best.indices)]} {100 * float(best.values):.1f} %"

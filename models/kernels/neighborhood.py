@@ -1,4 +1,4 @@
-"""The 3×3 neighbourhood of the cells of a grid, for STViT's super tokens: gather from it, and its adjoint, add to it.
+"""3×3 neighbourhoods of the cells of a grid, for STViT's super tokens: gather from them, and the adjoint, add to them.
 
 The two linear maps are each other's gradient, which autograd alone would build from some fifty small kernels.
 """
