@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 import config
 from common.byte_size import format_bytes
 from data.build import Data
-from data.stores.store import open_store
+from data.stores.split import open_split
 from engine.batch_plan import accumulation
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
@@ -153,7 +153,7 @@ def data(cfg: CfgNode, found: Data) -> Iterator[Finding]:
         yield warn("data", note, "see docs/data.md")
     if cfg.DATA.LOADER == "synthetic":
         return
-    source = open_store(cfg.DATA.PATH, "val", cfg.DATA.VAL_LABELS, None).source(found.classes, must_hold_all=False)
+    source = open_split(cfg.DATA.PATH, "val", cfg.DATA.VAL_LABELS, None).source(found.classes, must_hold_all=False)
     picked = np.unique(np.linspace(0, len(source) - 1, min(len(source), IMAGES)).astype(np.int64))
     started, size = time.perf_counter(), 0
     for index in picked:

@@ -22,18 +22,18 @@ from rich.console import Console
 from rich.progress import track
 
 from config.command_line import Parser
-from data.build import Source
 from data.loaders.decode import UnreadableImageError
-from data.loaders.torch_loader import load
+from data.loaders.torch_loader import ImageSource, load
 from data.stores.archive_index import NoImagesError
+from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.layout import NoSplitError
-from data.stores.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
+from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32
 NAMED = 20  # problems of a kind that are listed
-_source: Source | None = None  # of a checking process
+_source: ImageSource | None = None  # of a checking process
 
 
 @dataclass
@@ -85,13 +85,13 @@ def index_parser() -> Parser:
     return parser
 
 
-def open_stores(args: object, screen: Console) -> dict[str, FolderStore | ArchiveStore]:
+def open_stores(args: object, screen: Console) -> dict[str, Split]:
     """Open the splits asked for, or those there are."""
     path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
-    found: dict[str, FolderStore | ArchiveStore] = {}
+    found: dict[str, Split] = {}
     for name in [split] if split else ["train", "val"]:
         try:
-            found[name] = open_store(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
+            found[name] = open_split(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
         except (NoSplitError, NoImagesError) as error:  # the latter: an archive that holds one split only
             if split or (name == "val" and not found):
                 raise
@@ -99,13 +99,13 @@ def open_stores(args: object, screen: Console) -> dict[str, FolderStore | Archiv
     return found
 
 
-def describe(split: str, store: FolderStore | ArchiveStore, source: Source, classes: Sequence[str]) -> Report:
+def describe(split: str, store: Split, source: ImageSource, classes: Sequence[str]) -> Report:
     """Count images, classes and bytes; note what is wrong without reading an image."""
     report = Report(split)
     say, problems = report.lines.append, report.problems
-    say(("store", f"{store.where} ({store.kind})"))
-    if isinstance(store, ArchiveStore):
-        say(("index", str(store.file)))
+    say(("store", f"{store.name} ({store.kind})"))
+    if isinstance(store, ArchiveSplit):
+        say(("index", str(store.index_file)))
         problems += store.index.metadata["problems"]
         again = store.index.metadata["duplicates"]
         if again:
@@ -143,7 +143,7 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(np.int64))
 
 
-def check(report: Report, source: Source, indices: np.ndarray, workers: int) -> None:
+def check(report: Report, source: ImageSource, indices: np.ndarray, workers: int) -> None:
     """Decode the images, in several processes, and note those that cannot be."""
     stored = indices
     if isinstance(source, ArchiveSource):  # in the order in which they lie
@@ -161,7 +161,7 @@ def check(report: Report, source: Source, indices: np.ndarray, workers: int) -> 
         )
 
 
-def decoded(source: Source, indices: list[int], workers: int) -> Iterator[str]:
+def decoded(source: ImageSource, indices: list[int], workers: int) -> Iterator[str]:
     """Yield what is wrong with each image, "" for nothing."""
     if workers == 1 or len(indices) <= CHUNK:
         yield from (
@@ -180,12 +180,12 @@ def decoded(source: Source, indices: list[int], workers: int) -> Iterator[str]:
             yield from reasons
 
 
-def _take(source: Source) -> None:
+def _take(source: ImageSource) -> None:
     global _source
     _source = source
 
 
-def _check(indices: list[int], source: Source | None = None) -> list[str]:
+def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
     source = source or _source
     assert source is not None
     reasons = []

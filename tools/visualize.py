@@ -8,7 +8,7 @@
     GroupMixFormer   how much each group's keys gather from each token
     --at             instead of these: the attention of the token at a place of the photograph
 
-Maps are laid where the evaluation crop lies, at the photograph's own resolution. docs/inside.md says what each of them is.
+Maps are laid where the evaluation crop lies, at the photograph's own resolution. docs/attention_maps.md describes each of them.
 """
 
 import os

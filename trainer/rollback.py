@@ -91,4 +91,10 @@ def describe_divergence(
         updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
     weights = {which: tensor_norms(model.state_dict()) for which, model in state.weights().items()}
     rate = max(group["lr"] for group in state.optimizer.param_groups)
-    return {"update": error.last_update, "skipped_in_a_row": error.consecutive, "lr": rate, "updates": updates, "norms": weights}
+    return {
+        "update": error.last_update,
+        "skipped_in_a_row": error.consecutive,
+        "lr": rate,
+        "updates": updates,
+        "norms": weights,
+    }

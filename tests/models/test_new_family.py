@@ -31,7 +31,7 @@ FAMILIES = re.compile(r"^(from|import) .*\b(groupmixformer|sgformer|sgformer_att
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """Register the model of the page under another name than tests/test_docs.py."""
+    """Register the model of the page under another name than tests/docs/test_commands.py."""
     (text,) = (block.text for block in read(ROOT / "docs/extending.md")[0] if block.title == "mine/poolnet.py")
     file = tmp_path_factory.mktemp("family") / "poolnet.py"
     file.write_text(text.replace("poolnet_tiny", NAME))

@@ -14,7 +14,7 @@ from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
-from data.build import _eval_transform
+from data.augment.build import build_eval_transform
 from data.loaders.sampler import Sampler
 from engine.build import build_learning_rate, build_optimizer, build_plan, build_state
 from engine.checkpoint.run_directory import differences
@@ -219,7 +219,7 @@ def test_evaluation_crops_are_the_published_ones(family):
         "sgformer": ((248, 224), (426, 384)), "groupmixformer": ((256, 224), (438, 384)), "stvit": ((256, 224), (384, 384)),
     }  # fmt: skip
     for size, (resize, crop) in zip((224, 384), sizes[family], strict=True):
-        transform = _eval_transform(recipe(family, FAMILIES[family][0], size))
+        transform = build_eval_transform(recipe(family, FAMILIES[family][0], size))
         assert (transform.crop, transform.interpolation, transform.mode) == (crop, "bicubic", "center")
         (height, width), (top, left, *_) = transform.geometry(500, 375)
         assert (height, width) == (int(resize * 500 / 375), resize)
