@@ -1,4 +1,4 @@
-"""STViT against plain loops, and what its variants are."""
+"""STViT against plain loops, and the properties of its variants."""
 
 import math
 
@@ -199,7 +199,7 @@ def test_overlap_add_adds_in_float32():
 
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 9), (1, 1)], ids=str)
-def test_cells_are_cut_and_put_together(size):
+def test_from_cells_inverts_to_cells(size):
     x = doubles(2, *size, 3)
     cells = to_cells(x, 4)
     assert cells.shape == (2, math.ceil(size[0] / 4), math.ceil(size[1] / 4), 16, 3)
