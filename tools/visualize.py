@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
-from models.attention_hooks import Position, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
+from models.attention_maps import BlockIndex, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
 from models.backbone import Backbone
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
 
@@ -100,10 +100,10 @@ def check_folder(out: Path) -> None:
         raise ValueError(f"--out {out}: {nearest} cannot be written; name another folder")
 
 
-def parse_blocks(texts: Sequence[str], model: Backbone) -> list[Position]:
+def parse_blocks(texts: Sequence[str], model: Backbone) -> list[BlockIndex]:
     """Return the blocks that were asked for; ValueError for one that the model lacks."""
     known = {"last": last_blocks, "all": all_blocks}
-    found: list[Position] = []
+    found: list[BlockIndex] = []
     for text in texts:
         stage, _, block = text.partition(".")
         if text in known:
@@ -131,7 +131,7 @@ def parse_place(text: str) -> tuple[float, float, bool]:
 def draw_all(
     classifier: Classifier,
     images: Iterable[Path],
-    blocks: Sequence[Position],
+    blocks: Sequence[BlockIndex],
     place: tuple[float, float, bool] | None,
     smooth: bool,
     out: Path,
@@ -175,7 +175,7 @@ def draw(
     classifier: Classifier,
     image: Tensor,
     path: Path,
-    blocks: Sequence[Position],
+    blocks: Sequence[BlockIndex],
     place: tuple[float, float, bool] | None,
     smooth: bool,
 ) -> tuple[list, str]:
@@ -188,7 +188,7 @@ def draw(
     mark = at = None
     if place:
         mark = (place[0] * width, place[1] * height) if place[2] else place[:2]
-        at = photo.place(*mark)
+        at = photo.fractions(*mark)
     logits, maps = attention_maps(classifier.model, classifier.prepare(image)[None], at, blocks)
     best = logits.softmax(1).max(1)
     caption = f"{classifier.readable[int(best.indices)]} {100 * float(best.values):.1f} %"

@@ -20,7 +20,7 @@ from engine.logging.log import Log
 from engine.loop import Loop
 from engine.precision import Precision
 from engine.state import TrainState
-from models.attention_hooks import attention_maps, has_maps
+from models.attention_maps import attention_maps, has_maps
 from models.backbone import Backbone
 
 SHOWN = 4  # validation images
