@@ -31,10 +31,16 @@ from config import command_line
 from data.loaders.decode import UnreadableImageError
 from engine.checkpoint.async_saver import AsyncSaver, SavingError
 from engine.checkpoint.run_directory import OccupiedError, RunDirectory
-from engine.distributed import processes as distributed
 from engine.distributed.consensus import Vote
-from engine.distributed.elastic import Elastic, give_up
-from engine.distributed.processes import Processes
+from engine.distributed.elastic import Elastic, prevent_restarts
+from engine.distributed.processes import (
+    Processes,
+    abort,
+    exit_on_failure,
+    init_processes,
+    is_lost_connection,
+    shut_down,
+)
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
 from engine.loop import StepMetrics
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
     except ValueError as error:
-        give_up()
+        prevent_restarts()
         parser.fail(error)
     elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
     if elastic.idle:
@@ -59,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         elastic.stand_by(lambda: INTERRUPTION.received is not None)
         return 0
     try:
-        processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
+        processes = init_processes(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    with distributed.ending_at_once():
+    with exit_on_failure():
         status = work(parser, cfg, args, elastic, processes)
         if status == ENDED:
-            distributed.abandon(status)
+            abort(status)
     elastic.finish()
-    distributed.stop()
+    shut_down()
     return status
 
 
@@ -87,7 +93,7 @@ def work(
         announce(session, with_memory=True) if args.dry_run else evaluate_only(session)
         return 0
     except (DivergedError, SavingError, UnreadableImageError) as error:
-        give_up()
+        prevent_restarts()
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warning("interrupted; the same command continues from the last checkpoint")
@@ -96,7 +102,7 @@ def work(
         log.warning("interrupted")
         return PREEMPTED
     except RuntimeError as error:
-        if processes.world == 1 or not distributed.is_lost_contact(error):
+        if processes.world == 1 or not is_lost_connection(error):
             raise
         said = f"lost the others {where(session)}: {str(error).splitlines()[0][:200]}. One has ended or waits for something else"
         remedy = "see what it says; the same command continues from the last checkpoint"
@@ -133,7 +139,7 @@ def build_or_fail(
     except OccupiedError as error:
         parser.fail(error, processes.name)
     except ValueError as error:
-        give_up()
+        prevent_restarts()
         parser.fail(error, processes.name)
 
 

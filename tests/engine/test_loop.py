@@ -22,8 +22,7 @@ from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state, prepare_model
 from engine.checkpoint.run_directory import differences
-from engine.distributed import processes as distributed
-from engine.distributed.processes import Processes
+from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
 from engine.loop import StepMetrics
@@ -284,4 +283,4 @@ def test_differences_name_keys_and_leave_out_the_free_ones():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_missing_cuda_is_named():
     with pytest.raises(ValueError, match="DEVICE=cuda"):
-        distributed.start("cuda")
+        init_processes("cuda")

@@ -70,9 +70,9 @@ def main(out):
     """What each of the two processes does."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from engine.distributed import processes as distributed
+    from engine.distributed.processes import init_processes, shut_down
 
-    processes = distributed.start("cpu")
+    processes = init_processes("cpu")
     found, exchanges = {}, []
 
     def counting(state, bucket):
@@ -88,7 +88,7 @@ def main(out):
         cfg = config.load((), ["DIST.COMPRESS", form])
         found[form] = gradients(lambda layer, cfg=cfg: wrap_model(layer, processes, cfg))
     torch.save(found, f"{out}/{processes.rank}.pt")
-    distributed.stop()
+    shut_down()
 
 
 @pytest.fixture(scope="module")

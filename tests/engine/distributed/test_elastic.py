@@ -138,7 +138,7 @@ def test_run_whose_worker_dies_continues_by_itself(small_cfg, whole, tmp_path, a
     wait_for(reached(run, 10), "update 10", 120)
     os.kill(workers(agent)[1], signal.SIGKILL)
     assert agent.wait(240) == 0, said.read_text()
-    assert "3 processes came, the global batch divides among 2: 1 stand by" in said.read_text()
+    assert "3 processes were launched, the global batch divides among 2: 1 stand by" in said.read_text()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2]
     assert starts[1]["update"] >= 9

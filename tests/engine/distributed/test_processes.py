@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from engine.checkpoint.files import save_state
-from engine.distributed import processes as distributed
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.launcher import LaunchInfo, find_launch
+from engine.distributed.processes import init_processes, is_lost_connection
 from tests.conftest import ROOT
 from tests.engine.distributed.test_signals import start, wait_for
 
@@ -102,13 +102,13 @@ def launch(code, envs, *more):
 
 MEET = """
 import sys, torch
-from engine.distributed import processes as distributed
+from engine.distributed.processes import init_processes, shut_down
 try:
-    p = distributed.start("cpu", {timeout})
+    p = init_processes("cpu", {timeout})
 except ValueError as error:
     sys.exit(str(error))
 print(p.rank, p.world, p.launcher, int(p.sum(torch.tensor(p.rank + 1))), p.largest(p.rank))
-distributed.stop()
+shut_down()
 """
 
 
@@ -151,20 +151,20 @@ def test_exchanges_have_their_own_timeout_and_failures_end_a_process_at_once():
 
 LATE = """
 import atexit, sys, time, torch
-from engine.distributed import processes as distributed
-p = distributed.start("cpu", 60, 2)
+from engine.distributed.processes import exit_on_failure, init_processes, is_lost_connection
+p = init_processes("cpu", 60, 2)
 def late(exchange):
     since = time.monotonic()
     try:
         exchange()
     except RuntimeError as error:
-        return distributed.is_lost_contact(error) and time.monotonic() - since < 30
+        return is_lost_connection(error) and time.monotonic() - since < 30
 if p.rank:
     time.sleep(6)
 else:
     print(late(lambda: p.sum(torch.zeros(1))), late(lambda: p.largest(1)))
 atexit.register(print, "left in order")
-with distributed.ending_at_once():
+with exit_on_failure():
     if p.rank:
         raise KeyError("a defect")
     sys.exit(3)
@@ -177,10 +177,10 @@ def test_missing_first_process_and_unknown_address_are_named(monkeypatch):
     with pytest.raises(
         ValueError, match=r"process 0 did not arrive at 127\.0\.0\.1:\d+ within DIST\.START_TIMEOUT=1 s"
     ):
-        distributed.start("cpu", 1.0)
+        init_processes("cpu", 1.0)
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(ValueError, match=r"MASTER_ADDR=no-such-host\.invalid cannot be resolved"):
-        distributed.start("cpu", 1.0)
+        init_processes("cpu", 1.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -188,14 +188,14 @@ def test_missing_first_process_and_unknown_address_are_named(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(ValueError, match="process 0 cannot serve at MASTER_ADDR:MASTER_PORT=127"):
-            distributed.start("cpu", 1.0)
+            init_processes("cpu", 1.0)
 
 
 WATCH = """
 import os, torch
-from engine.distributed import processes as distributed
+from engine.distributed.processes import init_processes, shut_down
 from engine.distributed.consensus import Consensus, Vote
-p = distributed.start("cpu", 60)
+p = init_processes("cpu", 60)
 told = []
 consensus = Consensus(p, lambda: Vote.STOP if p.rank == 1 and len(told) >= 2 else Vote.GO_ON)
 def check(vote):
@@ -209,7 +209,7 @@ try:
 except (StopIteration, RuntimeError):
     pass
 print(len(told), int(told[-1]), seen, int(consensus.agree()))
-distributed.stop()
+shut_down()
 """
 
 
@@ -224,10 +224,10 @@ LOAD = """
 import sys, torch
 from pathlib import Path
 from engine.checkpoint import files
-from engine.distributed import processes as distributed
+from engine.distributed.processes import init_processes, shut_down
 from engine.checkpoint import async_saver
 from engine.checkpoint.async_saver import load_on_all
-p = distributed.start("cpu", 60)
+p = init_processes("cpu", 60)
 sums = []
 whole = files._seal_of
 files._seal_of = lambda *args: sums.append(1) or whole(*args)
@@ -246,7 +246,7 @@ try:
     print(load_on_all(Path(sys.argv[1], "whole" if p.main else "older"), p)["n"])
 except ValueError as error:
     print(error)
-distributed.stop()
+shut_down()
 """
 
 
@@ -269,9 +269,9 @@ def test_checkpoint_is_verified_by_the_main_process_for_all(tmp_path):
 
 
 def test_errors_of_exchanges_are_told_from_others():
-    assert distributed.is_lost_contact(dist.DistBackendError("x"))
-    assert distributed.is_lost_contact(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
-    assert not distributed.is_lost_contact(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+    assert is_lost_connection(dist.DistBackendError("x"))
+    assert is_lost_connection(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert not is_lost_connection(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_loss_of_a_process_is_reported_with_rank_and_position(small_cfg, tmp_pat
 def test_one_process_is_alone(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
         monkeypatch.delenv(key, raising=False)
-    processes = distributed.start("cpu")
+    processes = init_processes("cpu")
     assert (processes.world, processes.launcher.startswith("plain python")) == (1, True)
     assert Consensus(processes, lambda: Vote.GO_ON).agree() is Vote.GO_ON
     assert processes.largest(3) == 3

@@ -200,7 +200,7 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
             polls.append(1)
             if len(polls) == 6 + call + 1:  # the epoch's updates come first
                 train_script.INTERRUPTION.received = signal.SIGTERM
-        return self.own()
+        return self.own_vote()
 
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "INTERRUPTION", StopSignals())
