@@ -30,7 +30,7 @@ import config
 from config import command_line
 from data.loaders.decode import UnreadableImageError
 from engine.checkpoint.async_saver import AsyncSaver, SavingError
-from engine.checkpoint.run_directory import OccupiedError, RunDirectory
+from engine.checkpoint.run_directory import RunDirectory, RunLockedError
 from engine.distributed.consensus import Vote
 from engine.distributed.elastic import Elastic, prevent_restarts
 from engine.distributed.processes import (
@@ -134,9 +134,9 @@ def build_or_fail(
     """Build the session; end the process with the message of what the user can mend."""
     try:
         if args.dry_run:
-            saver.run.check_place()
+            saver.run.check_writable()
         return build_session(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
-    except OccupiedError as error:
+    except RunLockedError as error:
         parser.fail(error, processes.name)
     except ValueError as error:
         prevent_restarts()
@@ -156,9 +156,9 @@ def train(s: Session) -> int:
             while not s.state.complete:
                 (end_epoch if s.state.between_epochs else train_epoch)(s)
             if not s.saver.finish():
-                s.saver.failures = s.saver.max_failures
+                s.saver.give_up()
             if s.consensus.agree() is Vote.FAIL:
-                raise s.saver.complaint()
+                raise s.saver.saving_error()
         except PreemptedError:
             return stop_early(s)
         s.log.info(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
@@ -224,9 +224,9 @@ def stop_early(s: Session) -> int:
     if s.state.update:
         save(s)
     if not s.saver.finish():  # a mark would have it started again, for ever without progress
-        s.saver.failures = s.saver.max_failures
+        s.saver.give_up()
     if s.consensus.agree() is Vote.FAIL:
-        raise s.saver.complaint()
+        raise s.saver.saving_error()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
         leave_mark(s, s.run.preempted, f"by {why} after update {s.state.update}")
@@ -239,7 +239,7 @@ def stop_early(s: Session) -> int:
 def leave_mark(s: Session, mark: Path, text: str) -> None:
     """Leave the file `preempted` or `done`, or say that there is none."""
     try:
-        s.run.mark(mark, text)
+        s.run.write_marker(mark, text)
     except OSError as error:
         s.log.warning(f"{mark} cannot be written ({error.strerror}): whoever looks for it finds nothing")
 

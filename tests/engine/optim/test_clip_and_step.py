@@ -253,12 +253,12 @@ def test_run_goes_back_once_and_ends_as_if_nothing_had_been(small_cfg, tmp_path,
     assert run_here(small_cfg, tmp_path / "clean") == 0
     seen, kept = [], []
 
-    def mend_best(self, *args):
+    def restore_best_files(self, *args):
         kept.append([path.name for path in self.run.checkpoints.numbered()])
-        return whole_mend_best(self, *args)
+        return whole_restore_best_files(self, *args)
 
-    whole_mend_best = AsyncSaver.mend_best
-    monkeypatch.setattr(AsyncSaver, "mend_best", mend_best)
+    whole_restore_best_files = AsyncSaver.restore_best_files
+    monkeypatch.setattr(AsyncSaver, "restore_best_files", restore_best_files)
 
     def spoils(update, micro):  # for a while, as a broken device would
         seen.append(update)
