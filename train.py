@@ -196,7 +196,7 @@ def train_epoch(s: Session) -> None:
         roll_back(error, state, s.loop, s.data.sampler, s.saver, s.processes)
         save(s)
         s.saver.wait()  # a run that is killed from here on does not go back a second time
-        log.open_again(s.run.path, s.open_log)
+        log.reopen(s.run.path, s.open_log)
     log.end_epoch()
 
 

@@ -310,7 +310,7 @@ def test_going_back_is_stored_before_training_goes_on(small_cfg, tmp_path, monke
     Poison(monkeypatch, lambda update, micro: update >= 8)
     diverging = ("TRAIN.MAX_SKIPPED", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "open_again", end)
+        patch.setattr(Log, "reopen", end)
         patch.setattr("trainer.rollback.write_json", no_space)  # not worth the run
         assert run_here(small_cfg, tmp_path, *diverging) == 130
     assert "diverged.json cannot be written (No space left on device)" in capsys.readouterr().out
