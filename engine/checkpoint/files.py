@@ -71,7 +71,7 @@ def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if has_checksum or isinstance(error, MemoryError):
             raise ValueError(
-                f"{path} is whole but cannot be read here ({first[:160]}): it is of a newer Retoken, or there is too little memory"
+                f"{path} is intact but cannot be read here ({first[:160]}): it is of a newer Retoken, or there is too little memory"
             ) from error
         raise DamagedError(f"{path} cannot be read, it is damaged or no checkpoint ({first[:160]})") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
@@ -87,9 +87,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """Write weights as safetensors, with metadata (JSON values) in the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     header = {"retoken": json.dumps({"format": FORMAT, **metadata})}
-    content = save(
-        tensors, header
-    )  # not save_file, which makes a temporary file of its own that a kill would leave behind
+    # Not save_file, whose own temporary file would remain after a kill.
+    content = save(tensors, header)
     write_atomically(path, lambda file: _write(file, content))
 
 
@@ -148,7 +147,7 @@ class CheckpointFolder:
                 return path, state, damaged
         if found and len(damaged) == len(found):
             raise ValueError(
-                f"no checkpoint in {self.path} is whole: {damaged[0]}; move the folder away to start afresh"
+                f"no checkpoint in {self.path} is intact: {damaged[0]}; move the folder away to start again"
             )
         return None, {}, damaged
 

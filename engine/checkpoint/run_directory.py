@@ -50,7 +50,7 @@ class RunDirectory:
         self.diverged, self.preempted, self.done = (path / name for name in ("diverged.json", "preempted", "done"))
         self.checkpoints = CheckpointFolder(path / "checkpoints", keep)
         self._lock = path / ".lock"
-        self._locked: int | None = None  # its file descriptor
+        self._descriptor: int | None = None  # of the lock file, while it is open
 
     def best(self, which: str) -> Path:
         """Return the path of the best raw or EMA weights."""
@@ -70,11 +70,10 @@ class RunDirectory:
         for attempt in range(LOCK_ATTEMPTS):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._locked = os.open(
-                    self._lock, os.O_RDWR | os.O_CREAT, 0o666
-                )  # NFS locks only files that are open for writing
-                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(self._lock.stat(), os.fstat(self._locked)):
+                # For writing: NFS locks no other files.
+                self._descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(self._lock.stat(), os.fstat(self._descriptor)):
                     return ""
             except BlockingIOError:
                 if attempt < LOCK_ATTEMPTS - 1:
@@ -93,10 +92,10 @@ class RunDirectory:
 
     def unlock(self) -> None:
         """Release the lock; remove the folder if nothing was written into it."""
-        if self._locked is not None:
+        if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 self._lock.unlink()
-            self._close()  # before the folder goes: on NFS an open file keeps a name in it
+            self._close()  # before the folder is removed: on NFS an open file would remain in it under another name
             with contextlib.suppress(OSError):
                 self.path.rmdir()
 
@@ -117,9 +116,9 @@ class RunDirectory:
         return False
 
     def _close(self) -> None:
-        if self._locked is not None:
-            os.close(self._locked)
-            self._locked = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def write_config(self, config: str) -> None:
         """Write the config; remove the marker and temporary files of earlier starts. Raises ValueError if that fails."""

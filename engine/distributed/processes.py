@@ -130,9 +130,8 @@ def _connect(launch: LaunchInfo, backend: str, start_timeout: timedelta, timeout
             "host's name resolve to an address that only it can reach, as 127.0.1.1 (getent ahosts $(hostname))? Set "
             "GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for GPUs, to the interface between the nodes"
         ) from error
-    set_timeout = (
-        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    )  # public from torch 2.15 on
+    # The function is public from torch 2.15 on.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in (dist.group.WORLD, host_group):
         set_timeout(timeout, group)
     return host_group

@@ -20,7 +20,7 @@ class PreemptedError(Exception):
 class StopSignals:
     """Record of the signals that ask the run to stop; the training loop reads `received` between updates.
 
-    SIGTERM and SIGUSR1 are only recorded, however often they come: launchers and schedulers both send them. So is Ctrl-C
+    SIGTERM and SIGUSR1 are only recorded, however often they are received: launchers and schedulers both send them. So is Ctrl-C
     after `defer`; a second one, REPEAT_S or more later, ends the process at once. Python runs signal handlers in the main
     thread only after it returns from C++, where it may hang in a collective with a dead process: a thread counts Ctrl-C.
     """
@@ -37,9 +37,8 @@ class StopSignals:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        os.register_at_fork(
-            after_in_child=_reset_wakeup
-        )  # a loader's worker must not write its own signals to the pipe
+        # A loader's worker must not write its own signals to the pipe.
+        os.register_at_fork(after_in_child=_reset_wakeup)
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
 
     def defer(self) -> None:

@@ -42,9 +42,7 @@ class Log:
         self.early: list[str] = []  # lines logged before log.txt was open
         self.metrics: IO[str] | None = None
         self.trackers: list[Tracker] = []
-        self.hinted: int | None = (
-            None  # epoch of the last hint about waiting for data; -1 before the first, None before any step
-        )
+        self.hinted: int | None = None  # epoch of the last hint; -1 before the first hint, None before the first step
         self.lost = False  # True once a line could not be written
 
     def open(

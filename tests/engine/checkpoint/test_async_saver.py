@@ -32,7 +32,7 @@ class FakeLog:
 
 
 def state_of(update, value, closed=None):
-    """Stand in for a TrainState whose only weight is `value`; its evaluation is done unless `closed` says otherwise."""
+    """Return a fake TrainState whose only weight is `value`, and this weight; `closed` is `update` by default."""
     closed = update if closed is None else closed
     weight = torch.full((50_000,), float(value))
     entry = {"update": update}

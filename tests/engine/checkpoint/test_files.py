@@ -193,10 +193,10 @@ def test_newest_checkpoint_of_a_newer_format_is_refused_not_skipped(small_cfg, w
     assert_refused(small_cfg, tmp_path, capsys, "format 99, this version reads up to")
 
 
-def test_newest_checkpoint_that_is_whole_and_unknown_is_refused_not_skipped(small_cfg, whole, tmp_path, capsys):
+def test_newest_checkpoint_that_is_intact_and_unknown_is_refused_not_skipped(small_cfg, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "small")
     save_state(tmp_path / "small" / LAST, {"format": 99, "model": {}, "new": SimpleNamespace()})
-    with pytest.raises(ValueError, match="is whole but cannot be read here") as caught:
+    with pytest.raises(ValueError, match="is intact but cannot be read here") as caught:
         load_state(tmp_path / "small" / LAST)
     assert not isinstance(caught.value, DamagedError)
     assert_refused(small_cfg, tmp_path, capsys, "it is of a newer Retoken, or there is too little memory")

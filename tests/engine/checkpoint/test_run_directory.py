@@ -117,9 +117,8 @@ def test_dry_run_reports_a_run_directory_that_cannot_be_created(small_cfg, tmp_p
         train.main([*argv, str(tmp_path / "file/runs")])
     assert stop.value.code == 2
     assert f"cannot be written ({tmp_path / 'file'} is a file); choose another with --output" in capsys.readouterr().err
-    monkeypatch.setattr(
-        "engine.checkpoint.run_directory.os.access", lambda path, how: False
-    )  # root may write everywhere
+    # Root may write everywhere, so the check is replaced.
+    monkeypatch.setattr("engine.checkpoint.run_directory.os.access", lambda path, how: False)
     with pytest.raises(SystemExit):
         train.main([*argv, str(tmp_path / "runs")])
     assert f"(no permission to write in {tmp_path})" in capsys.readouterr().err

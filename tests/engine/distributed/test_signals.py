@@ -195,7 +195,7 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
 
     whole_begin_epoch = Log.begin_epoch
 
-    def poll(self):  # the signal comes before a batch of the second evaluation
+    def poll(self):  # sends the signal before a batch of the second evaluation
         if epochs and epochs[-1] == 1:
             polls.append(1)
             if len(polls) == 6 + call + 1:  # the epoch's updates come first
