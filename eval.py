@@ -23,8 +23,7 @@ from config import command_line
 from data.build import EvalData, ValFolder, build_eval_data
 from data.stores.real_labels import RealLabels, read_real_labels
 from engine.build import prepare_model
-from engine.distributed import processes as distributed
-from engine.distributed.processes import Processes
+from engine.distributed.processes import Processes, abort, exit_on_failure, init_processes, shut_down
 from engine.distributed.signals import ENDED
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
@@ -60,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = command_line.resolve(args, command_line.EVAL_FLAGS)
         command_line.check_eval(args)
-        processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
+        processes = init_processes(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    with distributed.ending_at_once():
+    with exit_on_failure():
         try:
             evaluate_checkpoint(cfg, args, processes)
         except ValueError as error:
@@ -72,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun repeats it
             if processes.main:
                 print("interrupted", file=sys.stderr)
-            distributed.abandon(ENDED)
+            abort(ENDED)
             return ENDED
-    distributed.stop()
+    shut_down()
     return 0
 
 

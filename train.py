@@ -30,11 +30,17 @@ import config
 from config import command_line
 from data.loaders.decode import UnreadableImageError
 from engine.checkpoint.async_saver import AsyncSaver, SavingError
-from engine.checkpoint.run_directory import OccupiedError, RunDirectory
-from engine.distributed import processes as distributed
+from engine.checkpoint.run_directory import RunDirectory, RunLockedError
 from engine.distributed.consensus import Vote
-from engine.distributed.elastic import Elastic, give_up
-from engine.distributed.processes import Processes
+from engine.distributed.elastic import Elastic, prevent_restarts
+from engine.distributed.processes import (
+    Processes,
+    abort,
+    exit_on_failure,
+    init_processes,
+    is_lost_connection,
+    shut_down,
+)
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
 from engine.loop import StepMetrics
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
     except ValueError as error:
-        give_up()
+        prevent_restarts()
         parser.fail(error)
     elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
     if elastic.idle:
@@ -59,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         elastic.stand_by(lambda: INTERRUPTION.received is not None)
         return 0
     try:
-        processes = distributed.start(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
+        processes = init_processes(cfg.DEVICE, cfg.DIST.START_TIMEOUT, cfg.DIST.TIMEOUT)
     except ValueError as error:
         parser.fail(error)
-    with distributed.ending_at_once():
+    with exit_on_failure():
         status = work(parser, cfg, args, elastic, processes)
         if status == ENDED:
-            distributed.abandon(status)
+            abort(status)
     elastic.finish()
-    distributed.stop()
+    shut_down()
     return status
 
 
@@ -87,7 +93,7 @@ def work(
         announce(session, with_memory=True) if args.dry_run else evaluate_only(session)
         return 0
     except (DivergedError, SavingError, UnreadableImageError) as error:
-        give_up()
+        prevent_restarts()
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
         log.warning("interrupted; the same command continues from the last checkpoint")
@@ -96,7 +102,7 @@ def work(
         log.warning("interrupted")
         return PREEMPTED
     except RuntimeError as error:
-        if processes.world == 1 or not distributed.is_lost_contact(error):
+        if processes.world == 1 or not is_lost_connection(error):
             raise
         said = f"lost the others {where(session)}: {str(error).splitlines()[0][:200]}. One has ended or waits for something else"
         remedy = "see what it says; the same command continues from the last checkpoint"
@@ -128,12 +134,12 @@ def build_or_fail(
     """Build the session; end the process with the message of what the user can mend."""
     try:
         if args.dry_run:
-            saver.run.check_place()
+            saver.run.check_writable()
         return build_session(cfg, args, processes, saver, lambda: INTERRUPTION.received is not None)
-    except OccupiedError as error:
+    except RunLockedError as error:
         parser.fail(error, processes.name)
     except ValueError as error:
-        give_up()
+        prevent_restarts()
         parser.fail(error, processes.name)
 
 
@@ -150,9 +156,9 @@ def train(s: Session) -> int:
             while not s.state.complete:
                 (end_epoch if s.state.between_epochs else train_epoch)(s)
             if not s.saver.finish():
-                s.saver.failures = s.saver.max_failures
+                s.saver.give_up()
             if s.consensus.agree() is Vote.FAIL:
-                raise s.saver.complaint()
+                raise s.saver.saving_error()
         except PreemptedError:
             return stop_early(s)
         s.log.info(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
@@ -190,7 +196,7 @@ def train_epoch(s: Session) -> None:
         roll_back(error, state, s.loop, s.data.sampler, s.saver, s.processes)
         save(s)
         s.saver.wait()  # a run that is killed from here on does not go back a second time
-        log.open_again(s.run.path, s.open_log)
+        log.reopen(s.run.path, s.open_log)
     log.end_epoch()
 
 
@@ -218,9 +224,9 @@ def stop_early(s: Session) -> int:
     if s.state.update:
         save(s)
     if not s.saver.finish():  # a mark would have it started again, for ever without progress
-        s.saver.failures = s.saver.max_failures
+        s.saver.give_up()
     if s.consensus.agree() is Vote.FAIL:
-        raise s.saver.complaint()
+        raise s.saver.saving_error()
     if s.processes.main:
         why = INTERRUPTION.received.name if INTERRUPTION.received else "a signal to another process"
         leave_mark(s, s.run.preempted, f"by {why} after update {s.state.update}")
@@ -233,7 +239,7 @@ def stop_early(s: Session) -> int:
 def leave_mark(s: Session, mark: Path, text: str) -> None:
     """Leave the file `preempted` or `done`, or say that there is none."""
     try:
-        s.run.mark(mark, text)
+        s.run.write_marker(mark, text)
     except OSError as error:
         s.log.warning(f"{mark} cannot be written ({error.strerror}): whoever looks for it finds nothing")
 

@@ -43,9 +43,8 @@ from config import command_line
 from engine.build import prepare_model
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
-from engine.distributed import processes as distributed
 from engine.distributed.ddp import wrap_in_ddp
-from engine.distributed.processes import Processes
+from engine.distributed.processes import Processes, init_processes, shut_down
 from engine.logging.log import Log
 from engine.optim.build import build_optimizer
 from engine.precision import Precision
@@ -163,7 +162,7 @@ def run(args: Namespace) -> Row | None:
     """Measure in this process, one of those that were started together; the main one returns the row."""
     with tempfile.TemporaryDirectory() as folder:
         cfg, typed = load(args, int(os.environ.get("WORLD_SIZE", "1")), folder)
-        processes = distributed.start(cfg.DEVICE)
+        processes = init_processes(cfg.DEVICE)
         log = Log(processes.main)
         log.console = Console(file=io.StringIO())
         saver = AsyncSaver(RunDirectory(Path(folder) / "run", 1), log, 1)
@@ -198,14 +197,14 @@ def run(args: Namespace) -> Row | None:
     for name, values in found.items():
         row[name] = astuple(Spread.of(values))
     main = processes.main
-    distributed.stop()
+    shut_down()
     return row if main else None
 
 
 def meet(processes: Processes) -> None:
     """Wait for the other processes."""
     if processes.world > 1:
-        dist.barrier(group=processes.hosts)
+        dist.barrier(group=processes.host_group)
 
 
 def launch(argv: Sequence[str], processes: int) -> Row:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine.checkpoint.run_directory import differences
+from engine.checkpoint.run_directory import config_differences
 
 RATES = ("images_per_s", "data_share", "seconds")  # of the machine, not of the run
 PLACE = (
@@ -148,7 +148,7 @@ def compare(a: Run, b: Run, tolerance: float) -> Comparison:
     return Comparison(
         a=str(a.path),
         b=str(b.path),
-        config=differences(a.config, b.config, ()),
+        config=config_differences(a.config, b.config, ()),
         manifest=manifest_differences(a.manifest, b.manifest),
         parting=parting,
         largest_loss=max(losses, key=_size, default=None),

@@ -14,7 +14,7 @@ from config import command_line
 from data.build import Data
 from engine.build import wrap_teacher
 from engine.checkpoint.async_saver import AsyncSaver, load_on_all
-from engine.checkpoint.run_directory import RunDirectory, differences
+from engine.checkpoint.run_directory import RunDirectory, config_differences
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
 from engine.loss import Teacher
@@ -31,7 +31,7 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str
         return
     old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
     decoded = () if "synthetic" in (old["DATA"]["LOADER"], cfg.DATA.LOADER) else DECODING
-    changed = differences(old, new, (*free, "TRAIN.MICRO_BATCH", *decoded))
+    changed = config_differences(old, new, (*free, "TRAIN.MICRO_BATCH", *decoded))
     if changed:
         raise ValueError(
             f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
@@ -40,7 +40,7 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
         micro = f"{old['TRAIN']['MICRO_BATCH']} -> {cfg.TRAIN.MICRO_BATCH}"
         log.warning(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
-    if decoding := [change for change in differences(old, new, ()) if change.startswith(DECODING)]:
+    if decoding := [change for change in config_differences(old, new, ()) if change.startswith(DECODING)]:
         log.warning(
             f"{'; '.join(decoding)}: the same images in the same order, with pixels that differ by part of a level"
         )
@@ -74,7 +74,7 @@ def restore(
         else:
             saver.continue_from(state)
             if processes.main and not (args.eval or args.dry_run):
-                saver.mend_best(state, stored)
+                saver.restore_best_files(state, stored)
         for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
             if value:
                 log.info(f"{flag} {value} is not read: the run has gone further")

@@ -44,7 +44,7 @@ def roll_back(
     saver.stored = None  # the file does not say yet that the run has gone back
     saver.log.warning(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
     if processes.main:
-        saver.mend_best(state, stored)
+        saver.restore_best_files(state, stored)
 
 
 def find_good(saver: AsyncSaver, processes: Processes) -> tuple[Path | None, dict[str, Any] | None]:

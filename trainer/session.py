@@ -15,7 +15,7 @@ from data.build import Data, build_data
 from engine.batch_plan import accumulation
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.run_directory import RunDirectory, this_start
+from engine.checkpoint.run_directory import RunDirectory, describe_start
 from engine.compilation import Compilation
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
@@ -94,7 +94,7 @@ class Session:
         if vote == Vote.STOP:
             raise PreemptedError
         if vote == Vote.FAIL:
-            raise self.saver.complaint()
+            raise self.saver.saving_error()
 
     def metadata(self) -> dict[str, Any]:
         """Return what a reader of a checkpoint wants to know about it."""
@@ -169,15 +169,15 @@ def build_session(
 
 def open_run(s: Session) -> None:
     """Begin or continue the files of the run directory. Raises ValueError if they cannot be written."""
-    start = this_start(s.processes.world, s.state.update, s.processes.device)
+    start = describe_start(s.processes.world, s.state.update, s.processes.device)
     try:
-        s.run.create(config.dump(s.cfg))
+        s.run.write_config(config.dump(s.cfg))
         s.run.record_start(
             s.metadata(), {**start, **custom_model_metadata(s.cfg), "config": yaml.safe_load(config.dump(s.cfg))}
         )
         s.open_log()
     except OSError as error:
-        raise s.run.cannot_write(error) from error
+        raise s.run.write_error(error) from error
 
 
 def as_imagenet(cfg: CfgNode) -> CfgNode:

@@ -17,7 +17,7 @@ import models  # noqa: F401  registers the families
 from data.augment.build import build_eval_transform
 from data.loaders.sampler import Sampler
 from engine.build import build_plan, build_state
-from engine.checkpoint.run_directory import differences
+from engine.checkpoint.run_directory import config_differences
 from engine.distributed.processes import Processes
 from engine.optim.build import build_learning_rate, build_optimizer
 from engine.precision import Precision
@@ -291,7 +291,7 @@ def test_differences_between_the_modes_are_those_in_the_docs():
                 with pytest.raises(ValueError, match="nobody published"):
                     recipe(family, variant, size, "published")
                 continue
-            changes = differences(
+            changes = config_differences(
                 recipe(family, variant, size), recipe(family, variant, size, "published"), ("RECIPE.MODE",)
             )
             for change in changes:

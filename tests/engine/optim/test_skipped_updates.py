@@ -123,12 +123,12 @@ def test_run_rolls_back_once_and_ends_as_an_undisturbed_one(small_cfg, tmp_path,
     assert run_here(small_cfg, tmp_path / "clean") == 0
     seen, kept = [], []
 
-    def mend_best(self, *args):
+    def restore_best_files(self, *args):
         kept.append([path.name for path in self.run.checkpoints.numbered()])
-        return whole_mend_best(self, *args)
+        return whole_restore_best_files(self, *args)
 
-    whole_mend_best = AsyncSaver.mend_best
-    monkeypatch.setattr(AsyncSaver, "mend_best", mend_best)
+    whole_restore_best_files = AsyncSaver.restore_best_files
+    monkeypatch.setattr(AsyncSaver, "restore_best_files", restore_best_files)
 
     def spoils(update, micro):  # twice, as a transient fault of a device
         seen.append(update)
@@ -180,7 +180,7 @@ def test_rollback_is_stored_before_training_continues(small_cfg, tmp_path, monke
     Poison(monkeypatch, lambda update, micro: update >= 8)
     diverging = ("TRAIN.MAX_SKIPPED", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "open_again", end)
+        patch.setattr(Log, "reopen", end)
         patch.setattr("trainer.rollback.write_json", no_space)  # must not end the run
         assert run_here(small_cfg, tmp_path, *diverging) == 130
     assert "diverged.json cannot be written (No space left on device)" in capsys.readouterr().out
