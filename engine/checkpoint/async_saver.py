@@ -146,6 +146,10 @@ class AsyncSaver:
             self.wait()
         return self._job is None
 
+    def give_up(self) -> None:
+        """Count saving as failed from here on, so that all processes vote to fail."""
+        self.failures = self.max_failures
+
     def continue_from(self, state: TrainState) -> None:
         """Take note that a state was read from this run's own checkpoint."""
         self.stored, self._good = (state.update, state.closed), state.update
