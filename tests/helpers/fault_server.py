@@ -22,6 +22,7 @@ import torch
 
 import engine.checkpoint.files
 import train
+import trainer.epochs
 from engine.checkpoint.files import CheckpointFolder, load_state
 from engine.loop import Loop
 
@@ -85,7 +86,7 @@ def start(argv, folder, where):
             engine.checkpoint.files.write_atomically = where.wrap(
                 "checkpoint", engine.checkpoint.files.write_atomically
             )
-            train.evaluate_all = where.wrap("evaluation", train.evaluate_all)
+            trainer.epochs.evaluate_raw_and_ema = where.wrap("evaluation", trainer.epochs.evaluate_raw_and_ema)
             Loop._train_update = where.wrap("training", Loop._train_update)
             try:
                 status = train.main([*argv, "--output", str(folder)])
