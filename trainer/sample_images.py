@@ -79,7 +79,7 @@ class SampleImages:
             first += len(batch)
 
     def is_due(self, epoch: int, last: bool) -> bool:
-        """Return whether to draw at the evaluation after `epoch` (from 1): the first after each multiple of `every`, and the last."""
+        """Return True if the evaluation after `epoch` (from 1) draws: the first after each multiple of `every`, and the last."""
         if not (self._is_on and self.samples):
             return False
         return last or epoch // self.every > (epoch - self.evaluated_every) // self.every
