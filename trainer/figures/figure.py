@@ -1,4 +1,4 @@
-"""Figures of panels: one at the photograph's own resolution, or many on a sheet."""
+"""Figures of panels: a single panel at the resolution of the photograph, or many on a contact sheet."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -25,14 +25,14 @@ STRIP = 0.5  # below a panel, for its scale, inches
 HEAD = 0.3  # above it, for its title
 MARGIN = 0.12
 CAPTION = 10  # points; less where it would not fit
-SHEET_PIXELS = 480  # width of a panel on a sheet
-SMALL = 1000  # pixels; a narrower photograph is enlarged by a whole factor, for lines and text to be fine
-COLUMNS = 4  # at most so many panels beside the photograph
-TALL = 1.5  # height by width of a panel on a sheet, at most
+SHEET_PIXELS = 480  # width of a panel on a sheet, pixels
+SMALL = 1000  # pixels; a narrower photograph is enlarged by an integer factor, so that lines and text are thin
+COLUMNS = 4  # largest number of panels beside the photograph
+TALL = 1.5  # largest ratio of height to width of a panel on a sheet
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # text is written as text, not as paths
     "pdf.fonttype": 42,
     "axes.linewidth": 0.5,
 }
@@ -45,7 +45,7 @@ def single(panel: Panel, caption: str = "") -> Figure:
 
 
 def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
-    """Return a contact sheet: for each photograph a caption, itself, and beside it the panels, stage by stage."""
+    """Return a contact sheet: for each photograph a caption, the photograph, and beside it the panels in order of stages."""
     lines: list[list[Panel | None]] = []
     heads: list[str] = []
     for panels, caption in zip(rows, captions, strict=True):
@@ -57,12 +57,12 @@ def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
 
 
 def arranged(panels: Sequence[Panel]) -> list[list[Panel]]:
-    """Break panels into lines, in as many columns as leave the fewest places empty; stages share a line if they fit whole."""
+    """Break panels into lines, in the number of columns with the fewest empty cells; whole stages may share a line."""
     stages = [list(group) for _, group in groupby(panels, lambda panel: panel.stage)]
     found = []
     for columns in range(min(3, len(panels)), COLUMNS + 1):
         lines: list[list[Panel]] = []
-        ragged = 0  # stages of several lines that do not fill them
+        ragged = 0  # stages of several lines whose last line is not full
         for stage in stages:
             pieces = [stage[i : i + columns] for i in range(0, len(stage), max(columns, 1))]
             if lines and len(lines[-1]) + len(pieces[0]) <= columns and len(pieces) == 1:
@@ -103,7 +103,7 @@ def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi:
 
 
 def _sizes(line: Sequence[Panel], tall: float) -> tuple[float, float]:
-    """Return the height in inches of a line of panels, and of what goes below them."""
+    """Return the height in inches of a line of panels, and of the scales and legends below them."""
     height = WIDTH * min(max(panel.pixels.shape[0] / panel.pixels.shape[1] for panel in line), tall)
     return height, STRIP if any(panel.scale or panel.legend for panel in line) else MARGIN
 

@@ -1,4 +1,4 @@
-"""One map laid over one photograph: the panels that figures are made of."""
+"""Panels of figures: one attention map drawn over one photograph."""
 
 from dataclasses import dataclass, field
 
@@ -9,10 +9,10 @@ from matplotlib.colors import Colormap
 from models.attention_hooks import AttentionMap
 from trainer.figures.photograph import Photograph
 
-SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both can be told apart by the colour-blind, the first in grey, too
+SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both are distinguishable with colour blindness, the first in greyscale too
 STRENGTH = 0.4, 0.75  # of the lowest and highest colour over the grey photograph
-FADE = 0.65  # how far what the model does not see goes to white
-TOP = 99.5  # percentile of the values at which colours end: single tokens would leave all others dark
+FADE = 0.65  # blend towards white of the pixels outside the model's input
+TOP = 99.5  # percentile of the values at which the colour scale ends, so that single tokens do not darken all others
 LEVELS = 256  # of a colour map
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 KINDS = {
@@ -20,26 +20,26 @@ KINDS = {
     "keys": "key weight, 1 is even",
     "attention": "attention, 1 is even",
 }
-SIGNED_LABEL = "weight of each token"  # it does not sum to 1, so nothing is even
+SIGNED_LABEL = "weight of each token"  # the weights do not sum to 1, so there is no uniform level
 TITLES = {"keys": "key weight"}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What colours stand for."""
+    """Scale of a panel's colours."""
 
     colours: Colormap
     low: float
     high: float
     label: str
-    beyond: str = "neither"  # which ends have values past them: neither, min, max, both
+    beyond: str = "neither"  # ends of the scale that values exceed: neither, min, max, both
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of a photograph's size with what is drawn over it."""
+    """An image of the photograph's size, with lines, legend and mark."""
 
-    name: str  # for a file
+    name: str  # part of a file name
     stage: int  # counted from 1; 0 for the photograph
     title: str
     pixels: np.ndarray  # uint8 (H, W, 3)
@@ -51,14 +51,14 @@ class Panel:
 
 
 def original(photo: Photograph, mark: tuple[float, float] | None = None) -> Panel:
-    """Return the photograph itself, faded where the model does not see it."""
+    """Return a panel of the photograph, faded outside the model's input."""
     return Panel("photograph", 0, "photograph", _faded(photo), mark=mark, seen=photo.seen)
 
 
 def panels(
     found: AttentionMap, index: int, photo: Photograph, mark: tuple[float, float] | None = None, smooth: bool = False
 ) -> list[Panel]:
-    """Return what shows a map of image `index` of the batch: two panels for regions, one for the rest."""
+    """Return the panels of a map of image `index` of the batch: two for a map of regions, one for any other."""
     reading = found.reading
     values = reading.values[index].cpu().numpy()
     where = f"stage {found.stage}, block {found.block}"
@@ -92,7 +92,7 @@ def _over(photo: Photograph, laid: np.ndarray, scale: Scale) -> np.ndarray:
     """Blend a map's colours with the grey photograph."""
     pixels, window = _faded(photo), photo.window()
     levels = np.linspace(0, 1, LEVELS)
-    far = np.abs(2 * levels - 1) if scale.low < 0 else levels  # from what is nothing special
+    far = np.abs(2 * levels - 1) if scale.low < 0 else levels  # distance from the neutral level
     share = np.clip((laid - np.float32(scale.low)) / np.float32(scale.high - scale.low), 0, 1)
     numbers = np.round((LEVELS - 1) * share).astype(np.uint8)
     pixels[window] = _blend(photo.pixels[window], numbers, scale.colours(levels)[:, :3], far)
@@ -100,7 +100,7 @@ def _over(photo: Photograph, laid: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def _blend(pixels: np.ndarray, numbers: np.ndarray, colours: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Lay over grey pixels the colours (n, 3), 0 to 1, that they are numbered with, the stronger the larger its share (n,)."""
+    """Blend into grey pixels the colours (n, 3), 0 to 1, that their numbers select, with strengths that grow with the shares (n,)."""
     strength = (STRENGTH[0] + (STRENGTH[1] - STRENGTH[0]) * share)[:, None]
     kept, added = (1 - strength).astype(np.float32), (strength * 255 * colours).astype(np.float32)
     return np.round(kept[numbers] * (pixels @ GREY)[..., None] + added[numbers]).astype(np.uint8)
@@ -183,7 +183,7 @@ def _edges(regions: np.ndarray) -> list[np.ndarray]:
 
 
 def _faded(photo: Photograph) -> np.ndarray:
-    """Return a copy of the photograph, faded where the model does not see it."""
+    """Return a copy of the photograph, faded outside the model's input."""
     levels = np.round((1 - FADE) * np.arange(256) + FADE * 255).astype(np.uint8)
     faded, window = levels[photo.pixels], photo.window()
     faded[window] = photo.pixels[window]

@@ -1,4 +1,4 @@
-"""A photograph and the part of it that a model sees, so that maps can be laid where they belong."""
+"""A photograph and the crop of it that is a model's input, to align maps with its pixels."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ RESAMPLING = {True: Image.Resampling.BICUBIC, False: Image.Resampling.NEAREST}
 
 @dataclass(frozen=True)
 class Photograph:
-    """Pixels as they were taken, and where the square lies that the model was given.
+    """Pixels of a photograph, and the position of the square that is the model's input.
 
     `box` is its left, top, right and bottom in pixels of the photograph; it may stick out (evaluation in border mode).
     `side` is its size in pixels of the model's input.
@@ -33,23 +33,23 @@ class Photograph:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
+        """Return height and width."""
         return self.pixels.shape[0], self.pixels.shape[1]
 
     @property
     def seen(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the whole pixels that the model sees."""
+        """Return left, top, right and bottom of the whole pixels in the model's input."""
         height, width = self.size
         left, top, right, bottom = (round(edge) for edge in self.box)
         return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
 
     def window(self) -> tuple[slice, slice]:
-        """Return the rows and columns that the model sees."""
+        """Return the rows and columns of the model's input."""
         left, top, right, bottom = self.seen
         return slice(top, bottom), slice(left, right)
 
     def lay(self, values: np.ndarray, patch: int, smooth: bool = False) -> np.ndarray:
-        """Enlarge a map (h, w), of tokens of patch × patch input pixels, to the pixels that the model sees.
+        """Enlarge a map (h, w), of tokens of patch × patch input pixels, to the pixels of the model's input.
 
         smooth: bicubic between the tokens' centres; else every pixel has its token's value. Gives float32, or int32 for numbers.
         """
@@ -62,13 +62,13 @@ class Photograph:
         return np.asarray(image.resize((right - left, bottom - top), RESAMPLING[smooth], box=area))
 
     def tokens(self, x: float, y: float, patch: int) -> tuple[float, float]:
-        """Return a place of the photograph in tokens of the model's grid, from left and top."""
+        """Return a position in the photograph in tokens of the model's grid, from left and top."""
         left, top, right, bottom = self.box
         across, down = self.side / patch / (right - left), self.side / patch / (bottom - top)
         return (x - left) * across, (y - top) * down
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Return a place of the photograph as fractions of what the model sees; ValueError if it lies outside."""
+        """Return a position in the photograph as fractions of the model's input. Raises ValueError if it lies outside."""
         left, top, right, bottom = self.seen
         if not (left <= x < right and top <= y < bottom):
             raise ValueError(
