@@ -95,7 +95,7 @@ def work(
         if processes.world == 1 or not distributed.is_lost_contact(error):
             raise
         cause = f"{str(error).splitlines()[0][:200]}. One has ended or waits for something else"
-        remedy = "see what it says; the same command continues from the last checkpoint"
+        remedy = "see its log; the same command continues from the last checkpoint"
         parser.stop(RuntimeError(f"lost the others {describe_position(session)}: {cause}, {remedy}"), processes.name)
     finally:
         saver.wait()

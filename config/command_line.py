@@ -74,7 +74,7 @@ def train_parser() -> Parser:
         "--eval", action="store_true", help="evaluate the run's latest weights, or --resume's, and stop"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, report what the run would do, write nothing, stop"
+        "--dry-run", action="store_true", help="build everything, print the summary of the run, write nothing, stop"
     )
     return parser
 

@@ -253,7 +253,7 @@ def _validate_distillation(cfg: CfgNode) -> None:
     if kind != "none" and not weights:
         raise ValueError(
             f"DISTILL.TEACHER={teacher!r} has random weights while DISTILL.TEACHER_WEIGHTS is empty: it would teach nothing; "
-            "name a file, or say pretrained for the weights that timm downloads"
+            "name a file, or set it to pretrained for the weights that timm downloads"
         )
     if kind == "hard" and cfg.DISTILL.TAU != 1:
         raise ValueError(

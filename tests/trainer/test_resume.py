@@ -175,5 +175,5 @@ def test_init_takes_the_headline_weights_of_a_file_that_holds_both(small_cfg, wh
     argv = ("--init", whole / "checkpoints/update-00000012.pt", "--eval")
     for headline, other in (("raw", "ema"), ("ema", "raw")):
         assert train(small_cfg, tmp_path, *argv, "--opts", "RECIPE.HEADLINE", headline) == 0
-        said = f"({headline} weights; the file also holds {other} weights, see MODEL.INIT_WEIGHTS)"
-        assert said in capsys.readouterr().out
+        expected = f"({headline} weights; the file also holds {other} weights, see MODEL.INIT_WEIGHTS)"
+        assert expected in capsys.readouterr().out
