@@ -35,7 +35,6 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn import functional as F
 
-import train
 from benchmarks import record
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, timed
@@ -50,6 +49,7 @@ from engine.optim.build import build_optimizer
 from engine.precision import Precision
 from models.build import build_model
 from trainer import session
+from trainer.epochs import train_epoch
 
 COLUMNS: record.Columns = {
     "config": lambda row: row["config"],
@@ -152,7 +152,7 @@ def one_epoch(s: session.Session) -> Callable[[], None]:
     """Return train.py's next epoch, as a step that is repeated."""
 
     def epoch() -> None:
-        train.train_epoch(s)
+        train_epoch(s)
         s.state.closed = s.state.update
 
     return epoch
@@ -165,8 +165,9 @@ def run(args: Namespace) -> Row | None:
         processes = init_processes(cfg.DEVICE)
         log = Log(processes.main)
         log.console = Console(file=io.StringIO())
-        saver = AsyncSaver(RunDirectory(Path(folder) / "run", 1), log, 1)
-        s = session.build_session(cfg, typed, processes, saver, lambda: False)
+        directory = RunDirectory(Path(folder) / "run", 1)
+        saver = AsyncSaver(directory, log, 1)
+        s = session.build_session(cfg, typed, processes, run=directory, log=log, saver=saver, interrupted=lambda: False)
         updates = s.state.plan.updates_per_epoch
         bare, whole, pieces = bare_step(s), one_epoch(s), Pieces(s, args.clock)
         bare()

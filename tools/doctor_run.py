@@ -24,7 +24,8 @@ from engine.logging.log import Log
 from engine.memory import Memory
 from tools.doctor_findings import Finding, fail, ok, warn
 from trainer.session import build_session
-from trainer.summary import estimate_memory, inert
+from trainer.summary import estimate_memory
+from trainer.unused_options import unused_options
 
 PROBE = 64 * 2**20  # bytes written to see how fast the disk is
 SLOW = 50e6  # bytes/s; a checkpoint then takes long, though training goes on meanwhile
@@ -118,7 +119,13 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
     args = argparse.Namespace(dry_run=True, eval=False, resume=None)
     try:
         session = build_session(
-            alone, args, Processes(0, 1, 0, device, "doctor"), AsyncSaver(directory, log, 1), lambda: False
+            alone,
+            args,
+            Processes(0, 1, 0, device, "doctor"),
+            run=directory,
+            log=log,
+            saver=AsyncSaver(directory, log, 1),
+            interrupted=lambda: False,
         )
     except ValueError as error:
         yield fail("run", str(error), "train.py would stop with the same words")
@@ -127,7 +134,7 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
         yield from data(cfg, session.data)
     parameters = sum(p.numel() for p in session.state.model.parameters())
     yield ok("model", f"{cfg.MODEL.NAME}, {parameters:,} parameters")
-    for text in inert(cfg, session.state.model, world):
+    for text in unused_options(cfg, session.state.model, world):
         yield warn("config", f"no effect: {text}", "take it out of the config")
     memory = estimate_memory(cfg, session.state, session.precision)
     yield from _memory(cfg, memory, device)

@@ -23,6 +23,7 @@ import torch
 
 import engine.checkpoint.files
 import train
+import trainer.epochs
 from engine.checkpoint.files import CheckpointFolder, load_state
 from engine.loop import Loop
 
@@ -88,7 +89,7 @@ def start(argv, folder, phases):
             engine.checkpoint.files.write_atomically = phases.wrap(
                 "checkpoint", engine.checkpoint.files.write_atomically
             )
-            train.evaluate_all = phases.wrap("evaluation", train.evaluate_all)
+            trainer.epochs.evaluate_raw_and_ema = phases.wrap("evaluation", trainer.epochs.evaluate_raw_and_ema)
             Loop._train_update = phases.wrap("training", Loop._train_update)
             try:
                 status = train.main([*argv, "--output", str(folder)])

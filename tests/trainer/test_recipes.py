@@ -273,7 +273,7 @@ def test_stvit_large_raises_drop_path_at_epoch_260():
 
 
 def table_of_differences():
-    """Return {(family or variant, key): (corrected, published)} as docs/recipes.md says."""
+    """Return {(family or variant, key): (corrected, published)} of the table in docs/recipes.md."""
     text = (ROOT / "docs/recipes.md").read_text()
     section = text[text.index("## What differs between the modes") :].split("\n## ")[0]
     cells = [
@@ -284,7 +284,7 @@ def table_of_differences():
 
 def test_differences_between_the_modes_are_those_in_the_docs():
     names = {"sgformer": "SG-Former", "groupmixformer": "GroupMixFormer", "stvit": "STViT"}
-    said, found = table_of_differences(), {}
+    documented, found = table_of_differences(), {}
     for family, variant in VARIANTS:
         for size in (224, 384):
             if size == 384 and family != "stvit":
@@ -299,10 +299,10 @@ def test_differences_between_the_modes_are_those_in_the_docs():
                 old, new = (yaml.safe_load(value) for value in values.split(" -> "))
                 who = "all" if key == "TRAIN.AMP" else "STViT-L" if "DROP_PATH" in key else names[family]
                 found[who, key] = (str(old).lower(), str(new).lower() or "constant")
-    assert {key: tuple(v.lower() for v in values) for key, values in said.items()} == found
+    assert {key: tuple(v.lower() for v in values) for key, values in documented.items()} == found
 
 
-def test_mode_is_merged_before_what_the_command_line_says():
+def test_mode_is_merged_before_the_options_of_the_command_line():
     cfg = recipe("stvit", "small", 224, "published", "SCHEDULE.DELAY", 3)
     assert (cfg.SCHEDULE.DELAY, cfg.TRAIN.AMP, cfg.RECIPE.MODE) == (3, "fp16", "published")
     assert recipe("stvit", "small").SCHEDULE.DELAY == 0

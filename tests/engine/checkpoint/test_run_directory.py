@@ -10,6 +10,7 @@ import pytest
 import train
 from engine.checkpoint.run_directory import RunDirectory, RunLockedError
 from engine.logging.log import Log
+from trainer.stopping import write_mark
 
 
 def test_lock_file_that_its_owner_removes_meanwhile_is_created_again(tmp_path, monkeypatch):
@@ -76,8 +77,10 @@ def test_marker_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     warnings = []
     run = RunDirectory(tmp_path, 2)
     monkeypatch.setattr(RunDirectory, "write_marker", lambda *args: no_space())
-    train.leave_mark(SimpleNamespace(run=run, log=SimpleNamespace(warning=warnings.append)), run.done, "after update 1")
-    assert warnings == [f"{run.done} cannot be written (No space left on device): whoever looks for it finds nothing"]
+    write_mark(SimpleNamespace(run=run, log=SimpleNamespace(warning=warnings.append)), run.done, "after update 1")
+    assert warnings == [
+        f"{run.done} cannot be written (No space left on device): job scripts that look for it will not find it"
+    ]
 
 
 def no_space():

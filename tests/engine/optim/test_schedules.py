@@ -14,7 +14,7 @@ from engine.build import build_state
 from engine.checkpoint.files import load_state
 from engine.drop_path import drop_path_setter
 from engine.precision import Precision
-from tests.trainer.test_train import assert_same_state
+from tests.helpers.small_runs import assert_same_state
 
 ALL = (
     *(
