@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.helpers.documented", "tests.helpers.documented_programs")
-
 from tests.helpers.documented_workspace import build_workspace, link_checkout
 
 
