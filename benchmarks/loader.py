@@ -32,7 +32,7 @@ from benchmarks import record
 from config.command_line import Parser
 from data.augment.device_stage import DeviceStage
 from data.augment.mixup import Mixup
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import TrainTransform
 from data.loaders.dali_loader import DaliTrainLoader, check_dali
 from data.loaders.sampler import Sampler

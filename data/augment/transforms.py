@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from common.rng import keyed_generator
 from common.timeline import Timeline
-from data.augment import rand_augment
-from data.augment.rand_augment_tensor import augment
+from data.augment.rand_augment import augment
+from data.augment.rand_augment_policy import Op, Policy, draw_ops
 from data.augment.random_erasing import RandomErasing
 
 ATTEMPTS = 10
@@ -43,7 +43,7 @@ class TrainDraw:
     crop: Crop
     interpolation: str
     flip: bool
-    ops: tuple[rand_augment.Op, ...]
+    ops: tuple[Op, ...]
     erase: np.ndarray  # int64 (count, 4)
 
 
@@ -79,7 +79,7 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     interpolation: str = "bicubic"  # bicubic, bilinear, or random of the two
-    policy: rand_augment.Policy | None = None  # None is off
+    policy: Policy | None = None  # None is off
     erase: RandomErasing = field(default_factory=RandomErasing)
     fill: tuple[int, int, int] = IMAGENET_FILL  # what RandAugment's geometric operations bring in from outside
     sizes: Timeline | None = None
@@ -93,7 +93,7 @@ class TrainTransform:
         """Return the size of an epoch's images."""
         return int(self.sizes.at(epoch)) if self.sizes else self.size
 
-    def policy_in(self, epoch: int) -> rand_augment.Policy | None:
+    def policy_in(self, epoch: int) -> Policy | None:
         """Return an epoch's policy."""
         if self.policy and self.magnitude:
             return replace(self.policy, magnitude=self.magnitude.at(epoch))
@@ -108,7 +108,7 @@ class TrainTransform:
             interpolation = ("bilinear", "bicubic")[rng.randint(2)]
         flip = bool(rng.random_sample() < self.hflip)
         policy, size = self.policy_in(epoch), self.size_in(epoch)
-        ops = rand_augment.draw(policy, rng, self.interpolation) if policy else ()
+        ops = draw_ops(policy, rng, self.interpolation) if policy else ()
         return TrainDraw(size, crop, interpolation, flip, ops, self.erase.draw(rng, size))
 
     def apply(self, image: Tensor, drawn: TrainDraw) -> Tensor:

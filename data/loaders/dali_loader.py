@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment.rand_augment import Op
-from data.augment.rand_augment_tensor import RandAugment
+from data.augment.rand_augment import RandAugment
+from data.augment.rand_augment_policy import Op
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import BadImage, read_or_replace
 from data.loaders.batch import Batch

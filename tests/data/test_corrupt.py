@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train as train_script
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
 from data.loaders.decode import UnreadableImageError, decode

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment.rand_augment import parse_policy
-from data.augment.rand_augment_tensor import RandAugment
+from data.augment.rand_augment import RandAugment
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, check_dali
 from data.loaders.decode import UnreadableImageError

@@ -9,7 +9,7 @@ import torch
 
 from data.augment.device_stage import DeviceStage
 from data.augment.mixup import Mixup
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader
