@@ -35,7 +35,7 @@ from data.augment.rand_augment import RandAugment, augment
 from data.augment.rand_augment_policy import INCREASING_OPS, Op, argument, draw_ops, parse_policy
 from data.augment.transforms import EvalTransform
 from data.loaders.batch import Batch
-from data.loaders.torch_loader import load
+from data.loaders.image_source import load
 from tests.helpers.pillow_rand_augment import apply
 
 FILL = (124, 116, 104)

@@ -24,7 +24,7 @@ from rich.progress import track
 from config.command_line import Parser
 from data.build import Source
 from data.loaders.decode import UnreadableImageError
-from data.loaders.torch_loader import load
+from data.loaders.image_source import load
 from data.stores.archive_index import NoImagesError
 from data.stores.folder import read_class_index
 from data.stores.layout import NoSplitError
