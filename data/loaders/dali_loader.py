@@ -24,7 +24,7 @@ from data.loaders.base import BaseEvalLoader, BaseTrainLoader
 from data.loaders.batch import BadImage, Batch
 from data.loaders.decode import MAX_PIXELS, decode
 from data.loaders.image_source import ImageSource, read
-from data.loaders.jpeg import ordinary
+from data.loaders.jpeg import ordinary_header
 from data.loaders.sampler import SampleKey
 from data.loaders.torch_loader import BatchDataset, build_dataloader, iterate_batches
 
@@ -74,7 +74,7 @@ def read_for_dali(source: ImageSource, index: int, decoded: bool = False) -> Fil
     With `decoded` every file is decoded here and handed over as pixels.
     """
     data = read(source, index)
-    header = None if decoded else ordinary(data)
+    header = None if decoded else ordinary_header(data)
     if header is not None and header.height * header.width <= MAX_PIXELS:
         return data, header.height, header.width
     image = decode(data, source.name(index))

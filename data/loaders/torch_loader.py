@@ -14,17 +14,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from data.augment.transforms import EvalTransform, TrainDraw, TrainTransform
+from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import read_or_replace
 from data.loaders.base import BaseEvalLoader, BaseTrainLoader
 from data.loaders.batch import BadImage, Batch
-from data.loaders.decode import MAX_PIXELS, UnreadableImageError, decode
-from data.loaders.decode_top import decode_top
-from data.loaders.image_source import ImageSource, load, read
-from data.loaders.jpeg import ordinary
+from data.loaders.decode import UnreadableImageError
+from data.loaders.image_source import ImageSource, load
 from data.loaders.sampler import SampleKey
 from data.loaders.workers import Workers, ignore_signals
 
@@ -67,23 +64,15 @@ class TrainDataset(BatchDataset[SampleKey, TrainTransform, Batch]):
         indices = np.array([key.image for key in keys], dtype=np.int64)
         bad: list[BadImage] = []
         for row, (epoch, position, index) in enumerate(keys):
-            load_drawn = partial(self._load, epoch, position)
-            (image, drawn), indices[row], replaced = read_or_replace(index, len(self), load_drawn, self.source.name)
+            image, indices[row], replaced = read_or_replace(
+                index, len(self), partial(load, self.source), self.source.name
+            )
             bad += replaced
+            drawn = self.transform.draw(epoch, position, image.shape[-2], image.shape[-1])
             images[row].copy_(self.transform.apply(image, drawn))
             erase[row] = drawn.erase
         labels = self.source.labels[indices]
         return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), torch.from_numpy(erase), tuple(bad))
-
-    def _load(self, epoch: int, position: int, index: int) -> tuple[Tensor, TrainDraw]:
-        """Return an image and its choices; of a JPEG, where a loader process decodes it, no rows below the crop."""
-        data, name = read(self.source, index), self.source.name(index)
-        found = ordinary(data) if get_worker_info() else None
-        if found is not None and found.height * found.width <= MAX_PIXELS:
-            drawn = self.transform.draw(epoch, position, found.height, found.width)
-            return decode_top(data, found, drawn.crop.top + drawn.crop.height, name), drawn
-        image = decode(data, name)
-        return image, self.transform.draw(epoch, position, image.shape[-2], image.shape[-1])
 
 
 class EvalDataset(BatchDataset[int, EvalTransform, Batch]):
