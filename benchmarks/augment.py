@@ -29,14 +29,14 @@ from torch import Tensor
 from benchmarks.loader import find_source
 from common.rng import keyed_generator
 from config.command_line import Parser
-from data.augment import rand_augment
 from data.augment.device_stage import DeviceStage
 from data.augment.mixup import Mixup
-from data.augment.rand_augment import INCREASING_OPS, Op, argument, parse_policy
-from data.augment.rand_augment_tensor import RandAugment, augment
+from data.augment.rand_augment import RandAugment, augment
+from data.augment.rand_augment_policy import INCREASING_OPS, Op, argument, draw_ops, parse_policy
 from data.augment.transforms import EvalTransform
 from data.loaders.batch import Batch
-from data.loaders.torch_loader import load
+from data.loaders.image_source import load
+from tests.helpers.pillow_rand_augment import apply
 
 FILL = (124, 116, 104)
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -45,7 +45,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 def by_timm(image: Tensor, ops: Sequence[Op]) -> Tensor:
     """Run timm's functions on a Pillow image, from tensor to tensor."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return torch.from_numpy(np.array(rand_augment.apply(picture, ops, FILL))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(apply(picture, ops, FILL))).permute(2, 0, 1)
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
@@ -71,7 +71,7 @@ def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[st
 def batch_ways(images: Tensor) -> dict[str, Callable[[], object]]:
     """Return what is measured for a whole batch."""
     policy = parse_policy(POLICY)
-    ops = [rand_augment.draw(policy, keyed_generator(0, "augment", 0, row), "bicubic") for row in range(len(images))]
+    ops = [draw_ops(policy, keyed_generator(0, "augment", 0, row), "bicubic") for row in range(len(images))]
     cpu = RandAugment(FILL)
     ways: dict[str, Callable[[], object]] = {
         "timm, Pillow, an image at a time": lambda: [by_timm(*pair) for pair in zip(images, ops, strict=True)],

@@ -32,11 +32,12 @@ from benchmarks import record
 from config.command_line import Parser
 from data.augment.device_stage import DeviceStage
 from data.augment.mixup import Mixup
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import TrainTransform
 from data.loaders.dali_loader import DaliTrainLoader, check_dali
+from data.loaders.image_source import load
 from data.loaders.sampler import Sampler
-from data.loaders.torch_loader import TrainLoader, load
+from data.loaders.torch_loader import TrainLoader
 from data.stores.folder import FolderSource, class_folders, scan
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

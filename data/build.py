@@ -24,10 +24,11 @@ from data.augment.device_stage import DeviceStage
 from data.augment.transforms import EvalTransform
 from data.loaders.bad_images import BadImages
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
+from data.loaders.image_source import ImageSource
 from data.loaders.sampler import Sampler
 from data.loaders.shared_memory import check_shared_memory, default_workers
 from data.loaders.synthetic import SyntheticEval, SyntheticTrain
-from data.loaders.torch_loader import EvalLoader, ImageSource, TrainLoader
+from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_listing import Progress
 from data.stores.archive_source import ArchiveSource

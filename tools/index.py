@@ -23,7 +23,7 @@ from rich.progress import track
 
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
-from data.loaders.torch_loader import ImageSource, load
+from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index

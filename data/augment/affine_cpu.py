@@ -1,63 +1,68 @@
-"""Shear or translate one image on the CPU exactly as Pillow's bicubic Image.transform does, in half of its time or less.
+"""Affine operations along one axis for one image on the CPU, as Pillow's bicubic Image.transform, in at most half of its time.
 
-Along one axis four pixels count, not Pillow's sixteen, and float32 holds their sum to 1e-3 of a level. Only where a sum
-comes that close to a whole level, at which Pillow's cutting off decides, is it computed again in Pillow's own float64.
+Along one axis four pixels count, not Pillow's sixteen, and float32 holds their sum to 1e-3 of a level. A sum within that
+distance of a whole level, where truncation decides, is computed again in Pillow's float64.
 """
 
-# S side of the image, L lines (rows for x, columns for y; 1 where all are moved alike), T pixels of a line that change
+# S side of the image, L lines (rows for x, columns for y; 1 where all lines move by the same distance), T pixels of a line
+# that come from inside the image
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-DOUBT = 1e-3  # float32 errs by at most 2e-4 on four products of levels
+TOLERANCE = 1e-3  # of a level; float32 errs by at most 2e-4 on four products of levels
 
 
-def affine_cpu(image: Tensor, numbers: tuple[float, ...], axis: str, fill: tuple[int, int, int]) -> Tensor:
-    """Transform uint8 (3, S, S) by the six numbers of affine.matrix, which move places along `axis` (x or y) only."""
+def affine_cpu(image: Tensor, coefficients: tuple[float, ...], axis: str, fill: Tensor) -> Tensor:
+    """Transform uint8 (3, S, S) by six affine coefficients that move pixels along `axis` (x or y) only; `fill` is uint8 (3,)."""
     lines = (image if axis == "x" else image.transpose(1, 2)).contiguous().numpy()
-    scale, slant, constant = numbers[:3] if axis == "x" else (numbers[4], numbers[3], numbers[5])
+    scale, shear, constant = coefficients[:3] if axis == "x" else (coefficients[4], coefficients[3], coefficients[5])
     size = lines.shape[-1]
     centres = np.arange(size) + 0.5
-    places = np.add.outer(slant * (centres if slant else np.zeros(1)), scale * centres)  # (L, S)
-    places += constant
-    inside = (places >= 0) & (places < size)
-    colour = np.array(fill, dtype=np.uint8)[:, None, None]
+    coordinates = np.add.outer(shear * (centres if shear else np.zeros(1)), scale * centres)  # (L, S)
+    coordinates += constant
+    inside = (coordinates >= 0) & (coordinates < size)
+    colour = fill.numpy()[:, None, None]
     result = np.empty_like(lines)
-    hit = np.flatnonzero(inside.any(0))
-    if len(hit) < size:
+    reached = np.flatnonzero(inside.any(0))
+    if len(reached) < size:
         result[:] = colour
-    if len(hit):
-        part = slice(int(hit[0]), int(hit[-1]) + 1)
-        inside = inside[:, part]
-        moved = _moved(lines, places, inside, part)
+    if len(reached):
+        columns = slice(int(reached[0]), int(reached[-1]) + 1)
+        inside = inside[:, columns]
+        moved = _interpolate(lines, coordinates, inside, columns)
         if not inside.all():
             moved *= inside
             moved += colour * ~inside
-        result[..., part] = moved
+        result[..., columns] = moved
     found = torch.from_numpy(result)
     return found if axis == "x" else found.transpose(1, 2)
 
 
-def _moved(lines: np.ndarray, places: np.ndarray, inside: np.ndarray, part: slice) -> np.ndarray:
-    """Return what lies at places[:, part] of lines (3, S, S), uint8 (3, S, T)."""
-    size, count = lines.shape[-1], part.stop - part.start
-    start = places[:, 0] - 0.5
+def _interpolate(lines: np.ndarray, coordinates: np.ndarray, inside: np.ndarray, columns: slice) -> np.ndarray:
+    """Return the levels of lines (3, S, S) at coordinates[:, columns], uint8 (3, S, T)."""
+    size, count = lines.shape[-1], columns.stop - columns.start
+    start = coordinates[:, 0] - 0.5
     whole = np.floor(start)
     d = (start - whole)[:, None]
-    window = torch.from_numpy(_windows(lines, whole.astype(np.intp) + part.start - 1, count + 3).astype(np.float32))
-    first, *rest = (torch.from_numpy(weight.astype(np.float32)) for weight in _weights(d))
+    window = torch.from_numpy(
+        _line_windows(lines, whole.astype(np.intp) + columns.start - 1, count + 3).astype(np.float32)
+    )
+    first, *rest = (torch.from_numpy(weight.astype(np.float32)) for weight in _cubic_weights(d))
     values = window[..., :count] * first
     for k, weight in enumerate(rest, 1):
         values.addcmul_(window[..., k : k + count], weight)
-    moved = values.clamp_(0, 255).add_(DOUBT).numpy().astype(np.uint8)
-    doubt = np.flatnonzero((moved != values.sub_(2 * DOUBT).numpy().astype(np.uint8)) & inside)
-    moved.reshape(-1)[doubt] = _exactly(lines, np.broadcast_to(places, (size, size))[:, part], doubt)
+    moved = values.clamp_(0, 255).add_(TOLERANCE).numpy().astype(np.uint8)
+    uncertain = np.flatnonzero((moved != values.sub_(2 * TOLERANCE).numpy().astype(np.uint8)) & inside)
+    moved.reshape(-1)[uncertain] = _interpolate_float64(
+        lines, np.broadcast_to(coordinates, (size, size))[:, columns], uncertain
+    )
     return moved
 
 
-def _windows(lines: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+def _line_windows(lines: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     """Return `length` pixels of each line from its start (L,), uint8 (3, S, length), the ends repeated outside."""
     size = lines.shape[-1]
     starts = starts.clip(-size - length, 2 * size)
@@ -72,19 +77,19 @@ def _windows(lines: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     return sliding_window_view(padded.reshape(-1), length)[own].reshape(3, size, length)
 
 
-def _weights(d: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return the shares of the four pixels around a place, d behind the second."""
+def _cubic_weights(d: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the bicubic weights of the four pixels around a coordinate that lies d after the second."""
     square, cube = d * d, d * d * d
     return 2 * square - d - cube, 1 - 2 * square + cube, d + square - cube, cube - square
 
 
-def _exactly(lines: np.ndarray, places: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Return the levels at flat indices into (3, S, T), each place being in places (S, T), with Pillow's sums."""
+def _interpolate_float64(lines: np.ndarray, coordinates: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return the levels at flat indices `chosen` into (3, S, T), coordinates being (S, T), in float64 and Pillow's order."""
     size = lines.shape[-1]
-    line, column = np.divmod(chosen, places.shape[1])  # the line over all three colours
-    place = places[line % size, column] - 0.5
-    whole = np.floor(place)
-    d, first, own = place - whole, whole.astype(np.intp) - 1, line * size
+    line, column = np.divmod(chosen, coordinates.shape[1])  # the line over all three colours
+    coordinate = coordinates[line % size, column] - 0.5
+    whole = np.floor(coordinate)
+    d, first, own = coordinate - whole, whole.astype(np.intp) - 1, line * size
     flat = lines.reshape(-1)
     one, two, three, four = (flat[own + (first + k).clip(0, size - 1)].astype(np.float64) for k in range(4))
     level = two + d * ((three - one) + d * ((2 * (one - two) + three - four) + d * (two - one - three + four)))

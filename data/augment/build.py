@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from common.timeline import Timeline, parse_optional
 from data.augment.device_stage import DeviceStage
 from data.augment.mixup import Mixup
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.random_erasing import RandomErasing
 from data.augment.transforms import EvalTransform, TrainTransform
 

@@ -1,24 +1,22 @@
-"""RandAugment's operations on colours, for a batch, as Pillow does them to the last level.
+"""Colour operations of RandAugment: names and constants for both forms, color_cpu.py (one image) and color_batch.py.
 
-What maps each level of a channel to another is a table of 256 levels, whether the table is given (posterize) or follows
-from the image (equalize), so that all of these together take one look-up. Each function takes uint8 (B, 3, H, W) and
-float64 (B,) arguments, on any device, and never waits for it.
+An operation that maps each level of a channel to another level is a look-up in a table of 256 levels. The table of some
+depends on the argument alone (posterize), that of others on the image (equalize). The remaining operations are filters.
 """
 
-# B batch, H W pixels, L = 256 levels
-
-from collections.abc import Callable
-
 import numpy as np
-import torch
-from torch import Tensor
 
 # Pillow's weights of red, green and blue in grey, of 65536.
-GREY = (19595, 38470, 7471)
+GREY_WEIGHTS = (19595, 38470, 7471)
 
 
-def given_table(name: str, argument: float) -> np.ndarray:
-    """Return the table, uint8 (L,), of an operation whose table does not depend on the image."""
+def base_name(name: str) -> str:
+    """Return an operation's name without timm's suffix "Increasing", which changes its argument only."""
+    return name.removesuffix("Increasing")
+
+
+def argument_table(name: str, argument: float) -> np.ndarray:
+    """Return the table, uint8 (256,), of an operation whose table does not depend on the image."""
     levels = np.arange(256)
     if name == "Invert":
         table = 255 - levels
@@ -32,70 +30,3 @@ def given_table(name: str, argument: float) -> np.ndarray:
     else:  # Brightness: a blend with black
         table = (levels.astype(np.float32) * np.float32(argument)).clip(0, 255)
     return table.astype(np.uint8)
-
-
-def autocontrast_tables(images: Tensor) -> Tensor:
-    """Return tables uint8 (B, 3, L) that stretch each channel to 0 .. 255."""
-    low, high = (f(images.flatten(2), 2).to(torch.float64).unsqueeze(-1) for f in (torch.amin, torch.amax))  # (B, 3, 1)
-    levels = torch.arange(256, dtype=torch.float64, device=images.device)
-    scale = torch.full_like(high, 255.0) / (high - low)  # 255.0 / tensor would multiply by a rounded reciprocal
-    stretched = (levels * scale - low * scale).clamp_(0, 255)  # nan where a channel has one level
-    return torch.where(high > low, stretched, levels).to(torch.uint8)
-
-
-def equalize_tables(images: Tensor) -> Tensor:
-    """Return tables uint8 (B, 3, L) that spread each channel's levels evenly."""
-    flat = images.flatten(2).to(torch.int64)
-    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(2, flat, torch.ones_like(flat))
-    highest = counts.gather(2, flat.amax(2, keepdim=True))  # (B, 3, 1) pixels of the highest level
-    step = (flat.shape[2] - highest) // 255
-    below = counts.cumsum(2) - counts
-    spread = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
-    return torch.where(step > 0, spread, torch.arange(256, device=images.device)).to(torch.uint8)
-
-
-def contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
-    """Return tables uint8 (B, 3, L) that blend with the image's mean grey."""
-    mean = (grey(images).sum((1, 2, 3), dtype=torch.int64).to(torch.float64) / images[0, 0].numel() + 0.5).floor()
-    levels = torch.arange(256, dtype=torch.float32, device=images.device)
-    return blend(mean.float().view(-1, 1), levels, factors.view(-1, 1)).unsqueeze(1).expand(-1, 3, -1)
-
-
-def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Return the images with each channel's levels, uint8 (B, 3, H, W), replaced by its table's, uint8 (B, 3, L)."""
-    return tables.gather(2, images.flatten(2).to(torch.int64)).view(images.shape)
-
-
-def color(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with grey."""
-    return blend(grey(images).float(), images, factors.view(-1, 1, 1, 1))
-
-
-def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with the image smoothed by [1 1 1, 1 5 1, 1 1 1] / 13, whose border pixels stay."""
-    pixels = images.to(torch.float32)
-    lines = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
-    total = lines[..., :-2, :] + lines[..., 1:-1, :] + lines[..., 2:, :] + 4 * pixels[..., 1:-1, 1:-1]
-    smooth = pixels.clone()
-    smooth[..., 1:-1, 1:-1] = (total / 13 + 0.5).floor_()  # never within 1/26 of the next integer: exact in float32
-    return blend(smooth, pixels, factors.view(-1, 1, 1, 1))
-
-
-def grey(images: Tensor) -> Tensor:
-    """Return Pillow's luminance, int32 (B, 1, H, W)."""
-    red, green, blue = images.to(torch.int32).split(1, 1)
-    return (red * GREY[0] + green * GREY[1] + blue * GREY[2] + 32768) >> 16
-
-
-def blend(start: Tensor, end: Tensor, factors: Tensor) -> Tensor:
-    """Return start + factor * (end - start) in float32, cut off to uint8, as Pillow's Image.blend."""
-    return ((end - start) * factors.to(torch.float32) + start).clamp_(0, 255).to(torch.uint8)
-
-
-TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "AutoContrast": lambda images, _: autocontrast_tables(images),
-    "Equalize": lambda images, _: equalize_tables(images),
-    "Contrast": contrast_tables,
-}
-FILTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Color": color, "Sharpness": sharpness}

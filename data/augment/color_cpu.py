@@ -1,6 +1,6 @@
-"""RandAugment's operations on colours for one image on the CPU, Pillow's to the last level, in half of its time or less.
+"""Colour operations of RandAugment for one image on the CPU, with Pillow's levels exactly, in at most half of its time.
 
-What photometric.py does for a batch by tables, written for NumPy's 8 and 16 bit arithmetic.
+Written for NumPy's 8 and 16 bit arithmetic: posterize, solarize and brightness need no table here.
 """
 
 # S side of the image
@@ -10,14 +10,14 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from data.augment.color import GREY
+from data.augment.color import GREY_WEIGHTS, base_name
 
 LEVELS = np.arange(256)
 
 
 def color_cpu(planes: np.ndarray, name: str, argument: float) -> np.ndarray:
-    """Run an operation, by timm's name without "Increasing", on uint8 (3, S, S), contiguous."""
-    return _OPERATIONS[name](planes, argument)
+    """Apply an operation, by timm's name, to uint8 (3, S, S), contiguous."""
+    return _OPERATIONS[base_name(name)](planes, argument)
 
 
 def _posterize(planes: np.ndarray, bits: float) -> np.ndarray:
@@ -40,7 +40,7 @@ def _autocontrast(planes: np.ndarray, _: float) -> np.ndarray:
     for low, high in zip(flat.min(1).tolist(), flat.max(1).tolist(), strict=True):
         scale = 255.0 / (high - low) if high > low else 1.0
         tables.append((LEVELS * scale - (low * scale if high > low else 0.0)).clip(0, 255).astype(np.uint8))
-    return _looked_up(planes, tables)
+    return _look_up(planes, tables)
 
 
 def _equalize(planes: np.ndarray, _: float) -> np.ndarray:
@@ -50,11 +50,11 @@ def _equalize(planes: np.ndarray, _: float) -> np.ndarray:
         step = (plane.size - int(counts[counts.nonzero()[0][-1]])) // 255
         below = counts.cumsum() - counts
         tables.append(((step // 2 + below) // step if step else LEVELS).clip(0, 255).astype(np.uint8))
-    return _looked_up(planes, tables)
+    return _look_up(planes, tables)
 
 
-def _looked_up(planes: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
-    """Replace each plane's levels by its table's; bytes.translate needs no index of 8 bytes a level."""
+def _look_up(planes: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
+    """Replace the levels of each plane by its table; bytes.translate is faster than a NumPy index of 8 bytes a level."""
     result = np.empty_like(planes)
     for plane, table, out in zip(planes, tables, result, strict=True):
         out.reshape(-1)[:] = np.frombuffer(plane.tobytes().translate(table.tobytes()), dtype=np.uint8)
@@ -62,16 +62,16 @@ def _looked_up(planes: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
 
 
 def _brightness(planes: np.ndarray, factor: float) -> np.ndarray:
-    return _cut(planes * np.float32(factor), factor)
+    return _truncate(planes * np.float32(factor), factor)
 
 
 def _contrast(planes: np.ndarray, factor: float) -> np.ndarray:
-    mean = np.float32(int(int(_grey(planes).sum(dtype=np.int64)) / planes[0].size + 0.5))
+    mean = np.float32(int(int(_luminance(planes).sum(dtype=np.int64)) / planes[0].size + 0.5))
     return _blend(mean, planes, factor)
 
 
 def _color(planes: np.ndarray, factor: float) -> np.ndarray:
-    return _blend(_grey(planes).astype(np.float32), planes, factor)
+    return _blend(_luminance(planes).astype(np.float32), planes, factor)
 
 
 def _sharpness(planes: np.ndarray, factor: float) -> np.ndarray:
@@ -88,12 +88,12 @@ def _sharpness(planes: np.ndarray, factor: float) -> np.ndarray:
     return _blend(pixels.astype(np.float32), planes, factor)
 
 
-def _grey(planes: np.ndarray) -> np.ndarray:
+def _luminance(planes: np.ndarray) -> np.ndarray:
     """Return Pillow's luminance, uint32 (S, S)."""
     red, green, blue = (plane.astype(np.uint32) for plane in planes)
-    red *= np.uint32(GREY[0])
-    green *= np.uint32(GREY[1])
-    blue *= np.uint32(GREY[2])
+    red *= np.uint32(GREY_WEIGHTS[0])
+    green *= np.uint32(GREY_WEIGHTS[1])
+    blue *= np.uint32(GREY_WEIGHTS[2])
     red += green
     red += blue
     red += np.uint32(32768)
@@ -102,15 +102,16 @@ def _grey(planes: np.ndarray) -> np.ndarray:
 
 
 def _blend(start: np.ndarray | np.float32, planes: np.ndarray, factor: float) -> np.ndarray:
-    """Return start + factor * (planes - start), `start` being float32."""
+    """Return uint8 start + factor * (planes - start) in float32, as Pillow's Image.blend."""
     values = planes.astype(np.float32)
     values -= start
     values *= np.float32(factor)
     values += start
-    return _cut(values, factor)
+    return _truncate(values, factor)
 
 
-def _cut(values: np.ndarray, factor: float) -> np.ndarray:
+def _truncate(values: np.ndarray, factor: float) -> np.ndarray:
+    """Return float32 levels as uint8; a factor up to 1 leaves none outside 0 .. 255."""
     return (values.clip(0, 255, out=values) if factor > 1 else values).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The part of the data path that runs on the device: uint8 batches become normalised, erased and mixed floats."""
+"""Device stage: normalise, erase and mix uint8 batches on the training device."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,11 +18,11 @@ Order = Literal["erase_then_mix", "mix_then_erase"]
 
 
 class DeviceStage:
-    """Turn a loader's batch into what the model and the loss take.
+    """Convert a batch of a loader to the inputs of the model and the targets of the loss.
 
     Orders: erase_then_mix normalises, erases, mixes (timm with its loss on soft targets); mix_then_erase mixes pixel
     values and rounds them, normalises, erases (timm's FastCollateMixup, which SG-Former uses). A timeline `mix_prob`
-    takes the place of the mixing's constant one.
+    overrides the constant `prob` of the mixing.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class DeviceStage:
     def train(self, batch: Batch, update: int, micro: int, epoch: int) -> tuple[Tensor, Tensor]:
         """Move a batch to the device; return images float32 (B, 3, S, S), channels last, and soft targets (B, classes).
 
-        (epoch, update, micro) is the micro-batch's address: it alone decides noise and mixing, so `micro` is its number
-        within the update over all processes. `update` may count from the start of the run or of the epoch.
+        Noise and mixing depend on the RNG key (epoch, update, micro) alone; `micro` is the micro-batch's number within the
+        update over all processes. `update` may count from the start of the run or of the epoch.
         """
         batch = batch.to(self.device, non_blocking=True)
-        address = epoch, update, micro
+        key = epoch, update, micro
         mixing = replace(self.mixing, prob=self.mix_prob.at(epoch)) if self.mix_prob else self.mixing
-        mix = mixing.draw(keyed_generator(self.seed, "mix", *address), batch.images.shape[-1])
+        mix = mixing.draw(keyed_generator(self.seed, "mix", *key), batch.images.shape[-1])
         images = self._float(batch.images)
         if self.order == "mix_then_erase":
             images = mix_images(images, mix)
             if mix.blends:
                 images.round_()
-            images = self._erase(self._normalise(images), batch, address)
+            images = self._erase(self._normalise(images), batch, key)
         else:
-            images = mix_images(self._erase(self._normalise(images), batch, address), mix)
+            images = mix_images(self._erase(self._normalise(images), batch, key), mix)
         return images, self.mixing.targets(batch.labels, mix.share)
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -70,10 +70,10 @@ class DeviceStage:
         return self._normalise(self._float(batch.images)), batch.labels
 
     def _float(self, images: Tensor) -> Tensor:
-        """Return the images as float32, channels last; those given stay as they are."""
+        """Return a copy of the images as float32, channels last."""
         count, channels, height, width = images.shape
         pixels = torch.empty(count, height, width, channels, device=self.device).permute(0, 3, 1, 2)
-        if self.device.type == "cpu" and images.is_contiguous():  # four times as fast there as all planes in one call
+        if self.device.type == "cpu" and images.is_contiguous():  # four times as fast as all planes in one call
             for plane, values in zip(pixels.unbind(1), images.unbind(1), strict=True):
                 plane.copy_(values)
             return pixels
@@ -82,14 +82,14 @@ class DeviceStage:
     def _normalise(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the deviation, in place; images must be channels last."""
         count, channels, height, width = images.shape
-        if width not in self._rows:  # of a row of pixels each: on the CPU nine times as fast as three numbers
+        if width not in self._rows:  # for a row of pixels: on the CPU nine times as fast as broadcasting three numbers
             self._rows[width] = self.mean.flatten().repeat(width), self.std.flatten().repeat(width)
         mean, std = self._rows[width]
         images.permute(0, 2, 3, 1).view(count, height, width * channels).sub_(mean).div_(std)
         return images
 
-    def _erase(self, images: Tensor, batch: Batch, address: tuple[int, int, int]) -> Tensor:
+    def _erase(self, images: Tensor, batch: Batch, key: tuple[int, int, int]) -> Tensor:
         if batch.erase is None or batch.erase.shape[1] == 0:
             return images
-        self._noise.manual_seed(keyed_torch_seed(self.seed, "erase", *address))
+        self._noise.manual_seed(keyed_torch_seed(self.seed, "erase", *key))
         return erase(images, batch.erase, self.erase_mode, self._noise)

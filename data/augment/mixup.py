@@ -1,8 +1,8 @@
-"""Mixup, cutmix and smoothed targets for a micro-batch, as timm's Mixup in mode "batch".
+"""Mixup, cutmix and label smoothing for a micro-batch, as timm's Mixup in mode "batch".
 
 "mixup", Zhang et al. 2018, and "CutMix", Yun et al. 2019, in timm's version (timm/data/mixup.py): one draw for the
-whole micro-batch, each image mixed with its mirror in the flipped batch. The draw is numbers on the host, so that
-neither drawing nor mixing waits for the device.
+whole micro-batch, each image mixed with its counterpart in the flipped batch. The draw is made on the host, so that
+neither drawing nor mixing synchronises with the device.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from torch import Tensor
 
 
 class MixupDraw(NamedTuple):
-    """How a micro-batch is mixed: the image's own share, and the box that comes from the partner (None is mixup)."""
+    """Drawn mixing of a micro-batch: weight of each image itself, and box taken from its partner (None: mixup)."""
 
-    share: float  # timm's lam; 1 leaves the batch as it is
+    share: float  # timm's lam; 1 leaves the batch unchanged
     box: tuple[int, int, int, int] | None = None  # top, bottom, left, right
 
     @property
     def blends(self) -> bool:
-        """Whether pixels are weighted sums of two images' rather than one's own."""
+        """Return True if pixels are weighted sums of two images, as in mixup but not in cutmix."""
         return self.share != 1.0 and self.box is None
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """What is drawn, and the smoothing of the targets; an alpha of 0 turns its method off."""
+    """Parameters of mixup, cutmix and label smoothing; an alpha (`mixup`, `cutmix`) of 0 turns its method off."""
 
     num_classes: int
     mixup: float = 0.8
@@ -37,7 +37,7 @@ class Mixup:
     smoothing: float = 0.1
 
     def draw(self, rng: np.random.RandomState, size: int) -> MixupDraw:
-        """Draw the mix of one micro-batch of size x size images."""
+        """Draw the mixing of one micro-batch of size x size images."""
         if (self.mixup <= 0 and self.cutmix <= 0) or rng.random_sample() >= self.prob:
             return MixupDraw(1.0)
         use_cutmix = self.cutmix > 0

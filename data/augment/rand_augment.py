@@ -1,143 +1,49 @@
-"""RandAugment as timm executes it, with the randomness drawn apart from the pixels.
+"""RandAugment on uint8 tensors, with operations that were drawn by rand_augment_policy.py; the pixels are Pillow's bit for bit.
 
-"RandAugment: Practical automated data augmentation with a reduced search space", Cubuk et al. 2019, in timm's version
-(timm/data/auto_augment.py). `draw` turns a random stream into a list of operations with their arguments, `apply` runs
-them through timm's functions on a Pillow image; a loader that augments elsewhere takes the list alone. The draws come
-in timm's order, so that from the same random numbers timm makes the same picture.
+On the CPU one image after the other, all operations of each; elsewhere the whole batch, group by group. The host knows which
+image gets which operation, so that nothing synchronises with the device.
 """
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+# B batch, S side of the square images
 
-import numpy as np
-from PIL import Image
-from timm.data import auto_augment
+from collections.abc import Sequence
 
-LEVEL_MAX = 10.0  # timm's scale: level 10 is full strength
-UNIFORM_ABOVE = 100.0  # timm: mstd above this draws the level uniformly from 0 .. magnitude
+import torch
+from torch import Tensor
 
-# Operation -> argument at a level; `signed` ones are negated with probability 1/2, before 1 is added for the factors.
-_PLAIN = ("AutoContrast", "Equalize", "Invert")
-_SIGNED: dict[str, Callable[[float], float]] = {
-    "Rotate": lambda level: level / LEVEL_MAX * 30.0,
-    "ShearX": lambda level: level / LEVEL_MAX * 0.3,
-    "ShearY": lambda level: level / LEVEL_MAX * 0.3,
-    "TranslateXRel": lambda level: level / LEVEL_MAX * 0.45,
-    "TranslateYRel": lambda level: level / LEVEL_MAX * 0.45,
-}
-_UNSIGNED: dict[str, Callable[[float], float]] = {
-    "Posterize": lambda level: int(level / LEVEL_MAX * 4),
-    "PosterizeIncreasing": lambda level: 4 - int(level / LEVEL_MAX * 4),
-    "Solarize": lambda level: min(256, int(level / LEVEL_MAX * 256)),
-    "SolarizeIncreasing": lambda level: 256 - min(256, int(level / LEVEL_MAX * 256)),
-    "SolarizeAdd": lambda level: min(128, int(level / LEVEL_MAX * 110)),
-}
-_FACTORS = ("Color", "Contrast", "Brightness", "Sharpness")
-_UNSIGNED.update({name: lambda level: level / LEVEL_MAX * 1.8 + 0.1 for name in _FACTORS})
-_SIGNED.update({f"{name}Increasing": lambda level: level / LEVEL_MAX * 0.9 for name in _FACTORS})
-
-_GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-# timm's two tables, in timm's order: strength rising with the level in all operations ("inc1"), or as first published.
-INCREASING_OPS = (
-    *_PLAIN, "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd",
-    *(f"{name}Increasing" for name in _FACTORS), *_GEOMETRIC[1:],
-)  # fmt: skip
-PUBLISHED_OPS = (*_PLAIN, "Rotate", "Posterize", "Solarize", "SolarizeAdd", *_FACTORS, *_GEOMETRIC[1:])
-
-_PARTS = "m (magnitude), n (operations), p (probability), mstd (noise), mmax (largest level), inc (0 or 1)"
+from data.augment.op_groups import pack
+from data.augment.operations import run_op
+from data.augment.rand_augment_policy import Op
 
 
-class Op(NamedTuple):
-    """One operation as it will be executed."""
+class RandAugment:
+    """Apply drawn operations to a batch of images that are all S x S."""
 
-    name: str  # timm's
-    argument: float | None  # degrees, share of the size, bits, threshold, factor; None where there is none
-    resample: str  # bilinear or bicubic, for the geometric ones
+    def __init__(self, fill: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+        """`fill` is the colour outside the image, for affine operations."""
+        self.device = torch.device(device)
+        self.fill = torch.tensor(fill, dtype=torch.uint8, device=self.device)
 
+    def __call__(self, images: Tensor, ops: Sequence[Sequence[Op]]) -> Tensor:
+        """Return uint8 (B, 3, S, S) with the operations of each image applied, in new memory."""
+        if self.device.type == "cpu":
+            return torch.stack([_augment(image, own, self.fill) for image, own in zip(images, ops, strict=True)])
+        return self.grouped(images, ops)
 
-@dataclass(frozen=True)
-class Policy:
-    """A parsed policy string."""
-
-    magnitude: float = 10
-    layers: int = 2
-    prob: float = 0.5
-    std: float = 0.0
-    level_max: float = LEVEL_MAX
-    increasing: bool = False
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """The operations to choose from."""
-        return INCREASING_OPS if self.increasing else PUBLISHED_OPS
+    def grouped(self, images: Tensor, ops: Sequence[Sequence[Op]]) -> Tensor:
+        """Return the same as __call__, group by group as on a GPU, on any device."""
+        images = images.clone()
+        for group in pack(ops, images.shape[-1]).to(self.device).groups:
+            images.index_copy_(0, group.images, run_op(images.index_select(0, group.images), group, self.fill))
+        return images
 
 
-def parse_policy(text: str) -> Policy:
-    """Parse timm's string, such as "rand-m9-mstd0.5-inc1"; ValueError for any part that is not understood."""
-    head, *parts = text.split("-")
-    if head != "rand":
-        raise ValueError(f"AUG.RAND_AUGMENT={text!r} must start with 'rand', e.g. rand-m9-mstd0.5-inc1, or be ''")
-    values: dict[str, float] = {}
-    for part in parts:
-        match = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)", part)
-        if match is None or match[1] in values:
-            wrong = "appears twice" if match else "is not one of its parts"
-            raise ValueError(f"AUG.RAND_AUGMENT={text!r}: {part!r} {wrong}; give each once: {_PARTS}")
-        if match[1] in ("m", "n", "mmax", "inc") and "." in match[2]:
-            raise ValueError(f"AUG.RAND_AUGMENT={text!r}: {part!r} must hold a whole number")
-        values[match[1]] = float(match[2])
-    if values.get("inc", 0) > 1 or values.get("p", 0) > 1:
-        raise ValueError(f"AUG.RAND_AUGMENT={text!r}: inc is 0 or 1, p lies in 0 .. 1")
-    return Policy(
-        magnitude=int(values.get("m", 10)),
-        layers=int(values.get("n", 2)),
-        prob=values.get("p", 0.5),
-        std=values.get("mstd", 0.0),
-        level_max=values.get("mmax", 0.0) or LEVEL_MAX,
-        increasing=bool(values.get("inc", 0)),
-    )
+def augment(image: Tensor, ops: Sequence[Op], fill: tuple[int, int, int]) -> Tensor:
+    """Return uint8 (3, S, S) with the operations applied, on the CPU; `fill` is the colour outside the image."""
+    return _augment(image, ops, torch.tensor(fill, dtype=torch.uint8)) if ops else image
 
 
-def argument(name: str, level: float, negate: bool = False) -> float | None:
-    """Return an operation's argument at a level."""
-    if name in _PLAIN:
-        return None
-    if name in _UNSIGNED:
-        return _UNSIGNED[name](level)
-    value = -_SIGNED[name](level) if negate else _SIGNED[name](level)
-    return value if name in _GEOMETRIC else max(0.1, 1.0 + value)
-
-
-def draw(policy: Policy, rng: np.random.RandomState, interpolation: str) -> tuple[Op, ...]:
-    """Draw the operations for one image; `interpolation` is bilinear, bicubic, or random (drawn per operation)."""
-    chosen = [policy.ops[i] for i in rng.randint(len(policy.ops), size=policy.layers)]
-    drawn = []
-    for name in chosen:
-        if policy.prob < 1.0 and rng.random_sample() > policy.prob:
-            continue
-        level = float(policy.magnitude)
-        if policy.std > UNIFORM_ABOVE:
-            level = rng.uniform(0, level)
-        elif policy.std > 0:
-            level = rng.normal(level, policy.std)
-        level = max(0.0, min(level, policy.level_max))
-        negate = name in _SIGNED and rng.random_sample() > 0.5
-        resample = interpolation
-        if interpolation == "random":
-            resample = ("bilinear", "bicubic")[rng.randint(2)] if name in _GEOMETRIC else "bicubic"
-        drawn.append(Op(name, argument(name, level, negate), resample))
-    return tuple(drawn)
-
-
-def apply(image: Image.Image, ops: Sequence[Op], fill: tuple[int, int, int]) -> Image.Image:
-    """Run the operations on an RGB image; `fill` colours what geometric ones bring in from outside."""
+def _augment(image: Tensor, ops: Sequence[Op], fill: Tensor) -> Tensor:
     for op in ops:
-        if op.name.startswith("Posterize") and op.argument is not None and op.argument <= 0:
-            image = Image.new("RGB", image.size)  # no bits kept; Pillow 13 refuses what Pillow 12 painted black
-            continue
-        arguments = () if op.argument is None else (op.argument,)
-        resample = Image.Resampling.BILINEAR if op.resample == "bilinear" else Image.Resampling.BICUBIC
-        image = auto_augment.NAME_TO_OP[op.name](image, *arguments, fillcolor=fill, resample=resample)
+        image = run_op(image, op, fill)
     return image

@@ -1,4 +1,4 @@
-"""Random erasing: boxes drawn with the sample's address on the CPU, filled on the device.
+"""Random erasing: boxes drawn by the sample's RNG key on the CPU, filled on the device.
 
 "Random Erasing Data Augmentation", Zhong et al. 2017, with timm's draws (timm/data/random_erasing.py). The noise inside
 a box is drawn on the device, so it is the same for any number of processes but differs between CPU and CUDA.
@@ -16,7 +16,7 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """How boxes are drawn: with probability `prob`, 1 to `count` boxes of together `area` of the image."""
+    """Distribution of erasing boxes: with probability `prob`, 1 to `count` boxes that cover the fraction `area` of the image together."""
 
     prob: float = 0.25
     count: int = 1
@@ -25,7 +25,7 @@ class RandomErasing:
 
     @property
     def slots(self) -> int:
-        """Boxes stored per image, 0 if erasing is off."""
+        """Number of boxes stored per image, 0 if erasing is off."""
         return self.count if self.prob > 0 else 0
 
     def draw(self, rng: np.random.RandomState, size: int) -> np.ndarray:
@@ -47,7 +47,7 @@ class RandomErasing:
 
 
 def erase(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) -> Tensor:
-    """Fill boxes (B, count, 4) of normalised images (B, C, S, S) in place; nothing waits for the device.
+    """Fill boxes (B, count, 4) of normalised images (B, C, S, S) in place, without synchronising with the device.
 
     Modes: pixel (standard normal noise), rand (one normal colour per box), const (zero, the mean colour).
     """
@@ -57,24 +57,24 @@ def erase(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) 
 
 
 def _erase_boxes(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) -> Tensor:
-    """Erase where the boxes' numbers can be read: touch nothing outside them."""
+    """Erase on the CPU, box by box."""
     numbers = boxes.tolist()
     if not any(height for own in numbers for _, _, height, _ in own):
         return images
-    noise = _pixels(images, generator) if mode == "pixel" else None
+    noise = _pixel_noise(images, generator) if mode == "pixel" else None
     for slot in range(boxes.shape[1]):
-        colours = _colours(images, generator) if mode == "rand" else None
+        colours = _colour_noise(images, generator) if mode == "rand" else None
         for row, own in enumerate(numbers):
             top, left, height, width = own[slot]
             if not height:
                 continue
-            place = row, slice(None), slice(top, top + height), slice(left, left + width)
-            images[place] = noise[place] if noise is not None else 0.0 if colours is None else colours[row]
+            region = row, slice(None), slice(top, top + height), slice(left, left + width)
+            images[region] = noise[region] if noise is not None else 0.0 if colours is None else colours[row]
     return images
 
 
 def _erase_masked(images: Tensor, boxes: Tensor, mode: str, generator: torch.Generator) -> Tensor:
-    """Erase on a device that knows the boxes alone, the whole batch at a time."""
+    """Erase the whole batch by a mask, on a device whose boxes the host must not read."""
     along = torch.arange(images.shape[-1], device=images.device)
     top, left, height, width = boxes.unsqueeze(-1).unbind(2)  # each (B, count, 1)
     rows = (along >= top) & (along < top + height)  # (B, count, H)
@@ -82,20 +82,20 @@ def _erase_masked(images: Tensor, boxes: Tensor, mode: str, generator: torch.Gen
     inside = rows.unsqueeze(3) & columns.unsqueeze(2)  # (B, count, H, W)
     if mode == "rand":
         for own in inside.unbind(1):
-            torch.where(own.unsqueeze(1), _colours(images, generator), images, out=images)
+            torch.where(own.unsqueeze(1), _colour_noise(images, generator), images, out=images)
         return images
     inside = inside.any(1, keepdim=True)
     if mode == "const":
         return images.masked_fill_(inside, 0.0)
-    return torch.where(inside, _pixels(images, generator), images, out=images)
+    return torch.where(inside, _pixel_noise(images, generator), images, out=images)
 
 
-def _pixels(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw noise for every pixel, in the order of memory of images that are channels last: six times as fast on the CPU."""
+def _pixel_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw noise for every pixel, in channels-last memory order, which is six times as fast on the CPU."""
     shape = images.permute(0, 2, 3, 1).shape
     return torch.randn(shape, device=images.device, generator=generator).permute(0, 3, 1, 2)
 
 
-def _colours(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a colour for every image."""
+def _colour_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a normal colour for every image, (B, C, 1, 1)."""
     return torch.randn(*images.shape[:2], 1, 1, device=images.device, generator=generator)

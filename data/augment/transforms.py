@@ -1,7 +1,7 @@
-"""From a decoded image to the uint8 crop the model is trained or evaluated on.
+"""Transforms of decoded images to the uint8 crops that the model is trained or evaluated on.
 
-Training draws every parameter first, from the sample's address and the image's size, then applies them: a loader that
-crops or augments elsewhere shares the drawing. Crop, flip, RandAugment and erasing boxes are drawn in this order, each
+Training draws every parameter first, from the sample's RNG key and the image's size, then applies them, so that a loader
+that crops or augments elsewhere draws the same. Crop, flip, RandAugment and erasing boxes are drawn in this order, each
 with torchvision's and timm's semantics and timm's order of draws.
 """
 
@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from common.rng import keyed_generator
 from common.timeline import Timeline
-from data.augment import rand_augment
-from data.augment.rand_augment_tensor import augment
+from data.augment.rand_augment import augment
+from data.augment.rand_augment_policy import Op, Policy, draw_ops
 from data.augment.random_erasing import RandomErasing
 
 ATTEMPTS = 10
@@ -27,7 +27,7 @@ IMAGENET_FILL = (124, 116, 104)
 
 
 class Crop(NamedTuple):
-    """A piece of an image, in its pixels."""
+    """Part of an image, in its pixels."""
 
     top: int
     left: int
@@ -37,20 +37,20 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainDraw:
-    """All random choices for one sample."""
+    """Drawn augmentation of one sample."""
 
     size: int  # of the result, pixels
     crop: Crop
     interpolation: str
     flip: bool
-    ops: tuple[rand_augment.Op, ...]
+    ops: tuple[Op, ...]
     erase: np.ndarray  # int64 (count, 4)
 
 
 def draw_crop(
     rng: np.random.RandomState, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Crop:
-    """Draw a random crop of `scale` of the area and `ratio` width to height; after 10 misfits, the centre."""
+    """Draw a random crop of `scale` of the area and `ratio` width to height; after 10 that do not fit, the centre."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(ATTEMPTS):
         area = rng.uniform(*scale) * (width * height)
@@ -68,9 +68,9 @@ def draw_crop(
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop, flip and RandAugment to a size x size image, by the address (epoch, position).
+    """Random resized crop, flip and RandAugment to a size x size image, by the RNG key (epoch, position).
 
-    The timelines `sizes` and `magnitude` (of RandAugment), where given, take the place of a constant.
+    The timelines `sizes` and `magnitude` (of RandAugment), where given, override the constants.
     """
 
     size: int
@@ -79,9 +79,9 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # random: one of the two for each image
-    policy: rand_augment.Policy | None = None  # None is off
+    policy: Policy | None = None  # None is off
     erase: RandomErasing = field(default_factory=RandomErasing)
-    fill: tuple[int, int, int] = IMAGENET_FILL  # what RandAugment's geometric operations bring in from outside
+    fill: tuple[int, int, int] = IMAGENET_FILL  # outside the image, for RandAugment's affine operations
     sizes: Timeline | None = None
     magnitude: Timeline | None = None
 
@@ -89,14 +89,14 @@ class TrainTransform:
         """Return the size of an epoch's images."""
         return int(self.sizes.at(epoch)) if self.sizes else self.size
 
-    def policy_in(self, epoch: int) -> rand_augment.Policy | None:
-        """Return an epoch's policy."""
+    def policy_in(self, epoch: int) -> Policy | None:
+        """Return the RandAugment policy of an epoch."""
         if self.policy and self.magnitude:
             return replace(self.policy, magnitude=self.magnitude.at(epoch))
         return self.policy
 
     def draw(self, epoch: int, position: int, height: int, width: int) -> TrainDraw:
-        """Draw the choices for the sample at a position of an epoch, an image of height x width pixels."""
+        """Draw the augmentation of the sample at a position of an epoch, an image of height x width pixels."""
         rng = keyed_generator(self.seed, "augment", epoch, position)
         crop = draw_crop(rng, height, width, self.scale, self.ratio)
         interpolation: str = self.interpolation
@@ -104,7 +104,7 @@ class TrainTransform:
             interpolation = ("bilinear", "bicubic")[rng.randint(2)]
         flip = bool(rng.random_sample() < self.hflip)
         policy, size = self.policy_in(epoch), self.size_in(epoch)
-        ops = rand_augment.draw(policy, rng, self.interpolation) if policy else ()
+        ops = draw_ops(policy, rng, self.interpolation) if policy else ()
         return TrainDraw(size, crop, interpolation, flip, ops, self.erase.draw(rng, size))
 
     def apply(self, image: Tensor, drawn: TrainDraw) -> Tensor:
@@ -136,10 +136,10 @@ def longer_side_size(height: int, width: int, resize: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize, then crop the centre, in one of timm's ways.
+    """Resize, then crop the centre, in one of timm's modes.
 
-    center resizes the shorter side, squash both sides, border the longer side and fills up to the crop. With resize 0 the
-    whole image becomes the crop: center does as squash, and squash and border resize to the crop.
+    center resizes the shorter side, squash both sides, border the longer side and pads to the crop. With resize 0 the
+    crop is the whole image: center is then squash, and squash and border resize to the crop.
     """
 
     crop: int
@@ -174,21 +174,21 @@ class EvalTransform:
         """Return uint8 (3, crop, crop) of an image, uint8 (3, H, W)."""
         size, crop = self.geometry(image.shape[-2], image.shape[-1])
         image = tvf.resize(image, list(size), INTERPOLATIONS[self.interpolation], antialias=True)
-        return self._framed(image) if self.mode == "border" else tvf.crop(image, *crop)
+        return self._pad(image) if self.mode == "border" else tvf.crop(image, *crop)
 
     def describe(self) -> str:
-        """Return what happens to an image, in a few words."""
+        """Return a short description of the transform, for the summary."""
         side, crop = self.resize or self.crop, self.crop
-        whole = "" if side == crop else ", centre crop"
+        crop_text = "" if side == crop else ", centre crop"
         if self.mode == "border":
-            how = f"longer side to {side} ({self.interpolation}), border of the mean colour{whole}"
+            resizing = f"longer side to {side} ({self.interpolation}), border of the mean colour{crop_text}"
         elif self.mode == "center" and self.resize:
-            how = f"shorter side to {side} ({self.interpolation}), centre crop"
+            resizing = f"shorter side to {side} ({self.interpolation}), centre crop"
         else:
-            how = f"squashed to {side}x{side} ({self.interpolation}){whole}"
-        return f"{crop} px: {how}"
+            resizing = f"squashed to {side}x{side} ({self.interpolation}){crop_text}"
+        return f"{crop} px: {resizing}"
 
-    def _framed(self, image: Tensor) -> Tensor:
+    def _pad(self, image: Tensor) -> Tensor:
         height, width = (min(side, self.crop) for side in image.shape[-2:])
         top, left = (self.crop - height) // 2, (self.crop - width) // 2
         square = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, self.crop, self.crop)

@@ -1,35 +1,22 @@
-"""Images that cannot be read: training takes a neighbour instead, the run lists them, and too many end it.
+"""Unreadable training images: their replacement, their list in the run directory, and the limit on their number.
 
-The neighbour is a function of the index alone (the next image that can be read), so that any number of workers and
-processes trains on the same. What a worker replaced travels in its batch's `bad` to the main process.
+An unreadable image is replaced by the next readable one in index order, whatever the number of workers and processes.
+Workers report replacements to the main process in `Batch.bad`.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from data.loaders.batch import BadImage, Batch
 from data.loaders.decode import UnreadableImageError
 
-if TYPE_CHECKING:
-    from data.loaders.batch import Batch
-
 T = TypeVar("T")
-NEIGHBOURS = 100  # images tried after an unreadable one; if none of them can be read, something else is wrong
-LIST = "bad_images.jsonl"
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """A file that could not be read, and the image that was taken instead."""
-
-    path: str
-    reason: str
-    replaced_by: str
-    index: int
-    replaced_by_index: int
+NEIGHBOURS = 100  # images tried after an unreadable one before the run is ended
+LIST_FILE = "bad_images.jsonl"
 
 
 class TooManyBadImagesError(UnreadableImageError):
@@ -39,7 +26,7 @@ class TooManyBadImagesError(UnreadableImageError):
 def read_or_replace(
     index: int, count: int, load: Callable[[int], T], name: Callable[[int], str]
 ) -> tuple[T, int, list[BadImage]]:
-    """Return (what `load` gives, the index that was loaded, the image that was replaced if one was).
+    """Load an image or its replacement; return (result of `load`, index loaded, BadImage if it was replaced).
 
     `load` raises UnreadableImageError; then index + 1, index + 2, ... (modulo `count`) are tried, NEIGHBOURS of them.
     """
@@ -62,10 +49,10 @@ def read_or_replace(
 
 
 class BadImages:
-    """The bad images of a run so far: which are new to this process, how many all processes found, and their list.
+    """Unreadable images of a run: those found by all processes, and those that this process has not reported yet.
 
     More than `max_share` of `images`, rounded up, are too many: with 0 the first one is, with 0.001 the second of up to
-    1000 images and the 1283rd of ImageNet's. Each file counts once, from the start of the process on.
+    1000 images and the 1283rd of ImageNet. Each file counts once in the lifetime of a process.
     """
 
     def __init__(self, images: int, max_share: float) -> None:
@@ -74,8 +61,8 @@ class BadImages:
         self.known: dict[str, BadImage] = {}
         self._new: dict[str, BadImage] = {}
 
-    def watch(self, batches: "Iterable[Batch]") -> "Iterator[Batch]":
-        """Yield the batches, noting what was replaced in them."""
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches and record the images that were replaced in them."""
         for batch in batches:
             for bad in batch.bad:
                 if bad.path not in self.known:
@@ -83,7 +70,7 @@ class BadImages:
             yield batch
 
     def take_new(self) -> list[BadImage]:
-        """Return what this process found since the last call."""
+        """Return the bad images that this process found since the last call."""
         found, self._new = list(self._new.values()), {}
         return found
 
@@ -93,31 +80,31 @@ class BadImages:
         folder: Path | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> list[BadImage]:
-        """Count what the processes found, each its own, and list it in the run directory; return what is new.
+        """Count bad images, one iterable for each process, and list them in the run directory; return the new ones.
 
-        Raises TooManyBadImagesError, after the list is written; gets a `warn`ing if it cannot be.
+        Raises TooManyBadImagesError after the list is written. `warn` is called if it cannot be written.
         """
         added = {bad.path: bad for own in found for bad in own if bad.path not in self.known}
         self.known |= added
         if folder is not None and added:
             try:
-                _append(folder / LIST, added.values())
+                _append(folder / LIST_FILE, added.values())
             except OSError as error:
-                warn(f"{folder / LIST} cannot be written ({error.strerror})")
+                warn(f"{folder / LIST_FILE} cannot be written ({error.strerror})")
         if len(self.known) > self.allowed:
-            where = f"; {folder / LIST} lists them" if folder else ""
+            listed = f"; {folder / LIST_FILE} lists them" if folder else ""
             bad = next(iter(added.values()), None) or next(iter(self.known.values()))
             raise TooManyBadImagesError(
                 bad.path,
                 f"{bad.reason}; with it {len(self.known)} of {self.images} training images cannot be read, "
-                f"DATA.MAX_BAD_SHARE={self.max_share:g} allows {self.allowed}{where}",
+                f"DATA.MAX_BAD_SHARE={self.max_share:g} allows {self.allowed}{listed}",
                 "restore the files (python -m tools.index PATH --full checks them all), or raise DATA.MAX_BAD_SHARE",
             )
         return list(added.values())
 
 
-def _append(path: Path, found: Iterable[BadImage]) -> None:
-    """Add rows for files that have none yet; a row cut off by a crash is ended."""
+def _append(path: Path, bad_images: Iterable[BadImage]) -> None:
+    """Append a row for each file without one; start a new line after a row that a crash cut off."""
     text = path.read_text() if path.exists() else ""
     listed = set()
     for line in text.splitlines():
@@ -125,6 +112,6 @@ def _append(path: Path, found: Iterable[BadImage]) -> None:
             listed.add(json.loads(line)["path"])
         except (ValueError, KeyError, TypeError):
             continue
-    rows = "".join(json.dumps(asdict(bad)) + "\n" for bad in found if bad.path not in listed)
+    rows = "".join(json.dumps(asdict(bad)) + "\n" for bad in bad_images if bad.path not in listed)
     with path.open("a") as file:
         file.write("\n" + rows if text and not text.endswith("\n") else rows)

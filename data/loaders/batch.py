@@ -1,4 +1,4 @@
-"""The batch: what every loader hands over, in uint8, before normalising, erasing and mixing on the device."""
+"""Batch of uint8 images, as every loader yields it, before normalising, erasing and mixing on the device."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loaders.bad_images import BadImage
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that could not be read, and the image that replaces it."""
+
+    path: str
+    reason: str
+    replaced_by: str
+    index: int
+    replaced_by_index: int
 
 
 @dataclass(frozen=True)
@@ -15,9 +24,9 @@ class Batch:
 
     images: Tensor  # uint8 (B, 3, S, S)
     labels: Tensor  # int64 (B,)
-    indices: Tensor  # int64 (B,), each image's number in its data set
-    erase: Tensor | None = None  # training: int64 (B, count, 4), boxes as top, left, height, width; zero size is no box
-    bad: tuple[BadImage, ...] = ()  # training: what could not be read; `labels` and `indices` are the replacements
+    indices: Tensor  # int64 (B,), each image's index in its data set
+    erase: Tensor | None = None  # training: int64 (B, count, 4), boxes as top, left, height, width; size zero: no box
+    bad: tuple[BadImage, ...] = ()  # training: unreadable images; `labels` and `indices` are those of the replacements
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -28,7 +37,7 @@ class Batch:
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory, as DataLoader's pin_memory asks for it."""
+        """Return the batch in page-locked memory; DataLoader calls this method."""
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Any]:

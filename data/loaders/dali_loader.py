@@ -1,113 +1,107 @@
-"""The DALI loader: the torch loader's batches, decoded and resized by DALI on the CPU or a GPU, RandAugment after it.
+"""DALI loader: the torch loader's batches, decoded and resized by DALI on the CPU or a GPU, then augmented by RandAugment.
 
-Workers read the files and draw each sample's choices, by the same addresses as the torch loader's; the main process feeds
-both to a DALI pipeline. A file that DALI might refuse (no ordinary JPEG, or one that is cut off) is decoded by the worker
-as the torch loader does, and travels as pixels: so an unreadable one is replaced before DALI meets it.
+Workers read the files and draw each sample's augmentation by the same RNG keys as the torch loader's; the main process feeds
+both to a DALI pipeline. A file that DALI might not decode (not an ordinary JPEG, or truncated) is decoded by the worker as in
+the torch loader and handed over as pixels, so that an unreadable one is replaced before it reaches DALI.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from data.augment.rand_augment import Op
-from data.augment.rand_augment_tensor import RandAugment
+from data.augment.rand_augment import RandAugment
+from data.augment.rand_augment_policy import Op
 from data.augment.transforms import EvalTransform, TrainTransform
-from data.loaders.bad_images import BadImage, read_or_replace
-from data.loaders.batch import Batch
+from data.loaders.bad_images import read_or_replace
+from data.loaders.base import BaseEvalLoader, BaseTrainLoader
+from data.loaders.batch import BadImage, Batch
 from data.loaders.decode import MAX_PIXELS, decode
-from data.loaders.jpeg import ordinary
-from data.loaders.sampler import Sampler
-from data.loaders.torch_loader import (
-    Address,
-    Batches,
-    ImageSource,
-    MicroBatches,
-    batches_of,
-    evaluation_batches,
-    read,
-    start_workers,
-)
+from data.loaders.image_source import ImageSource, read
+from data.loaders.jpeg import ordinary_header
+from data.loaders.sampler import SampleKey
+from data.loaders.torch_loader import BatchDataset, build_dataloader, iterate_batches
 
 if TYPE_CHECKING:
     from data.loaders.dali_pipeline import Pipeline
 
 INSTALL = "pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 for drivers before 580)"
-DECODERS_PER_READER = 4  # a worker reads and draws for so many decoding threads, or more
+DECODERS_PER_READER = 4  # decoding threads for which one worker reads and draws
 DEVICES = ("auto", "cpu", "gpu")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A batch on its way from a worker to the pipeline; B images, the first axis everywhere."""
+class EncodedBatch:
+    """Encoded files of a batch with their drawn augmentation, from a worker for the pipeline; B images, the first axis."""
 
-    asked: list[Any]  # addresses, or indices in evaluation
-    data: Tensor  # uint8, the files one after the other
-    ends: np.ndarray  # int64 (B,), where each ends
-    windows: np.ndarray  # int64 (B, 4), what is decoded of each: top, left, height, width
-    sizes: np.ndarray  # int64 (B, 2), the height and width that is resized to
-    crops: np.ndarray  # int64 (B, 4), what is kept of that: top, left, height, width
-    cubic: np.ndarray  # bool (B,), bicubic rather than bilinear
+    keys: list[Any]  # SampleKeys, or indices in evaluation
+    data: Tensor  # uint8, the files concatenated
+    ends: np.ndarray  # int64 (B,), end of each file in `data`
+    regions: np.ndarray  # int64 (B, 4), part of each image that is decoded: top, left, height, width
+    sizes: np.ndarray  # int64 (B, 2), height and width that the region is resized to
+    crops: np.ndarray  # int64 (B, 4), crop of the resized region: top, left, height, width
+    cubic: np.ndarray  # bool (B,), resize by bicubic rather than bilinear interpolation
     flips: np.ndarray  # bool (B,)
     indices: np.ndarray  # int64 (B,)
     labels: np.ndarray  # int64 (B,)
     ops: tuple[Sequence[Op], ...] = ()  # training: RandAugment's
     erase: np.ndarray | None = None  # training: int64 (B, count, 4)
     bad: tuple[BadImage, ...] = ()
-    careful: bool = False  # holds pixels only
+    decoded: bool = False  # the files hold pixels only, which DALI need not decode
 
     @property
-    def numbers(self) -> dict[str, np.ndarray]:
-        """What the pipeline takes beside the files, by its inputs' names."""
-        return {name: getattr(self, name) for name in ("windows", "sizes", "crops", "cubic", "flips")}
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Return the pipeline's inputs other than the files, by name."""
+        return {name: getattr(self, name) for name in ("regions", "sizes", "crops", "cubic", "flips")}
 
     def files(self) -> list[np.ndarray]:
         """Return the bytes of each file, uint8."""
         return np.split(self.data.numpy(), self.ends[:-1])
 
 
-File = tuple[np.ndarray, int, int]  # bytes, and height and width of what they decode to
+File: TypeAlias = tuple[np.ndarray, int, int]  # bytes, and height and width of the image
 
 
-def read_for_dali(source: ImageSource, index: int, careful: bool = False) -> File:
-    """Return an image's bytes for DALI, with their height and width; UnreadableImageError names its file.
+def read_for_dali(source: ImageSource, index: int, decoded: bool = False) -> File:
+    """Return an image's bytes for DALI, with its height and width; UnreadableImageError names its file.
 
-    `careful` hands over the pixels of every file.
+    With `decoded` every file is decoded here and handed over as pixels.
     """
     data = read(source, index)
-    found = None if careful else ordinary(data)
-    if found is not None and found.height * found.width <= MAX_PIXELS:
-        return data, found.height, found.width
+    header = None if decoded else ordinary_header(data)
+    if header is not None and header.height * header.width <= MAX_PIXELS:
+        return data, header.height, header.width
     image = decode(data, source.name(index))
     height, width = image.shape[-2:]
     pixels = image.permute(1, 2, 0).contiguous().numpy().tobytes()
     return np.frombuffer(b"P6\n%d %d\n255\n" % (width, height) + pixels, dtype=np.uint8), height, width
 
 
-class EncodedTrain(Batches[Address, TrainTransform, Encoded]):
-    """Addresses to encoded micro-batches."""
+class EncodedTrainDataset(BatchDataset[SampleKey, TrainTransform, EncodedBatch]):
+    """Data set of encoded micro-batches."""
 
-    def batch(self, addresses: list[Address], careful: bool = False) -> Encoded:
-        """Return the micro-batch of the addresses."""
+    def load_batch(self, keys: list[SampleKey], decoded: bool = False) -> EncodedBatch:
+        """Return the micro-batch of the keys; `decoded` as for `read_for_dali`."""
         files, draws, indices, bad = [], [], [], []
-        for epoch, position, index in addresses:
-            (data, height, width), taken, replaced = read_or_replace(
-                index, len(self), lambda i: read_for_dali(self.source, i, careful), self.source.name
+        for epoch, position, index in keys:
+            (data, height, width), loaded, replaced = read_or_replace(
+                index, len(self), lambda i: read_for_dali(self.source, i, decoded), self.source.name
             )
             files.append(data)
-            indices.append(taken)
+            indices.append(loaded)
             bad += replaced
             draws.append(self.transform.draw(epoch, position, height, width))
         sides = np.array([drawn.size for drawn in draws], dtype=np.int64)
-        return Encoded(
-            addresses,
-            *_joined(files),
-            windows=np.array([drawn.crop for drawn in draws], dtype=np.int64),
+        return EncodedBatch(
+            keys,
+            *_concatenate(files),
+            regions=np.array([drawn.crop for drawn in draws], dtype=np.int64),
             sizes=np.stack([sides, sides], 1),
             crops=np.stack([0 * sides, 0 * sides, sides, sides], 1),
             cubic=np.array([drawn.interpolation == "bicubic" for drawn in draws]),
@@ -117,101 +111,79 @@ class EncodedTrain(Batches[Address, TrainTransform, Encoded]):
             ops=tuple(drawn.ops for drawn in draws),
             erase=np.stack([drawn.erase for drawn in draws]),
             bad=tuple(bad),
-            careful=careful,
+            decoded=decoded,
         )
 
 
-class EncodedEval(Batches[int, EvalTransform, Encoded]):
-    """Indices to encoded evaluation batches."""
+class EncodedEvalDataset(BatchDataset[int, EvalTransform, EncodedBatch]):
+    """Data set of encoded evaluation batches."""
 
-    def batch(self, indices: list[int], careful: bool = False) -> Encoded:
-        """Return the batch of the indices."""
-        files = [read_for_dali(self.source, index, careful) for index in indices]
+    def load_batch(self, keys: list[int], decoded: bool = False) -> EncodedBatch:
+        """Return the batch of the indices; `decoded` as for `read_for_dali`."""
+        files = [read_for_dali(self.source, index, decoded) for index in keys]
         geometry = [self.transform.geometry(height, width) for _, height, width in files]
-        return Encoded(
-            indices,
-            *_joined([data for data, _, _ in files]),
-            windows=np.array([(0, 0, height, width) for _, height, width in files], dtype=np.int64),
+        return EncodedBatch(
+            keys,
+            *_concatenate([data for data, _, _ in files]),
+            regions=np.array([(0, 0, height, width) for _, height, width in files], dtype=np.int64),
             sizes=np.array([size for size, _ in geometry], dtype=np.int64),
             crops=np.array([crop for _, crop in geometry], dtype=np.int64),
             cubic=np.full(len(files), self.transform.interpolation == "bicubic"),
             flips=np.zeros(len(files), dtype=bool),
-            indices=np.array(indices, dtype=np.int64),
-            labels=self.source.labels[indices],
-            careful=careful,
+            indices=np.array(keys, dtype=np.int64),
+            labels=self.source.labels[keys],
+            decoded=decoded,
         )
 
 
-class DaliTrainLoader:
-    """This rank's augmented micro-batches, epoch by epoch; TrainLoader's interface."""
+@dataclass(eq=False, repr=False)
+class DaliTrainLoader(BaseTrainLoader):
+    """One rank's augmented micro-batches, epoch by epoch, from DALI."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        transform: TrainTransform,
-        sampler: Sampler,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        prefetch: int = 4,
-        device: torch.device | str = "cpu",
-        backend: str = "auto",
-    ) -> None:
-        """`device` is where the batches go, `backend` (auto, cpu or gpu) where DALI runs."""
-        self._addresses, self._device = MicroBatches(sampler, rank, world), torch.device(device)
-        images, size = EncodedTrain(source, transform), sampler.micro_batch_size
-        self._decoder = _Decoder(images, self._addresses, size, workers, prefetch, self._device, backend)
-        self._augment = RandAugment(transform.fill, self._device)
+    device: torch.device | str = "cpu"  # of the batches
+    backend: str = "auto"  # of DALI: auto (that of `device`), cpu or gpu
 
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates in an epoch."""
-        return self._addresses.sampler.updates_per_epoch
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._device = torch.device(self.device)
+        dataset = EncodedTrainDataset(self.source, self.transform)
+        loader = build_dataloader(dataset, self._keys, readers_of(self.workers), self.prefetch, pin_memory=False)
+        size = self.sampler.micro_batch_size
+        self._decoder = _Decoder(dataset, loader, size, self.workers, self._device, self.backend)
+        self._augment = RandAugment(self.transform.fill, self._device)
 
-    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
-        """Yield the micro-batches of updates first_update .. end; what is skipped is not read."""
-        self._addresses.begin(epoch, first_update)
+    def _batches(self) -> Iterator[Batch]:
         for encoded, images in self._decoder:
             images = self._augment(images.to(self._device, non_blocking=True), encoded.ops)
-            yield _batch(encoded, images)
+            yield _build_batch(encoded, images)
 
 
-class DaliEvalLoader:
-    """This rank's share of a split, each image once over all ranks; EvalLoader's interface."""
+@dataclass(eq=False, repr=False)
+class DaliEvalLoader(BaseEvalLoader):
+    """One rank's share of a split, each image once over all ranks, from DALI."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        transform: EvalTransform,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        prefetch: int = 4,
-        device: torch.device | str = "cpu",
-        backend: str = "auto",
-    ) -> None:
-        """`device` is where the batches go, `backend` (auto, cpu or gpu) where DALI runs."""
-        self.num_images, self._device = len(source), torch.device(device)
-        self._batches = evaluation_batches(self.num_images, batch_size, rank, world)
-        images = EncodedEval(source, transform)
-        self._decoder = _Decoder(images, self._batches, batch_size, workers, prefetch, self._device, backend)
+    device: torch.device | str = "cpu"
+    backend: str = "auto"
 
-    def __len__(self) -> int:
-        return len(self._batches)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._device = torch.device(self.device)
+        dataset = EncodedEvalDataset(self.source, self.transform)
+        loader = build_dataloader(dataset, self._indices, readers_of(self.workers), self.prefetch, pin_memory=False)
+        self._decoder = _Decoder(dataset, loader, self.batch_size, self.workers, self._device, self.backend)
 
     def __iter__(self) -> Iterator[Batch]:
         for encoded, images in self._decoder:
-            yield _batch(encoded, images.to(self._device, non_blocking=True))
+            yield _build_batch(encoded, images.to(self._device, non_blocking=True))
 
 
 def readers_of(workers: int) -> int:
-    """Return the processes that read for so many decoding threads."""
+    """Return the number of reader processes for `workers` decoding threads."""
     return -(-workers // DECODERS_PER_READER)
 
 
 def check_dali(backend: str, device: torch.device) -> None:
-    """Raise ValueError where DALI is not installed, or cannot run where it is asked to."""
+    """Raise ValueError if DALI is not installed or its backend cannot run on the device."""
     if backend not in DEVICES:
         raise ValueError(f"DATA.DALI_DEVICE={backend!r} must be one of {', '.join(DEVICES)}")
     try:
@@ -232,64 +204,62 @@ class _Decoder:
 
     def __init__(
         self,
-        images: EncodedTrain | EncodedEval,
-        batches: Any,
-        size: int,
-        workers: int,
-        prefetch: int,
+        dataset: EncodedTrainDataset | EncodedEvalDataset,
+        loader: DataLoader,
+        batch_size: int,
+        threads: int,
         device: torch.device,
         backend: str,
     ) -> None:
         check_dali(backend, device)
         on_gpu = backend == "gpu" or (backend == "auto" and device.type == "cuda")
         self._gpu = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
-        self._images, self._size, self._threads = images, size, workers
-        self._loader = start_workers(images, batches, readers_of(workers), prefetch, False)
+        self._dataset, self._loader, self._batch_size, self._threads = dataset, loader, batch_size, threads
         self._pipeline: Pipeline | None = None
 
-    def __iter__(self) -> Iterator[tuple[Encoded, Tensor]]:
-        """Yield each batch with its crops, uint8 (B, 3, S, S), where DALI runs.
+    def __iter__(self) -> Iterator[tuple[EncodedBatch, Tensor]]:
+        """Yield each batch with its crops, uint8 (B, 3, S, S), on the device of the backend.
 
-        A file that DALI cannot decode breaks its pipeline; what was in it is then decoded as the torch loader does, which
-        replaces or names the file, and a new pipeline goes on.
+        A file that DALI cannot decode breaks its pipeline. The batches in flight are then decoded as in the torch loader,
+        which replaces or names the file, and a new pipeline continues with them.
         """
-        batches = batches_of(self._loader)
-        todo = iter([first]) if (first := next(batches, None)) else iter(())  # starts the workers before any thread
+        batches = iterate_batches(self._loader)
+        again = iter([first]) if (first := next(batches, None)) else iter(())  # starts the workers before any thread
         while True:
-            under_way: deque[Encoded] = deque()
+            in_flight: deque[EncodedBatch] = deque()
             try:
-                for encoded, images in self._running().run(_noted(chain(todo, batches), under_way)):
-                    under_way.popleft()
+                for encoded, images in self._start_pipeline().run(_recorded(chain(again, batches), in_flight)):
+                    in_flight.popleft()
                     yield encoded, images
                 return
             except RuntimeError:
                 if self._pipeline is None or not self._pipeline.broken:
                     raise
                 self._pipeline = None
-                if any(batch.careful for batch in under_way):
+                if any(batch.decoded for batch in in_flight):
                     raise
-            todo = iter([self._images.batch(batch.asked, careful=True) for batch in under_way])
+            again = iter([self._dataset.load_batch(batch.keys, decoded=True) for batch in in_flight])
 
-    def _running(self) -> "Pipeline":
+    def _start_pipeline(self) -> "Pipeline":
         if self._pipeline is None:
             from data.loaders.dali_pipeline import Pipeline
 
-            self._pipeline = Pipeline(self._size, self._threads, self._gpu)
+            self._pipeline = Pipeline(self._batch_size, self._threads, self._gpu)
         return self._pipeline
 
 
-def _noted(batches: Iterable[Encoded], under_way: deque[Encoded]) -> Iterator[Encoded]:
+def _recorded(batches: Iterable[EncodedBatch], in_flight: deque[EncodedBatch]) -> Iterator[EncodedBatch]:
     for batch in batches:
-        under_way.append(batch)
+        in_flight.append(batch)
         yield batch
 
 
-def _joined(files: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+def _concatenate(files: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
     return torch.from_numpy(np.concatenate(files)), np.cumsum([len(data) for data in files])
 
 
-def _batch(encoded: Encoded, images: Tensor) -> Batch:
-    """Return the batch; the small tensors page-locked where the images are on a GPU, so that nothing waits for it."""
+def _build_batch(encoded: EncodedBatch, images: Tensor) -> Batch:
+    """Return the batch; the small tensors page-locked if the images are on a GPU, so that nothing synchronises with it."""
     pinned = images.device.type == "cuda"
     labels, indices = (_tensor(array, pinned) for array in (encoded.labels, encoded.indices))
     erase = None if encoded.erase is None else _tensor(encoded.erase, pinned)

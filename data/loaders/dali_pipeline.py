@@ -1,7 +1,7 @@
-"""The DALI pipeline: encoded images and drawn choices in, uint8 crops out. Imports nvidia.dali, so import it late.
+"""DALI pipeline: from encoded images and their drawn augmentation to uint8 crops. Imports nvidia.dali: import it late.
 
-It is fed by hand and keeps no position of its own: an epoch that is given up leaves nothing behind but the batches under
-way, which are taken out, and a resumed run only feeds it other images.
+It is fed batch by batch and keeps no position in the epoch: after an epoch that is abandoned only the batches in flight
+remain, which the next run discards, and a resumed run only feeds other images.
 """
 
 # B images in a batch, S side of the crops
@@ -16,21 +16,21 @@ from nvidia import dali
 from nvidia.dali import fn, types
 from torch import Tensor
 
-DEPTH = 2  # batches under way
+DEPTH = 2  # batches in flight
 
 
-class Windows(Protocol):
-    """What the pipeline needs of a batch."""
+class PipelineBatch(Protocol):
+    """Inputs of the pipeline for one batch."""
 
     @property
-    def numbers(self) -> dict[str, np.ndarray]:
-        """What is decoded of each, windows (B, 4); sizes (B, 2) it is resized to; crops (B, 4) kept; cubic; flips (B,)."""
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Return regions (B, 4) to decode, sizes (B, 2) to resize them to, crops (B, 4) of those, cubic and flips (B,)."""
 
     def files(self) -> list[np.ndarray]:
         """Return the encoded images, uint8 each."""
 
 
-W = TypeVar("W", bound=Windows)
+B = TypeVar("B", bound=PipelineBatch)
 
 
 class Pipeline:
@@ -49,45 +49,47 @@ class Pipeline:
     def _graph(self) -> Any:
         files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
         given = {
-            name: fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("windows", "sizes", "crops")
+            name: fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("regions", "sizes", "crops")
         }
         cubic, flips = (fn.external_source(name=name, dtype=types.INT32, ndim=0) for name in ("cubic", "flips"))
         pixels = fn.decoders.image_slice(
             files,
-            given["windows"][0:2],
-            given["windows"][2:4],
+            given["regions"][0:2],
+            given["regions"][2:4],
             axis_names="HW",
             normalized_anchor=False,
             normalized_shape=False,
             device="cpu" if self.gpu is None else "mixed",
             output_type=types.RGB,
             adjust_orientation=False,
-            jpeg_fancy_upsampling=True,  # what libjpeg does; the CPU backend always does
+            jpeg_fancy_upsampling=True,  # as libjpeg and the CPU backend do
         )
-        linear, cube = int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)
-        kind = fn.cast(linear + cubic * (cube - linear), dtype=types.INTERP_TYPE)
-        pixels = fn.resize(pixels, size=fn.cast(given["sizes"], dtype=types.FLOAT), interp_type=kind, antialias=True)
+        linear, cubic_type = int(types.INTERP_LINEAR), int(types.INTERP_CUBIC)
+        interpolation = fn.cast(linear + cubic * (cubic_type - linear), dtype=types.INTERP_TYPE)
+        pixels = fn.resize(
+            pixels, size=fn.cast(given["sizes"], dtype=types.FLOAT), interp_type=interpolation, antialias=True
+        )
         pixels = fn.slice(pixels, given["crops"][0:2], given["crops"][2:4], axes=(0, 1))
         return fn.flip(pixels, horizontal=flips)
 
-    def run(self, batches: Iterable[W]) -> Iterator[tuple[W, Tensor]]:
+    def run(self, batches: Iterable[B]) -> Iterator[tuple[B, Tensor]]:
         """Yield each batch with its crops, uint8 (B, 3, S, S), channels last, on the backend's device.
 
-        Where DALI cannot decode a file it raises, and the pipeline is `broken` for good.
+        If DALI cannot decode a file, it raises RuntimeError, and the pipeline stays `broken`.
         """
-        self._drain()  # of a run that was given up
+        self._drain()  # batches of an abandoned run
         self._runs += 1
-        own, under_way = self._runs, deque[W]()
+        own, in_flight = self._runs, deque[B]()
         try:
             for batch in batches:
                 self._feed(batch)
-                under_way.append(batch)
-                if len(under_way) == DEPTH:
-                    yield under_way.popleft(), self._take()
+                in_flight.append(batch)
+                if len(in_flight) == DEPTH:
+                    yield in_flight.popleft(), self._take()
                 if own != self._runs:
                     return  # another run has begun
-            while under_way:
-                yield under_way.popleft(), self._take()
+            while in_flight:
+                yield in_flight.popleft(), self._take()
         finally:
             if own == self._runs:
                 self._drain()
@@ -97,10 +99,10 @@ class Pipeline:
             self._take()
 
     def _warm_up(self) -> None:
-        """Run DEPTH batches of one pixel: DALI's first run waits for so many; later ones take what is there."""
+        """Run DEPTH batches of one pixel: the first run of DALI waits for that many, later runs do not."""
         pixel = np.frombuffer(b"P6\n1 1\n255\n\0\0\0", dtype=np.uint8)
         one = np.array([0, 0, 1, 1], dtype=np.int32)
-        given = {"windows": one, "sizes": one[2:], "crops": one, "cubic": one[0], "flips": one[0]}
+        given = {"regions": one, "sizes": one[2:], "crops": one, "cubic": one[0], "flips": one[0]}
         for _ in range(DEPTH):
             self._pipe.feed_input("files", [pixel])
             for name, value in given.items():
@@ -108,9 +110,9 @@ class Pipeline:
         self._pipe.schedule_run()
         self._drain()
 
-    def _feed(self, batch: Windows) -> None:
+    def _feed(self, batch: PipelineBatch) -> None:
         self._pipe.feed_input("files", batch.files())
-        for name, values in batch.numbers.items():
+        for name, values in batch.inputs.items():
             self._pipe.feed_input(name, list(values.astype(np.int32)))
         self._pipe.schedule_run()
         self._waiting += 1
@@ -118,7 +120,7 @@ class Pipeline:
     def _take(self) -> Tensor:
         self.broken = True
         (crops,) = self._pipe.share_outputs(*([] if self.gpu is None else [torch.cuda.current_stream(self.gpu)]))
-        pixels = torch.from_dlpack(crops.as_tensor()).clone()  # (B, S, S, 3); DALI takes its memory back
+        pixels = torch.from_dlpack(crops.as_tensor()).clone()  # (B, S, S, 3); DALI reuses its memory
         self._pipe.release_outputs()
         self.broken, self._waiting = False, self._waiting - 1
         return pixels.permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
-"""Bytes of an image file to RGB pixels: JPEG through torchvision, everything else through Pillow, EXIF ignored.
+"""Decode image files to RGB pixels: JPEG by torchvision, other formats by Pillow; the EXIF orientation is ignored.
 
-Both decode a JPEG to the same pixels, grey and CMYK ones too, torchvision faster. Its operator is called by the registered
-name, because torchvision 0.29 warns at each call of the Python wrapper that decoding moves to TorchCodec; a torchvision
-that no longer has the operator leaves all decoding to Pillow and says so once.
+Both decode a JPEG to the same pixels, grey and CMYK ones too; torchvision is faster. Its operator is called by the registered
+name, because torchvision 0.29 warns at each call of the Python wrapper that decoding moves to TorchCodec. Without the
+operator in later versions of torchvision, Pillow decodes everything, with one warning.
 """
 
 import io
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.loaders.jpeg import START, stated_size
 
-MAX_PIXELS = 178_956_970  # of an image, 16 times an ordinary photograph; Pillow refuses more, too
+MAX_PIXELS = 178_956_970  # of an image; Pillow has the same limit
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB, which is deprecated with the wrapper
 HAS_JPEG_OPERATOR = hasattr(torch.ops.image, "decode_jpeg")
 if not HAS_JPEG_OPERATOR:
@@ -36,7 +36,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode(data: np.ndarray, name: str) -> Tensor:
-    """Decode a file's bytes, uint8 (n,), to uint8 (3, H, W); UnreadableImageError names a file that is no image."""
+    """Decode a file's bytes, uint8 (n,), to uint8 (3, H, W); UnreadableImageError names the file."""
     try:
         if data[:2].tobytes() == START:
             _check_pixels(*(stated_size(data) or (0, 0)))
@@ -44,12 +44,12 @@ def decode(data: np.ndarray, name: str) -> Tensor:
                 try:
                     return torch.ops.image.decode_jpeg(torch.from_numpy(data), RGB_MODE, False)
                 except RuntimeError:
-                    pass  # Pillow either can, or says better what is wrong
+                    pass  # Pillow can decode it, or has the better message
         return _decode_pillow(data)
-    except Exception as error:  # Pillow's readers meet damage with many kinds of errors
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise UnreadableImageError(
             name,
-            f"cannot be decoded ({len(data)} bytes; {_why(data, error)})",
+            f"cannot be decoded ({len(data)} bytes; {_reason(data, error)})",
             "restore the file or take it out of the folder",
         ) from error
 
@@ -59,7 +59,7 @@ def _check_pixels(height: int, width: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
 
 
-def _why(data: np.ndarray, error: Exception) -> str:
+def _reason(data: np.ndarray, error: Exception) -> str:
     if len(data) == 0:
         return "the file is empty"
     if not data.any():
@@ -73,16 +73,16 @@ def _why(data: np.ndarray, error: Exception) -> str:
 
 def _decode_pillow(data: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes, which are checked here, and of odd metadata
-        return _pixels(data)
+        warnings.simplefilter("ignore")  # about sizes, which are checked here, and about metadata
+        return _read_pixels(data)
 
 
-def _pixels(data: np.ndarray) -> Tensor:
+def _read_pixels(data: np.ndarray) -> Tensor:
     with Image.open(io.BytesIO(data.data)) as file:
         _check_pixels(file.height, file.width)
         file.load()
         image: Image.Image = file
-        if image.mode.startswith("I"):  # 16 bit grey; Pillow's own conversion would clip it at 255
+        if image.mode.startswith("I"):  # 16 bit grey, which Pillow's conversion would clip at 255
             grey = np.asarray(image).astype(np.int64)
             image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:

@@ -1,4 +1,4 @@
-"""Loader processes and the shared memory through which they hand over batches: what a machine allows."""
+"""Defaults and limits of a machine: number of loader processes, and shared memory for their batches."""
 
 import math
 import os
@@ -7,30 +7,30 @@ from pathlib import Path
 from common.byte_size import format_bytes
 
 MAX_WORKERS = 16  # of each training process, when DATA.WORKERS=-1
-SPARE_FROM = 4  # cores a process has from which on one is left to the training process itself
+SPARE_FROM = 4  # cores of a training process from which on it keeps one for itself
 SHM = Path("/dev/shm")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-HELD = 2  # batches beside those being prefetched: the one in use and the one on its way
+HELD = 2  # batches in addition to the prefetched ones: one in use, one in transfer
 
 
 def neighbours() -> int:
-    """Return the training processes of this machine."""
+    """Return the number of training processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def default_workers() -> int:
-    """Return the loader processes of a training process: the cores it may use, shared with its neighbours."""
+    """Return the number of loader processes of a training process: the usable cores divided by the training processes."""
     own = int(min(len(os.sched_getaffinity(0)), cpu_quota())) // neighbours()
     return max(1, min(MAX_WORKERS, own - 1 if own >= SPARE_FROM else own))
 
 
 def cpu_quota() -> float:
-    """Return the cores' worth of time that a container or a job may use, infinity without a limit."""
+    """Return the CPU quota of the container or job in cores, infinity without a limit."""
     return min((_quota_of(folder) for folder in _cgroups()), default=math.inf)
 
 
 def _cgroups() -> list[Path]:
-    """Return the folders that may state a quota of this process: the roots, and from its own group upwards."""
+    """Return the cgroup folders that may hold a quota of this process: the roots, its own group and all groups above it."""
     roots = [CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"]
     try:
         groups = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
@@ -41,7 +41,7 @@ def _cgroups() -> list[Path]:
 
 
 def _quota_of(folder: Path) -> float:
-    """Return the cores that a group's files allow: cpu.max of version 2, cpu.cfs_* of version 1."""
+    """Return the quota of a cgroup in cores, from cpu.max (version 2) or cpu.cfs_* (version 1)."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
@@ -53,15 +53,15 @@ def _quota_of(folder: Path) -> float:
 
 
 def check_shared_memory(workers: int, prefetch: int, batch_bytes: int, batches: int, readers: int = -1) -> None:
-    """Raise ValueError if the batches under way do not fit into /dev/shm, where workers would die of a bus error.
+    """Raise ValueError if the prefetched batches do not fit into /dev/shm, where workers would die of a bus error.
 
-    There are `batches` in an epoch. `readers` of the workers are processes that hand batches over, by default all.
+    `batches` is their number in an epoch. `readers` is the number of processes that send batches, by default `workers`.
     """
     readers = workers if readers < 0 else readers
     if not readers or not SHM.is_dir():
         return
-    under_way = min(readers * prefetch + HELD, batches)
-    needed = under_way * batch_bytes * neighbours()
+    in_flight = min(readers * prefetch + HELD, batches)
+    needed = in_flight * batch_bytes * neighbours()
     status = os.statvfs(SHM)
     free = status.f_bavail * status.f_frsize
     if needed <= free:

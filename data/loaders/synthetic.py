@@ -1,7 +1,7 @@
-"""The synthetic loader: random images without decoding, the ceiling of every other loader.
+"""Synthetic loader: random images without decoding, an upper bound on the speed of every other loader.
 
-A few random micro-batches are made once and handed out in turn: which one depends on the micro-batch's number alone, so
-that any number of processes trains on the same.
+A few random micro-batches are generated once and yielded in turn. Which one depends on the micro-batch's number alone, so
+that the world size does not matter.
 """
 
 import functools
@@ -15,15 +15,14 @@ from common.rng import keyed_generator
 from common.timeline import Timeline
 from data.augment.random_erasing import RandomErasing
 from data.loaders.batch import Batch
-from data.loaders.sampler import Sampler, evaluation_indices
-from data.loaders.torch_loader import MicroBatches
+from data.loaders.sampler import MicroBatchSampler, Sampler, evaluation_indices
 
-POOL = 4  # micro-batches made for training
-EVAL_POOL = 64  # images made for evaluation
+POOL = 4  # micro-batches generated for training
+EVAL_POOL = 64  # images generated for evaluation
 
 
 class SyntheticTrain:
-    """Random micro-batches with the interface of the real loader; indices are the stream's."""
+    """Random micro-batches with the interface of TrainLoader; the indices are the sampler's."""
 
     def __init__(
         self,
@@ -37,32 +36,32 @@ class SyntheticTrain:
         pin_memory: bool = False,
         sizes: Timeline | None = None,
     ) -> None:
-        self._addresses = MicroBatches(sampler, rank, world)
+        self._micro_batches = MicroBatchSampler(sampler, rank, world)
         self._size, self._sizes, self._pin_memory = size, sizes, pin_memory
-        self._make = functools.partial(_random_batch, seed, num_classes=num_classes, erase=erase)
+        self._random_batch = functools.partial(_random_batch, seed, num_classes=num_classes, erase=erase)
         self._pool: list[Batch] = []
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates in an epoch."""
-        return self._addresses.sampler.updates_per_epoch
+        """Number of updates in an epoch."""
+        return self._micro_batches.sampler.updates_per_epoch
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of updates first_update .. end; the images are shared, not to be written."""
-        sampler = self._addresses.sampler
-        self._addresses.epoch, self._addresses.first_update = epoch, first_update
+        """Yield this rank's micro-batches of updates first_update .. end; their images are shared and must not be modified."""
+        sampler = self._micro_batches.sampler
+        self._micro_batches.start(epoch, first_update)
         size = int(self._sizes.at(epoch)) if self._sizes else self._size
         if not self._pool or self._pool[0].images.shape[-1] != size:
-            self._pool = [self._make(k, sampler.micro_batch_size, size) for k in range(POOL)]
+            self._pool = [self._random_batch(k, sampler.micro_batch_size, size) for k in range(POOL)]
             if self._pin_memory:
-                self._pool = [made.pin_memory() for made in self._pool]
-        for update, j in self._addresses.numbers():
-            made = self._pool[(update * sampler.micro_batches_per_update + j) % POOL]
-            yield replace(made, indices=torch.from_numpy(sampler.micro_batch(epoch, update, j)[1]))
+                self._pool = [batch.pin_memory() for batch in self._pool]
+        for update, j in self._micro_batches.numbers():
+            batch = self._pool[(update * sampler.micro_batches_per_update + j) % POOL]
+            yield replace(batch, indices=torch.from_numpy(sampler.micro_batch(epoch, update, j)[1]))
 
 
 class SyntheticEval:
-    """Random images, each once over all ranks; image and label depend on the index alone."""
+    """Random images, each once over all ranks; image and label are functions of the index."""
 
     def __init__(
         self, num_images: int, size: int, num_classes: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -82,6 +81,7 @@ class SyntheticEval:
 
 
 def _random_batch(seed: int, number: int, batch: int, size: int, num_classes: int, erase: RandomErasing) -> Batch:
+    """Return the batch of an RNG key `number`."""
     rng = keyed_generator(seed, "synthetic", number)
     images = np.frombuffer(bytearray(rng.bytes(batch * 3 * size * size)), dtype=np.uint8).reshape(batch, 3, size, size)
     labels = rng.randint(num_classes, size=batch)

@@ -1,7 +1,7 @@
-"""The processes that loaders start: they outlive the signals that ask a run to save and stop, and end with their parent.
+"""Worker processes of loaders: they ignore the signals that make a run save and stop, and end with their parent.
 
-Schedulers and terminals send those signals to every process of a run. A worker that died of one would take the loader, and
-with it the run, down before the checkpoint is written.
+Schedulers and terminals send those signals to every process of a run. A worker ended by one would end the loader, and with
+it the run, before the checkpoint is written.
 """
 
 import signal
@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 
 class _Popen(popen_fork.Popen):
     def terminate(self) -> None:
-        """End the worker as the parent wishes, by the signal that it cannot ignore."""
+        """End the worker by SIGKILL, since it ignores SIGTERM."""
         self.kill()
 
 
@@ -20,17 +20,17 @@ class Worker(ForkProcess):
     """A forked process whose `terminate` is `kill`."""
 
     @staticmethod
-    def _Popen(process_obj: BaseProcess) -> popen_fork.Popen:  # the name that multiprocessing calls
+    def _Popen(process_obj: BaseProcess) -> popen_fork.Popen:  # name used by multiprocessing
         return _Popen(process_obj)
 
 
 class Workers(ForkContext):
-    """What DataLoader takes as multiprocessing_context."""
+    """Multiprocessing context of worker processes, for DataLoader."""
 
     Process = Worker
 
 
 def ignore_signals(_: int) -> None:
-    """Leave the signals to the parent; DataLoader's worker_init_fn."""
+    """Ignore SIGTERM, SIGUSR1 and SIGINT in a worker, for DataLoader's worker_init_fn."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

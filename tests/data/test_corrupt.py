@@ -1,4 +1,4 @@
-"""Bad images: unreadable files are replaced and listed in training and end an evaluation; odd files are read."""
+"""Unreadable images: replaced and listed in training, an error in evaluation; unusual but valid files are read."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train as train_script
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
 from data.loaders.decode import UnreadableImageError, decode
@@ -57,7 +57,7 @@ def test_reason_describes_the_file(kind, reason):
 
 
 def test_damage_anywhere_is_an_unreadable_image_or_an_image():
-    """Image readers raise errors of many types on damaged files; none of them may end a worker."""
+    """Image decoders raise many kinds of errors for damaged files; none may end a worker."""
     rng = np.random.RandomState(0)
     for whole in (JPEG, READABLE["png"], READABLE["gif"], READABLE["progressive"]):
         for _ in range(60):
@@ -100,7 +100,7 @@ def test_jpeg_without_a_frame_has_no_size(data):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """Write a folder of 40 images in two classes, 6 of them unreadable: two neighbours, the last one, and others."""
+    """Return a folder of 40 images in two classes, 6 of them unreadable: two adjacent ones, the last one, and others."""
     root = write_folder(tmp_path_factory.mktemp("damaged"), train={"cat": 20, "dog": 20}) / "train"
     kinds = iter(UNREADABLE.values())
     for name in ("cat/003", "cat/004", "cat/019", "dog/007", "dog/019", "cat/011"):
@@ -133,7 +133,7 @@ def test_training_uses_the_next_readable_image_for_any_number_of_workers(damaged
     assert all(one.reason.startswith("cannot be decoded (") for one in bad)
 
 
-def test_pixels_of_a_replacement_are_those_of_the_neighbour_with_the_same_rng_key(damaged):
+def test_replacement_has_the_pixels_of_its_neighbour_with_the_same_rng_key(damaged):
     transform = TrainTransform(24, 1)
     order = Sampler(40, 1, 8, 4).order(0).tolist()
     images = torch.cat([batch.images for batch in loader(damaged).epoch(0)])
@@ -141,7 +141,7 @@ def test_pixels_of_a_replacement_are_those_of_the_neighbour_with_the_same_rng_ke
     assert torch.equal(images[position], transform(decode(damaged.read(28), "x"), 0, position)[0])
 
 
-def test_batch_keeps_its_bad_images_when_moved_to_the_device(damaged):
+def test_batch_keeps_its_bad_images_on_the_device(damaged):
     batch = next(batch for batch in loader(damaged).epoch(0) if batch.bad)
     assert batch.to("cpu").bad == batch.bad
 
@@ -217,7 +217,7 @@ def test_continued_run_lists_a_file_once(tmp_path):
     assert len(lines) == 3
 
 
-def test_watched_batches_give_each_bad_file_once(damaged):
+def test_watch_collects_each_file_once(damaged):
     found = BadImages(40, 1)
     batches = [batch for epoch in range(2) for batch in found.watch(loader(damaged).epoch(epoch))]
     assert len(batches) == 20
@@ -244,7 +244,7 @@ def listed(run):
     return [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
 
 
-def test_training_lists_what_it_replaced(bad_run, capsys):
+def test_training_lists_replaced_images(bad_run, capsys):
     root, out, run = bad_run
     assert run("DATA.MAX_BAD_SHARE", "0.04") == 0  # 2 of 48
     rows = sorted(listed(out), key=lambda row: row["index"])
@@ -260,10 +260,10 @@ def test_training_stops_above_the_share_and_names_the_list(bad_run, capsys):
     with pytest.raises(SystemExit) as caught:
         run()
     assert caught.value.code == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         f"2 of 48 training images cannot be read, DATA.MAX_BAD_SHARE=0.001 allows 1; {out}/bad_images.jsonl lists them"
-        in said
+        in message
     )
     assert len(listed(out)) == 2
 

@@ -1,4 +1,4 @@
-"""Image files that a data set should not hold but does: unreadable ones, and odd ones that can be read."""
+"""Damaged and unusual image files: unreadable ones, and readable ones."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def rotated() -> Image.Exif:
 
 
 def stated_size(jpeg: bytes, width: int, height: int) -> bytes:
-    """Let a JPEG's header state another size."""
+    """Return a JPEG with another size in its header."""
     at = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
 

@@ -1,4 +1,4 @@
-"""What the tests of data/ share: generated picture folders, and timm's random modules fed from our streams."""
+"""Doubles for the tests of data/: generated image folders, and timm's random modules fed from a keyed generator."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from PIL import Image
 
 
 class TimmRandom:
-    """Stands in for the `random` and `numpy.random` that timm draws from, so that it draws a stream's numbers."""
+    """Stand-in for the `random` and `numpy.random` of timm, which draws from a given generator."""
 
     def __init__(self, rng):
         self.rng = rng
         self.random = self.rand = rng.random_sample
         self.uniform, self.gauss, self.beta = rng.uniform, rng.normal, rng.beta
 
-    def randint(self, low, high, size=None):  # random's, which includes `high`
+    def randint(self, low, high, size=None):  # as of `random`, including `high`
         return int(self.rng.randint(low, high + 1))
 
     def choice(self, options, count=None, replace=True, p=None):

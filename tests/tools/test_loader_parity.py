@@ -56,21 +56,21 @@ def test_parity_of_a_checkpoint_is_reported(capsys, small_cfg, folder, tmp_path)
 def test_parity_fails_for_loaders_that_differ(capsys, small_cfg, folder, monkeypatch):
     from data.loaders import dali_loader
 
-    monkeypatch.setattr(dali_loader, "_noted", flipped(dali_loader._noted))
+    monkeypatch.setattr(dali_loader, "_recorded", flipped(dali_loader._recorded))
     status, lines = run(capsys, small_cfg, folder, "--batches", 2)
     assert status == 1
     assert not any("DIFFER" in line for line in lines)
 
 
-def flipped(noted):
+def flipped(recorded):
     """Have every image flipped that should not be, and the other way round."""
 
-    def run_noted(batches, under_way):
-        for batch in noted(batches, under_way):
+    def run_flipped(batches, in_flight):
+        for batch in recorded(batches, in_flight):
             batch.flips[:] = ~batch.flips
             yield batch
 
-    return run_noted
+    return run_flipped
 
 
 def test_parity_counts_other_labels_and_lost_images():

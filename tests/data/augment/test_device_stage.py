@@ -1,4 +1,4 @@
-"""The device stage: normalised, erased and mixed in the order asked for, by the micro-batch's address alone."""
+"""Device stage: normalises, erases and mixes in the given order, by the RNG key of the micro-batch alone."""
 
 from dataclasses import replace
 
@@ -85,7 +85,7 @@ def test_erase_modes_fill_boxes_with_zero_or_one_colour_each(layout):
 
 
 @pytest.mark.parametrize(("prob", "count", "size"), [(1.0, 1, 224), (0.25, 1, 64), (1.0, 3, 96), (1.0, 1, 8)])
-def test_boxes_are_timms_for_the_same_random_numbers(monkeypatch, prob, count, size):
+def test_boxes_equal_timms_for_the_same_random_numbers(monkeypatch, prob, count, size):
     ours = RandomErasing(prob, count)
     timms = timm_erasing.RandomErasing(prob, mode="const", max_count=count, device="cpu")
     erased = 0
@@ -113,9 +113,9 @@ def test_erasing_by_box_equals_erasing_by_mask(mode, given):
 
 
 @pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
-def test_memory_of_the_loaders_images_changes_nothing(order):
+def test_memory_format_of_the_images_changes_nothing(order):
     given, mixing = batch(), Mixup(CLASSES)
-    pixels = given.images.to(memory_format=torch.channels_last)  # as DALI makes them
+    pixels = given.images.to(memory_format=torch.channels_last)  # as from DALI
     for update in range(4):
         wanted = stage(mixing, order=order).train(given, update, 0, 0)[0]
         found = stage(mixing, order=order).train(replace(given, images=pixels), update, 0, 0)[0]
@@ -170,19 +170,19 @@ def test_mix_then_erase_leaves_the_noise_alone_and_rounds_the_mixture():
 
 
 @pytest.mark.parametrize("order", ["erase_then_mix", "mix_then_erase"])
-def test_the_address_decides_everything(order):
+def test_output_depends_on_the_rng_key_alone(order):
     given, mixing = batch(), Mixup(CLASSES)
     first = stage(mixing, order=order)
     wanted = first.train(given, 7, 1, 2)
     other = stage(mixing, order=order)
     state = torch.get_rng_state()
-    for address in [(6, 1, 2), (7, 0, 2), (7, 1, 1)]:
-        differs = other.train(given, *address)
+    for key in [(6, 1, 2), (7, 0, 2), (7, 1, 1)]:
+        differs = other.train(given, *key)
         assert not torch.equal(differs[0], wanted[0])
     again = other.train(given, 7, 1, 2)
     assert torch.equal(again[0], wanted[0])
     assert torch.equal(again[1], wanted[1])
-    assert torch.equal(torch.get_rng_state(), state)  # torch's own stream belongs to the model
+    assert torch.equal(torch.get_rng_state(), state)  # torch's default generator belongs to the model
     reseeded = DeviceStage(mixing, MEAN, STD, seed=4, order=order)
     assert not torch.equal(reseeded.train(given, 7, 1, 2)[0], wanted[0])
 
@@ -203,7 +203,7 @@ def test_batch_moves_as_a_whole():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nothing_waits_for_the_device():
+def test_nothing_synchronises_with_the_device():
     on_device = stage(Mixup(CLASSES), device="cuda")
     given = batch().pin_memory().to("cuda", non_blocking=True)
     on_device.train(given, 0, 0, 0)

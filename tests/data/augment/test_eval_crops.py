@@ -1,4 +1,4 @@
-"""Evaluation crops from the config: timm's modes, sizes and border colour; what is mistyped is refused."""
+"""Evaluation crops from the config: modes, sizes and border colour of timm; errors for mistyped keys and values."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Mixup and cutmix: timm's draws from the same random numbers, timm's pictures and targets."""
+"""Mixup and cutmix: draws, images and targets of timm for the same random numbers."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def batch(count=6):
 
 
 class HalfOpen(TimmRandom):
-    """numpy.random's randint, which excludes `high`."""
+    """Stand-in for numpy.random, whose randint excludes `high`."""
 
     def randint(self, low, high, size=None):
         assert size is None

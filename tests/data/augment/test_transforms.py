@@ -1,4 +1,4 @@
-"""Crops: drawn by address with timm's semantics, applied within a level or two of Pillow; evaluation sizes exactly torchvision's."""
+"""Crops: drawn by RNG key as in timm, applied within two levels of Pillow; evaluation sizes equal torchvision's."""
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ from torchvision.transforms import functional as tvf_pil
 
 import config
 from common.rng import keyed_generator
-from data.augment.rand_augment import apply, parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.random_erasing import RandomErasing
 from data.augment.transforms import Crop, EvalTransform, TrainTransform, draw_crop, shorter_side_size
 from tests.helpers.data_doubles import TimmRandom, picture
+from tests.helpers.pillow_rand_augment import apply
 
 RATIO = (3 / 4, 4 / 3)
 FROZEN = [
@@ -88,7 +89,7 @@ def test_rand_augment_is_applied_to_the_crop():
     assert changed > 8
 
 
-def test_draw_depends_on_the_address_alone_and_is_frozen():
+def test_draw_depends_on_the_rng_key_alone_and_is_frozen():
     """Changed numbers here mean that every run so far would resume with other augmentation: do not adapt the test."""
     transform = TrainTransform(224, 5, interpolation="random", policy=parse_policy("rand-m9-mstd0.5-inc1"))
     draws = [transform.draw(epoch, position, 375, 500) for epoch in (1, 2) for position in (10, 11)]

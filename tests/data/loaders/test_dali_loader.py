@@ -1,4 +1,4 @@
-"""The DALI loader: the torch loader's batches by address, its pixels within a level, its treatment of bad files."""
+"""DALI loader: the torch loader's batches by RNG key, its pixels within a level, its treatment of bad files."""
 
 import os
 import sys
@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment.rand_augment import parse_policy
-from data.augment.rand_augment_tensor import RandAugment
+from data.augment.rand_augment import RandAugment
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, check_dali
 from data.loaders.decode import UnreadableImageError
+from data.loaders.image_source import load
 from data.loaders.sampler import Sampler
-from data.loaders.torch_loader import EvalLoader, TrainLoader, load
+from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.stores.folder import SUFFIXES, class_folders, scan
 from tests.helpers.damaged_images import READABLE, UNREADABLE
 from tests.helpers.data_doubles import picture, write_folder
@@ -28,7 +29,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 
 def write_odd_files(folder):
-    """Write what is no ordinary JPEG but can be read: grey, four colours, progressive, PNG, trailing bytes, EXIF."""
+    """Write readable files that are no ordinary JPEG: grey, four colours, progressive, PNG, trailing bytes, EXIF."""
     image = picture(np.random.RandomState(5), 61, 47)
     image.convert("L").save(folder / "grey.jpg")
     image.convert("CMYK").save(folder / "four.jpg")
@@ -95,7 +96,7 @@ def test_dali_loader_gives_the_torch_loaders_batches(source, interpolation):
 
 
 def test_dali_loader_crops_and_flips_where_the_torch_loader_does(source):
-    """Each crop is nearest to its own counterpart: not to its mirror, nor to one moved by a pixel."""
+    """Each crop is nearer to its counterpart than to its mirror image and to shifts by a pixel."""
     found, wanted = (list(loader(kind, source, policy=None).epoch(0)) for kind in (DaliTrainLoader, TrainLoader))
     ours, theirs = (torch.cat([batch.images for batch in batches]).float() for batches in (found, wanted))
     own = (ours - theirs).abs().mean((1, 2, 3))
@@ -127,8 +128,8 @@ def test_dali_loader_workers_and_world_size_change_nothing(source, reference, wo
 @pytest.mark.parametrize("workers", [0, 1])
 def test_dali_loader_resumes_within_an_epoch(source, reference, workers):
     own = loader(DaliTrainLoader, source, workers=workers)
-    given_up = own.epoch(0)
-    next(given_up)
+    abandoned = own.epoch(0)
+    next(abandoned)
     assert_same(list(own.epoch(1, first_update=1)), reference[4:])
     assert_same(list(own.epoch(1)), reference)
     assert list(own.epoch(1, first_update=3)) == []
@@ -169,7 +170,7 @@ def test_dali_loader_evaluates_each_image_once(source, crop, resize, interpolati
 
 
 def broken_tables(data):
-    """Return a JPEG whose header is in order but whose Huffman tables are not: DALI meets it unawares."""
+    """Return a JPEG with a valid header and broken Huffman tables, which only DALI itself detects."""
     at = data.index(b"\xff\xc4")
     return data[: at + 4] + b"\xff" * 26 + data[at + 30 :]
 
@@ -264,7 +265,7 @@ def test_dali_loader_memory_stays_flat_over_epochs(source):
     for cycle in range(5):
         for epoch in range(3):
             assert len(list(own.epoch(3 * cycle + epoch))) == 12
-            next(own.epoch(epoch))  # given up
+            next(own.epoch(epoch))  # abandoned
         assert len(list(val)) == 7
         sizes.append(resident_bytes())
     assert sizes[-1] - sizes[1] < 20e6  # the batches of one cycle take 30 MB

@@ -1,4 +1,4 @@
-"""Decoding: the pixels Pillow gives, for every kind of file a picture folder holds."""
+"""Decoding: Pillow's pixels for every kind of file in an image folder."""
 
 import io
 
@@ -25,7 +25,7 @@ def pillow(data):
 
 
 def without_adobe_marker(data):
-    """Leave out the segment that says that a CMYK JPEG is stored inverted."""
+    """Remove the segment that marks a CMYK JPEG as inverted."""
     start = data.tobytes().index(b"\xff\xee\x00\x0eAdobe")
     return np.delete(data, slice(start, start + 16))
 
@@ -101,6 +101,6 @@ def test_16_bit_grey_keeps_its_brightness():
     ],
     ids=["empty", "garbage", "truncated jpeg", "jpeg without a frame", "truncated png"],
 )
-def test_what_cannot_be_decoded_names_the_file(data):
+def test_error_of_an_undecodable_file_names_it(data):
     with pytest.raises(ValueError, match=r"train/cat/7\.jpg: cannot be decoded \(\d+ bytes; .*\); restore the file"):
         decode(data, "train/cat/7.jpg")

@@ -1,4 +1,4 @@
-"""The index stream: pure in (seed, epoch), the same micro-batches for any number of processes, DeiT's when repeated."""
+"""Sampler: a pure function of (seed, epoch), the same micro-batches for any world size, DeiT's with repeated augmentation."""
 
 import numpy as np
 import pytest

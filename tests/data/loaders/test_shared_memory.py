@@ -1,4 +1,4 @@
-"""Loader processes and shared memory: defaults for small and large machines, and a /dev/shm that is too small."""
+"""Loader processes and shared memory: defaults for small and large machines, and the error for a small /dev/shm."""
 
 import os
 

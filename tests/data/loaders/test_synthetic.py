@@ -1,4 +1,4 @@
-"""The synthetic loader: the real loader's interface and numbering, without files."""
+"""Synthetic loader: interface and numbering of the torch loader, without files."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def by_number(world):
     return found
 
 
-def test_batches_look_like_the_real_loaders():
+def test_batches_have_the_torch_loaders_form():
     batches = list(loader().epoch(0))
     assert len(batches) == 3 * 4
     for batch in batches:

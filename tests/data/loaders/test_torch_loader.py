@@ -1,4 +1,4 @@
-"""The loader: each micro-batch bit-identical for any workers and world size, resumable, exact in evaluation."""
+"""Torch loader: micro-batches bit-identical for any workers and world size, resumable, exact in evaluation."""
 
 import threading
 import warnings
@@ -9,7 +9,7 @@ import torch
 
 from data.augment.device_stage import DeviceStage
 from data.augment.mixup import Mixup
-from data.augment.rand_augment import parse_policy
+from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader
@@ -26,7 +26,7 @@ def source(tmp_path_factory):
 
 
 class Recorded:
-    """A source that notes what is read."""
+    """Image source that records the indices read."""
 
     def __init__(self, source):
         self.source, self.labels, self.name, self.seen = source, source.labels, source.name, []
@@ -46,7 +46,7 @@ def loader(source, rank=0, world=1, workers=0, repeats=1):
 
 
 def by_number(source, world, workers=0, repeats=1, epochs=(0, 1)):
-    """Return {(epoch, update, micro-batch): everything the model would see}, collected from all ranks."""
+    """Return {(epoch, update, micro-batch): batch tensors, images and targets of the device stage}, over all ranks."""
     stage = DeviceStage(Mixup(3), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), seed=1)
     found = {}
     for rank in range(world):
@@ -74,7 +74,7 @@ def reference(source):
     return by_number(source, world=1)
 
 
-def test_batches_hold_the_streams_images(source, reference):
+def test_batches_hold_the_samplers_images(source, reference):
     order = Sampler(len(source), 1, MICRO * PER_UPDATE, MICRO).order(1)
     images, labels, indices, erase, *_ = reference[1, 2, 3]
     assert images.shape == (MICRO, 3, 24, 24)
@@ -127,17 +127,17 @@ def test_skipped_updates_are_not_read(source):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_epoch_given_up_half_way_leaves_nothing_behind(source, reference, workers):
+def test_abandoned_epoch_does_not_change_the_next(source, reference, workers):
     own = loader(source, workers=workers)
-    given_up = own.epoch(0)
-    next(given_up)
+    abandoned = own.epoch(0)
+    next(abandoned)
     batches = list(own.epoch(1))
     assert torch.equal(batches[0].images, reference[1, 0, 0][0])
     assert len(batches) == 12
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_global_random_streams_alone(source, workers):
+def test_loading_leaves_the_default_generators_alone(source, workers):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(loader(source, workers=workers).epoch(0))
     list(EvalLoader(source, EvalTransform(24, 28), 8, workers=workers))
