@@ -22,7 +22,7 @@ from config.command_line import Parser, check_which
 from data.augment.transforms import EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
 from data.stores.class_labels import class_names, readable_names
-from data.stores.folder import SUFFIXES
+from data.stores.folder import SUFFIXES, ClassIndexError
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
@@ -230,8 +230,8 @@ def _fitted(
 def _class_names(metadata: dict[str, Any], class_index: str) -> list[str]:
     try:
         lists = class_names(metadata.get("classes", []), class_index, metadata["num_classes"])
-    except ValueError as error:
-        raise ValueError(str(error).replace("DATA.CLASS_INDEX", "--class-index")) from error
+    except ClassIndexError as error:
+        raise ValueError(f"--class-index={error.file} {error.problem}") from error
     return list(lists.values())[-1]  # --class-index, if it is given
 
 

@@ -1,6 +1,7 @@
 """tools.predict: the classes that the model names, for files and folders, with the evaluation's crop."""
 
 import csv
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -123,6 +124,22 @@ def test_run_says_how_it_cropped(small_cfg, tmp_path, pictures, capsys):
 def test_class_index_renames_the_classes(checkpoint, tmp_path):
     (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
     assert load_classifier(checkpoint, class_index=str(tmp_path / "names.txt")).readable == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--class-index='{file}' is not a file; give its path"),
+        ("one\none\n", "--class-index='{file}' names one more than once"),
+        ("one\ntwo\n", "--class-index={file} names 2 classes, the model has 3"),
+    ],
+)
+def test_class_index_error_names_the_flag(text, message, checkpoint, tmp_path):
+    file = tmp_path / "names.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message.format(file=file))):
+        load_classifier(checkpoint, class_index=str(file))
 
 
 def test_readable_names_know_all_of_imagenet():
