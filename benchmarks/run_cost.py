@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 import config
 from config.command_line import ROOT, Parser
+from tools.tables import markdown_table
 
 TRAINING, VALIDATION = 1_281_167, 50_000  # images of ImageNet-1k
 GPUS = (1, 8, 16)
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.fail(error)
     if args.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)))
+        print("\n".join(markdown_table(head, rows)))
         return 0
     how = f"{args.images_per_s:g} images/s a GPU" if args.images_per_s else f"{100 * args.share:g} % of the floor"
     shown = Table(title=f"runs on ImageNet, reckoned, not measured: {how}", box=None)

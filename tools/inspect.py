@@ -22,7 +22,6 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from config.command_line import Parser
 from engine.memory import estimate
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
+from tools.tables import aligned_columns, markdown_table, terminal_table
 
 PARTS = ("output", "params M", "GMACs", "activations M")
 BATCH = 64  # images of the training step whose memory is estimated
@@ -121,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def say(screen: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
     """Print rows as a table of a terminal, aligned columns or Markdown."""
     if markdown:
-        print("\n".join(as_markdown(titles, rows)))
+        print("\n".join(markdown_table(titles, rows, numeric=True)))
     elif screen.is_terminal:
-        screen.print(as_table(titles, rows))
+        screen.print(terminal_table(titles, rows, numeric=True))
     else:
-        print("\n".join(as_columns([titles, *rows])))
+        print("\n".join(aligned_columns([titles, *rows], numeric=True)))
 
 
 def print_legend(screen: Console, text: str) -> None:
@@ -268,34 +268,6 @@ def part_row(part: Part) -> list[str]:
     """Write a part's measures as cells."""
     shape = " x ".join(map(str, part.output))
     return [part.name, shape, f"{part.parameters / 1e6:.3f}", f"{part.macs / 1e9:.3f}", f"{part.activations / 1e6:.2f}"]
-
-
-def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Set rows as a Markdown table, numbers at the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Set rows as a table for a terminal."""
-    table = Table()
-    for i, title in enumerate(header):
-        table.add_column(title, justify="right" if i else "left", no_wrap=not i)
-    for cells in rows:
-        table.add_row(*cells)
-    return table
-
-
-def as_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Set rows as lines of aligned columns, two spaces apart."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        for cells in rows
-    ]
 
 
 def legend(latency: bool, batch: int = 0) -> str:
