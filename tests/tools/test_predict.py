@@ -94,7 +94,7 @@ def test_file_without_a_crop_takes_timms_and_says_so(checkpoint, tmp_path, pictu
     save_weights(tmp_path / "old.safetensors", weights, metadata)
     old = load_classifier(tmp_path / "old.safetensors")
     assert (old.transform.crop, old.transform.resize) == (32, 33)  # 0.95 of the shorter side
-    assert "does not say how images are cropped" in old.notes[0]
+    assert "does not state the evaluation crop" in old.notes[0]
     other = load_classifier(tmp_path / "old.safetensors", size=64, crop_pct=0.5)
     assert (other.transform.crop, other.transform.resize, other.notes) == (64, 128, ())
     assert load_classifier(checkpoint, size=64).transform == EvalTransform(64, 80, "bilinear", "squash", (1, 2, 3))
@@ -197,5 +197,5 @@ def test_run_directory_is_answered_with_its_files(checkpoint, pictures, capsys):
 
 def test_weights_that_do_not_say_their_model_are_identified_or_refused(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="does not say which model it holds; name it with --model"):
+    with pytest.raises(ValueError, match="does not state its model; name it with --model"):
         load_classifier(tmp_path / "x.pth")
