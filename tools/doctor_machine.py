@@ -229,7 +229,9 @@ def limits(cfg: CfgNode | None) -> Iterator[Finding]:
     year = time.localtime().tm_year
     if year < 2025:
         yield warn(
-            "clock", f"says {time.strftime('%Y-%m-%d %H:%M')}", "set it: logs, manifests and certificates go by it"
+            "clock",
+            f"is set to {time.strftime('%Y-%m-%d %H:%M')}",
+            "set it: logs, manifests and certificates depend on it",
         )
     else:
         yield ok("clock", time.strftime("%Y-%m-%d %H:%M %Z"))

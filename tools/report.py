@@ -109,7 +109,7 @@ def describe(run: RunInfo) -> dict[str, Any]:
     pictures = run.pictures()
     epochs = [folder for folder in pictures if folder]
     shown = [*pictures.get("", []), *(path for folder in epochs[-1:] for path in pictures[folder])]
-    older = f"{len(epochs) - 1} earlier sets lie in {run.path / 'pictures'}." if len(epochs) > 1 else ""
+    older = f"{len(epochs) - 1} earlier sets are in {run.path / 'pictures'}." if len(epochs) > 1 else ""
     drawn = {path: embed_picture(path) for path in shown}
     damaged = [str(path) for path, found in drawn.items() if found is None]
     notes = [older, f"Damaged: {', '.join(damaged)}." if damaged else ""]

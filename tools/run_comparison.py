@@ -291,4 +291,4 @@ def _near(path: Path) -> str:
     runs = [run for run in runs if run.resolve() != path.resolve()]
     names = difflib.get_close_matches(path.name, [run.name for run in runs], n=3, cutoff=0.0)
     shown = [next(run for run in runs if run.name == name) for name in dict.fromkeys(names)]
-    return f"; near it lie {', '.join(map(str, shown))}" if shown else f"; {folder} holds no run"
+    return f"; runs near it: {', '.join(map(str, shown))}" if shown else f"; {folder} holds no run"
