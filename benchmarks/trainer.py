@@ -35,20 +35,21 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.nn import functional as F
 
-import train
 from benchmarks import record
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, timed
 from config import command_line
-from engine.build import build_optimizer, prepare_model, wrap_model
+from engine.build import prepare_model
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
-from engine.distributed import processes as distributed
-from engine.distributed.processes import Processes
+from engine.distributed.ddp import wrap_in_ddp
+from engine.distributed.processes import Processes, init_processes, shut_down
 from engine.logging.log import Log
+from engine.optim.build import build_optimizer
 from engine.precision import Precision
 from models.build import build_model
 from trainer import session
+from trainer.epochs import train_epoch
 
 COLUMNS: record.Columns = {
     "config": lambda row: row["config"],
@@ -84,7 +85,7 @@ def bare_step(s: session.Session) -> Callable[[], None]:
     """Return the bare step on one batch: forward, loss, backward and the optimiser's step of the run's model."""
     cfg, processes = s.cfg, s.processes
     model = prepare_model(build_model(cfg, len(s.data.classes)), processes, cfg.MODEL.SYNC_BN)
-    optimizer, net = build_optimizer(cfg, model), wrap_model(model, processes)
+    optimizer, net = build_optimizer(cfg, model), wrap_in_ddp(model, processes)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     net.train()
     images = torch.randn(cfg.TRAIN.MICRO_BATCH, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE)
@@ -141,7 +142,7 @@ def one_epoch(s: session.Session) -> Callable[[], None]:
     """Return a function that runs train.py's next epoch."""
 
     def epoch() -> None:
-        train.train_epoch(s)
+        train_epoch(s)
         s.state.closed = s.state.update
 
     return epoch
@@ -151,11 +152,12 @@ def run(args: Namespace) -> Row | None:
     """Measure in this process, one of those started together; return the row in the main process."""
     with tempfile.TemporaryDirectory() as folder:
         cfg, typed = load(args, int(os.environ.get("WORLD_SIZE", "1")), folder)
-        processes = distributed.start(cfg.DEVICE)
+        processes = init_processes(cfg.DEVICE)
         log = Log(processes.main)
         log.console = Console(file=io.StringIO())
-        saver = AsyncSaver(RunDirectory(Path(folder) / "run", 1), log, 1)
-        s = session.build_session(cfg, typed, processes, saver, lambda: False)
+        directory = RunDirectory(Path(folder) / "run", 1)
+        saver = AsyncSaver(directory, log, 1)
+        s = session.build_session(cfg, typed, processes, run=directory, log=log, saver=saver, interrupted=lambda: False)
         updates = s.state.plan.updates_per_epoch
         bare, whole, pieces = bare_step(s), one_epoch(s), Pieces(s, args.clock)
         bare()
@@ -186,14 +188,14 @@ def run(args: Namespace) -> Row | None:
     for name, values in found.items():
         row[name] = astuple(Spread.of(values))
     main = processes.main
-    distributed.stop()
+    shut_down()
     return row if main else None
 
 
 def meet(processes: Processes) -> None:
     """Wait for the other processes."""
     if processes.world > 1:
-        dist.barrier(group=processes.hosts)
+        dist.barrier(group=processes.host_group)
 
 
 def launch(argv: Sequence[str], processes: int) -> Row:

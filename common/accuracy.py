@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TopKCounts:
-    """Correct answers among the evaluated images; accuracies in percent."""
+    """Numbers of correct predictions and of evaluated images; accuracies in percent."""
 
     correct1: int
     correct5: int

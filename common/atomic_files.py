@@ -1,4 +1,4 @@
-"""Atomic file writes: a reader, or a run after a crash, finds the old file or the whole new one, never a part."""
+"""Atomic file writes: a reader, also after a crash, finds the old file or the complete new one, never a part of it."""
 
 import os
 import uuid
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], shared: bool = False) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+    """Call `write` on a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
-    `shared` gives the temporary file a unique name, for a path that several processes may write at once. Raises OSError,
-    after which `path` is as it was.
+    `shared` gives the temporary file a unique name, for a path that several processes may write at once. Raises OSError, and
+    leaves `path` unchanged, if a step fails.
     """
     unique = f".{uuid.uuid4().hex}" if shared else ""
     temporary = path.with_name(f".{path.name}{unique}.tmp")
@@ -29,6 +29,6 @@ def write_atomically(path: Path, write: Callable[[Path], None], shared: bool = F
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove the temporary files that killed writes left in a folder."""
+    """Remove the temporary files of interrupted writes from a folder."""
     for stale in folder.glob(".*.tmp"):
         stale.unlink(missing_ok=True)

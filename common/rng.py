@@ -1,10 +1,10 @@
-"""Counter-based random numbers: each RNG key gives its own numbers, without any state to save or share.
+"""Counter-based random number generators (RNG): each RNG key gives its own numbers, without state to store or share.
 
-A key is a seed, a purpose and one to three numbers that say where in the run something is drawn: (epoch, position) for the
-augmentation of a sample, (update, micro-batch) for mixup and drop path. A Philox generator is keyed by seed and purpose, and
-its counter starts at the numbers, so sample 7 of epoch 3 draws the same in any worker, on any rank and after any
-interruption. The numbers are frozen: Philox's words are fixed by its definition, and NumPy guarantees RandomState's methods
-(unlike Generator's) for good.
+A key is a seed, a purpose and one to three numbers, the position in the run: (epoch, position) for the augmentation of a
+sample, (update, micro-batch) for mixup and drop path. A Philox generator is keyed by seed and purpose, and its counter starts
+at the numbers, so sample 7 of epoch 3 draws the same in any worker, on any rank and after any interruption. The numbers never
+change: Philox's output is fixed by its definition, and NumPy guarantees the methods of RandomState (unlike Generator's)
+permanently.
 """
 
 import functools
@@ -19,7 +19,7 @@ KEY_WORDS = 3
 
 @functools.lru_cache(maxsize=256)
 def _philox_key(seed: int, purpose: str, words: int) -> np.ndarray:
-    """Hash seed, purpose and the count of a key's numbers into Philox's 128-bit key."""
+    """Hash seed, purpose and the length of an RNG key into Philox's 128-bit key."""
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{words}".encode(), digest_size=16).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
@@ -28,7 +28,7 @@ def keyed_generator(seed: int, purpose: str, *key: int) -> np.random.RandomState
     """Return the generator of an RNG key, in about 10 us.
 
     `purpose` is a word such as "augment"; `key` is one to three non-negative numbers, such as epoch and position. Raises
-    ValueError for more or larger numbers.
+    ValueError for more than three numbers, or numbers outside 0 .. 2**64 - 1.
     """
     if len(key) > KEY_WORDS or any(not 0 <= part < 2**64 for part in key):
         raise ValueError(f"RNG key {key} of {purpose!r} must be at most {KEY_WORDS} numbers in 0 .. 2**64 - 1")
@@ -38,17 +38,17 @@ def keyed_generator(seed: int, purpose: str, *key: int) -> np.random.RandomState
 
 
 def keyed_torch_seed(seed: int, purpose: str, *key: int) -> int:
-    """Return a 63-bit seed for a torch.Generator, for random numbers that are drawn on the device."""
+    """Return a 63-bit seed of an RNG key for a torch.Generator, for random numbers drawn on the device."""
     return int(keyed_generator(seed, purpose, *key).randint(2**63 - 1, dtype=np.int64))
 
 
 def seed_default_generators(seed: int, *key: int) -> None:
     """Seed torch's default generators (CPU and, once in use, CUDA) by an RNG key; keys of different lengths differ.
 
-    Called before each micro-batch's forward pass with (update, micro-batch): drop path and dropout then depend neither on
+    Called before each micro-batch's forward pass with (update, micro-batch), so that drop path and dropout depend neither on
     the number of processes nor on a stored state. Does not synchronise the device.
     """
-    words = [len(key)]  # SeedSequence ignores trailing zeros: the count comes first, and every number takes two words
+    words = [len(key)]  # SeedSequence ignores trailing zeros: the length comes first, and every number takes two words
     for number in (seed, *key):
         words += [number & 0xFFFFFFFF, number >> 32]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)

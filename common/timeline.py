@@ -1,7 +1,7 @@
-"""A value over the epochs of a run, written as one line of text.
+"""Timelines: values over the epochs of a run, written as one line of text.
 
 0:0.4, 260:0.6        0.4, and 0.6 from epoch 260 on
-0:128 -> 200:224      from 128 linearly to 224 at epoch 200, and so on from there
+0:128 -> 200:224      linear from 128 to 224 at epoch 200, then 224
 """
 
 import re
@@ -13,7 +13,7 @@ _POINT = re.compile(r"\s*(\d+)\s*:\s*(-?[\d.]+(?:e-?\d+)?)\s*", re.IGNORECASE)
 
 
 class Point(NamedTuple):
-    """A value that holds from an epoch on, or that a line leads on from to the next point."""
+    """A value from an epoch on: constant until the next point, or with `ramp` linear to it."""
 
     epoch: float
     value: float
@@ -22,7 +22,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Points of rising epochs, the first at 0. Inside a ramp, values are rounded to a `multiple` (0: not)."""
+    """Points in ascending order of epochs, the first at 0. Inside a ramp, values are rounded to a `multiple` (0: not rounded)."""
 
     points: tuple[Point, ...]
     multiple: int = 0
@@ -39,12 +39,12 @@ class Timeline:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The values at the points; all others lie between two of them."""
+        """Return the values at the points; all others lie between two of them."""
         return tuple(point.value for point in self.points)
 
     @property
     def end(self) -> float:
-        """The epoch from which on nothing changes."""
+        """Return the epoch after which the value is constant."""
         return self.points[-1].epoch
 
     def __str__(self) -> str:
@@ -55,17 +55,17 @@ class Timeline:
 
 
 def constant(value: float) -> Timeline:
-    """Return the timeline of a value that does not change."""
+    """Return the timeline of a constant value."""
     return Timeline((Point(0.0, value, False),))
 
 
 def parse_optional(text: str, key: str, multiple: int = 0) -> Timeline | None:
-    """Return `parse`'s timeline, None for an empty line."""
+    """Parse a timeline; return None for an empty text."""
     return parse(text, key, multiple) if text else None
 
 
 def parse(text: str, key: str, multiple: int = 0) -> Timeline:
-    """Read a line of EPOCH:VALUE points joined by "," (steps) or "->" (linear). ValueError names the key."""
+    """Parse EPOCH:VALUE points joined by "," (constant until the next point) or "->" (linear). ValueError names the key."""
     pieces = re.split(r"(,|->)", text)
     points: list[Point] = []
     for piece, joint in zip(pieces[::2], [*pieces[1::2], ","], strict=True):
@@ -82,7 +82,7 @@ def parse(text: str, key: str, multiple: int = 0) -> Timeline:
     if points[0].epoch != 0:
         raise ValueError(f"{key}={text!r} must begin with epoch 0")
     if points[-1].ramp:
-        raise ValueError(f"{key}={text!r} ends in '->'; say where it leads")
+        raise ValueError(f"{key}={text!r} ends in '->'; add the point it leads to")
     for a, b in pairwise(points):
         if b.epoch <= a.epoch:
             raise ValueError(f"{key}={text!r}: epoch {b.epoch:g} does not come after {a.epoch:g}")

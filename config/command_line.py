@@ -1,4 +1,4 @@
-"""The command lines of train.py and eval.py: strict flags, turned into config keys."""
+"""Command lines of train.py and eval.py: strict flags, mapped to config keys."""
 
 import argparse
 import difflib
@@ -13,7 +13,7 @@ import config
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Flags that stand for one config key each, as Swin's users type them.
+# Flags for one config key each, named as in Swin's trainer.
 KEY_FLAGS = {
     "--data-path": ("DATA.PATH", "folder with train/ and val/, or with the archives that hold them"),
     "--batch-size": ("TRAIN.MICRO_BATCH", "images per process and forward pass; the global batch stays the recipe's"),
@@ -26,7 +26,7 @@ KEY_FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that knows no abbreviations and proposes the nearest flag for a mistyped one."""
+    """Argument parser that allows no abbreviations and suggests the nearest flag for a mistyped one."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
@@ -44,15 +44,15 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def fail(self, error: Exception, process: str = "") -> NoReturn:
-        """Exit with status 2 and the message of an error in what the user gave; `process` names one of several.
+        """Exit with status 2 and the message of an error in the user's input; `process` names one of several.
 
-        An error that some library or Python itself raised, in a model of the user's own for one, is nothing that its words
-        alone let the user mend: its traceback is printed first.
+        The traceback is printed first if the error was raised by a library, by Python itself or in a custom model: its
+        message alone would not locate it.
         """
         frames = traceback.extract_tb(error.__traceback__)
-        where = Path(frames[-1].filename) if frames else ROOT
-        meant = not frames or not frames[-1].line or frames[-1].line.startswith("raise")
-        if not (where.is_relative_to(ROOT) and meant) or "site-packages" in where.parts:
+        file = Path(frames[-1].filename) if frames else ROOT
+        raised = not frames or not frames[-1].line or frames[-1].line.startswith("raise")
+        if not (file.is_relative_to(ROOT) and raised) or "site-packages" in file.parts:
             traceback.print_exception(error)
         self.exit(2, f"{self.prog}: {process}{error}\n")
 
@@ -74,7 +74,7 @@ def train_parser() -> Parser:
         "--eval", action="store_true", help="evaluate the run's latest weights, or --resume's, and stop"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, report what the run would do, write nothing, stop"
+        "--dry-run", action="store_true", help="build everything, print the summary of the run, write nothing, stop"
     )
     return parser
 
@@ -112,7 +112,7 @@ def eval_parser() -> Parser:
     parser.add_argument(
         "--predictions", metavar="FILE", help="write each image's label and best answers to this .csv or .parquet file"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all numbers, the protocol and the checkpoint's facts")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers, the protocol and the checkpoint's metadata")
     return parser
 
 
@@ -145,16 +145,16 @@ def check_eval(args: argparse.Namespace) -> None:
                 raise ValueError(f"{other} and {flag} name the same file {path}; give each its own")
 
 
-def check_which(metadata: dict[str, Any], asked: str | None, source: str) -> None:
-    """Raise ValueError if a file holds other weights, raw or EMA, than those asked for."""
-    if asked and metadata.get("weights", asked) != asked:
+def check_which(metadata: dict[str, Any], requested: str | None, source: str) -> None:
+    """Raise ValueError if a file holds other weights, raw or EMA, than the requested ones."""
+    if requested and metadata.get("weights", requested) != requested:
         raise ValueError(
-            f"{source} holds {metadata['weights']} weights, {asked} were asked for; name another file or ask for those"
+            f"{source} holds {metadata['weights']} weights, {requested} were asked for; name another file or ask for those"
         )
 
 
 def resolve(args: argparse.Namespace, flags: dict[str, str]) -> CfgNode:
-    """Return the frozen config of the parsed command line; `flags` maps flags to config keys.
+    """Return the frozen config of a parsed command line; `flags` maps flags to config keys.
 
     Raises ValueError where a flag and --opts both set a key.
     """

@@ -1,10 +1,10 @@
-"""How a config comes together: files and the ones they build on, the authors' PUBLISHED sections, KEY VALUE pairs.
+"""Merging of a config: YAML files and their bases, the authors' PUBLISHED sections, KEY VALUE pairs and flags.
 
-What may be said stands in the schema (config/schema.py); everything here is merged into a copy of it and named in errors by its source.
+The schema (config/schema.py) declares the keys; everything is merged into a copy of it. Errors name the source of a value.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,43 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-RESOLVED = "resolved"  # stands under PUBLISHED in a dump
+from config.lookup import get, keys
+from config.schema import defaults
+from config.validate import validate
+
+RESOLVED = "resolved"  # the value of PUBLISHED in a dump
 OF_ANY_LENGTH = ("OPTIM.BETAS", "SCHEDULE.MILESTONES")  # lists of numbers; others have as many entries as their default
 
 
-def keys(node: CfgNode, prefix: str = "") -> list[str]:
-    """List the dotted names of all values below a node."""
-    names: list[str] = []
-    for key, value in node.items():
-        names += keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
-    return names
+def load(
+    files: str | Sequence[str] = (), opts: Sequence[str] = (), flags: Mapping[str, tuple[str, str]] | None = None
+) -> CfgNode:
+    """Merge the files, KEY VALUE pairs and flags into the defaults; return the checked, frozen config.
 
+    `flags` maps a flag, as errors call it, to its key and value.
 
-def get(cfg: CfgNode, key: str) -> Any:
-    """Return the value under a dotted name."""
-    for part in key.split("."):
-        cfg = cfg[part]
+    Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
+    """
+    cfg = defaults()
+    names = [files] if isinstance(files, str) else list(files)
+    layers = [layer for file in names for layer in read_layers(cfg, Path(file), ())]
+    given = {**dict(zip(opts[::2], opts[1::2], strict=False)), **dict((flags or {}).values())}
+    for layer in layers_of_mode(cfg, layers, given.get("RECIPE.MODE"), " ".join(names)):
+        merge_tree(cfg, layer.tree, "", layer.source)
+    merge_opts(cfg, opts)
+    for flag, (key, value) in (flags or {}).items():
+        if key in opts[::2]:
+            raise ValueError(f"{flag} {value} and --opts {key} set the same key; give one of them")
+        set_text(cfg, key, value, flag)
+    cfg.BASE = [""]
+    validate(cfg)
+    cfg.freeze()
     return cfg
+
+
+def dump(cfg: CfgNode) -> str:
+    """Return the config as YAML that `load` reads back to the same config; `load` refuses any other RECIPE.MODE for it."""
+    return str(cfg.dump(sort_keys=False)).replace("PUBLISHED: {}", f"PUBLISHED: {RESOLVED}")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -45,39 +65,41 @@ class _UniqueKeys(yaml.SafeLoader):
 
 @dataclass
 class ConfigLayer:
-    """Keys to merge: a file's, or its PUBLISHED section. `ends` says that what was published before counts no more."""
+    """Keys to merge: those of a file, or of its PUBLISHED section."""
 
     tree: dict[str, Any]
     source: str
     published: bool = False
-    ends: bool = False
-    resolved: bool = False  # of a dump, which is in one mode for good
+    ends: bool = False  # PUBLISHED: null, which cancels the PUBLISHED sections merged before
+    resolved: bool = False  # the dump of a config, whose mode cannot change
 
 
-def steps_of_mode(cfg: CfgNode, steps: Sequence[ConfigLayer], asked: str | None, names: str) -> Iterator[ConfigLayer]:
-    """Yield the steps that count in the mode asked for, else in the one the files say."""
-    said = [step.tree["RECIPE"]["MODE"] for step in steps if "MODE" in (step.tree.get("RECIPE") or {})]
-    mode = asked or (said[-1] if said else cfg.RECIPE.MODE)
-    for step in steps:
-        own = (step.tree.get("RECIPE") or {}).get("MODE", "corrected")
-        if step.resolved and own != mode:
+def layers_of_mode(
+    cfg: CfgNode, layers: Sequence[ConfigLayer], requested: str | None, names: str
+) -> Iterator[ConfigLayer]:
+    """Yield the layers that apply in the requested mode, by default in the mode that the files set."""
+    modes = [layer.tree["RECIPE"]["MODE"] for layer in layers if "MODE" in (layer.tree.get("RECIPE") or {})]
+    mode = requested or (modes[-1] if modes else cfg.RECIPE.MODE)
+    for layer in layers:
+        own = (layer.tree.get("RECIPE") or {}).get("MODE", "corrected")
+        if layer.resolved and own != mode:
             raise ValueError(
-                f"RECIPE.MODE={mode}: {step.source} is the resolved config of a run in mode {own}; start from the recipe's file"
+                f"RECIPE.MODE={mode}: {layer.source} is the resolved config of a run in mode {own}; start from the recipe's file"
             )
-    last = max((i for i, step in enumerate(steps) if step.ends), default=-1)
-    overlays = [step for step in steps[last + 1 :] if step.published]
-    if mode == "published" and not overlays and not any(step.resolved for step in steps):
+    last = max((i for i, layer in enumerate(layers) if layer.ends), default=-1)
+    overlays = [layer for layer in layers[last + 1 :] if layer.published]
+    if mode == "published" and not overlays and not any(layer.resolved for layer in layers):
         raise ValueError(
             f"RECIPE.MODE=published: {names or 'no config'} states no PUBLISHED section, nobody published such a run; leave "
             "the mode at corrected"
         )
-    for i, step in enumerate(steps):
-        if not step.published or (mode == "published" and i > last):
-            yield step
+    for i, layer in enumerate(layers):
+        if not layer.published or (mode == "published" and i > last):
+            yield layer
 
 
-def read_steps(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[ConfigLayer]:
-    """Yield what a file and those it builds on say, in the order in which it counts."""
+def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[ConfigLayer]:
+    """Yield the layers of a file and of its bases in merging order; `parents` are the files that name it as a base."""
     path = file.resolve()
     if path in parents:
         raise ValueError(
@@ -89,26 +111,26 @@ def read_steps(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[
         if not isinstance(base, str):
             raise ValueError(f"BASE in {file} must be a file name or a list of them, got {base!r}")
         if base:
-            yield from read_steps(cfg, path.parent / base, (*parents, path))
+            yield from read_layers(cfg, path.parent / base, (*parents, path))
     overlay = tree.pop("PUBLISHED", False)
     if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
         raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {overlay!r}")
     yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=overlay == RESOLVED)
     if isinstance(overlay, dict):
         source = f"PUBLISHED of {file}"
-        merge_tree(cfg.clone(), overlay, "", source)  # checked also where it is not used
+        merge_tree(cfg.clone(), overlay, "", source)  # checks the section in the other mode too
         yield ConfigLayer(overlay, source, published=True)
 
 
 def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
-    """Return a YAML file's tree; ValueError says what is wrong with it, or what lies near it."""
+    """Return the tree of a YAML file. Raises ValueError with the defect, or with similar file names if there is no such file."""
     if not file.is_file():
-        said_by = f", named by BASE in {parents[-1]}" if parents else ""
+        named_by = f", named by BASE in {parents[-1]}" if parents else ""
         folder = next((p for p in file.parents if p.is_dir()), Path())
         near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("[!.]*.yaml")], n=3, cutoff=0.3)
         hint = f"; near it lie {', '.join(str(folder / n) for n in near)}" if near else ""
-        what = "is a folder, not a file" if file.is_dir() else "does not exist"
-        raise ValueError(f"config file {file} {what}{said_by}{hint}")
+        defect = "is a folder, not a file" if file.is_dir() else "does not exist"
+        raise ValueError(f"config file {file} {defect}{named_by}{hint}")
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -123,6 +145,7 @@ def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, source: str) -> None:
+    """Merge a tree of keys into the config's section `prefix` ("" or "SECTION."). Raises ValueError naming the source."""
     node = get(cfg, prefix[:-1]) if prefix else cfg
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -139,6 +162,7 @@ def merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, source: str) -> 
 
 
 def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Merge the KEY VALUE pairs of --opts into the config. Raises ValueError for anything else."""
     joined = next((text for text in opts[::2] if "=" in text), None)
     if joined:
         raise ValueError(
@@ -153,6 +177,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def set_text(cfg: CfgNode, name: str, text: str, source: str) -> None:
+    """Set a key to a value given as text, which is read as YAML unless the key holds a string."""
     section, _, key = name.rpartition(".")
     node = get(cfg, section) if section else cfg
     try:
@@ -163,8 +188,9 @@ def set_text(cfg: CfgNode, name: str, text: str, source: str) -> None:
 
 
 def _unknown(cfg: CfgNode, name: str, source: str) -> str:
+    """Return the message for an unknown key, with the most similar known one."""
     known = [key for key in keys(cfg) if key != "BASE"]
-    if "." not in name and source != "--opts":  # of a file, where sections stand too
+    if "." not in name and source != "--opts":  # a file may also name sections
         known += [section for section in cfg if isinstance(cfg[section], CfgNode)]
     near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
     leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1].upper()]
@@ -172,6 +198,7 @@ def _unknown(cfg: CfgNode, name: str, source: str) -> str:
 
 
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
+    """Return a value in the type of the key's default. Raises ValueError if it has another type or length."""
     wanted = type(default)
     if isinstance(default, list):
         if name in OF_ANY_LENGTH and isinstance(value, list | tuple):
@@ -182,7 +209,7 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
         raise ValueError(f"{name} in {source} must be a list {shape}, got {value!r}")
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # an int is fine, and so is 1e-3, which YAML reads as a string
+            return float(value)  # accepts ints, and 1e-3, which YAML reads as a string
         except ValueError:
             pass
     if type(value) is wanted:

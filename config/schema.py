@@ -1,40 +1,21 @@
-"""The configuration: every key and its default.
+"""The configuration schema: every key, its default and its meaning.
 
 A YAML file states differences only; `BASE:` names one file or a list of files (relative to it) that are merged before it,
 later ones winning. A `PUBLISHED:` section states what differs in the authors' own runs: with RECIPE.MODE published it is
-merged right after its file, otherwise left out (`PUBLISHED: null` says that nothing was published, `{}` that nothing differs).
+merged right after its file, otherwise left out (`PUBLISHED: null` states that no run was published, `{}` that nothing differs).
 `--opts KEY VALUE ...` is merged last (config/merge.py), then the values are checked (config/validate.py). The result is
 frozen: derived values (accumulation, scaled learning rate) are computed in engine/ and never written back, so that the dump
 of a config loads to the same config.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
 from yacs.config import CfgNode
-
-from config.merge import RESOLVED, get, keys, merge_opts, merge_tree, read_steps, set_text, steps_of_mode
-from config.validate import CHOICES, RANGES, TIMELINES, TO_MIN_LR, validate
-
-__all__ = [
-    "CHOICES",
-    "RANGES",
-    "TIMELINES",
-    "TO_MIN_LR",
-    "defaults",
-    "dump",
-    "get",
-    "keys",
-    "load",
-    "run_name",
-]
 
 _C = CfgNode()
 
-# One YAML file or a list of them to start from, relative to the file that says so; empty in a resolved config.
+# One YAML file or a list of them to start from, relative to the file that names them; empty in a resolved config.
 _C.BASE = [""]
 
-# Where runs go: the run directory is OUTPUT/NAME, or OUTPUT/NAME-TAG.
+# Folder of the run directories, which are OUTPUT/NAME, or OUTPUT/NAME-TAG.
 _C.OUTPUT = "output"
 # Name of the run; "" means <MODEL.NAME>_<DATA.IMG_SIZE>.
 _C.NAME = ""
@@ -48,13 +29,13 @@ _C.RECIPE = CfgNode()
 _C.RECIPE.MODE = "corrected"
 # The weights whose accuracy is the recipe's result, raw or ema. Both are evaluated and kept all the same.
 _C.RECIPE.HEADLINE = "raw"
-# What differs in the authors' runs, in YAML files; empty in a resolved config.
+# Differences of the authors' runs, in YAML files; empty in a resolved config.
 _C.PUBLISHED = CfgNode()
 
 _C.MODEL = CfgNode()
 # Any registered name of models/ (groupmixformer_mobile, ...), of timm or of MODULE.
 _C.MODEL.NAME = "groupmixformer_mobile"
-# A file (mine/net.py) or module (package.net) to import first, which registers models of one's own: docs/extending.md.
+# A file (mine/net.py) or module (package.net) to import first, which registers custom models: docs/extending.md.
 _C.MODEL.MODULE = ""
 # 0 takes the number from the data; any other number must equal it.
 _C.MODEL.NUM_CLASSES = 0
@@ -64,31 +45,31 @@ _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.0
 # Weights to start from (.safetensors, or a checkpoint of a run); "" starts from random weights.
 _C.MODEL.INIT = ""
-# Which weights of MODEL.INIT to take, raw or ema; "" takes those it holds, RECIPE.HEADLINE's if both.
+# Weights of MODEL.INIT to take, raw or ema; "" takes those it holds, RECIPE.HEADLINE's if both.
 _C.MODEL.INIT_WEIGHTS = ""
 # BatchNorm statistics over all processes (torch.nn.SyncBatchNorm, CUDA only) instead of over each micro-batch.
 _C.MODEL.SYNC_BN = False
 # triton: the Triton kernel of the MLPs of SG-Former and STViT, CUDA only, in place of PyTorch's operations; or off. It computes
 # the same to round-off and has not been run on a GPU: measure it with benchmarks/kernels.py first.
 _C.MODEL.KERNELS = "off"
-# What computes LayerNorm: torch, or apex (NVIDIA's FusedLayerNorm, in float32 as well).
+# Implementation of LayerNorm: torch, or apex (NVIDIA's FusedLayerNorm, in float32 as well).
 _C.MODEL.NORM_BACKEND = "torch"
 
 _C.DATA = CfgNode()
 # Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.
 _C.DATA.PATH = ""
-# File that tells the classes of validation images in an archive without class folders; "" looks beside the archive.
+# File with the classes of validation images in an archive without class folders; "" searches beside the archive.
 _C.DATA.VAL_LABELS = ""
 # torch (decodes JPEGs on the CPU), dali (NVIDIA DALI, on a GPU or the CPU) or synthetic (random images, no decoding: the
 # ceiling of everything else).
 _C.DATA.LOADER = "torch"
-# Where DALI decodes: cpu, gpu, or auto, which is where the model trains.
+# Device on which DALI decodes: cpu, gpu, or auto, the device of the model.
 _C.DATA.DALI_DEVICE = "auto"
 # Training and evaluation crop, pixels.
 _C.DATA.IMG_SIZE = 224
 # File that fixes the order of the classes; "" sorts the folder names.
 _C.DATA.CLASS_INDEX = ""
-# Loader processes of each training process; -1 chooses by the cores.
+# Loader processes of each training process; -1 chooses by the number of cores.
 _C.DATA.WORKERS = -1
 # Batches each worker keeps ready.
 _C.DATA.PREFETCH = 4
@@ -135,13 +116,13 @@ _C.AUG.MIX_SWITCH_PROB = 0.5
 _C.AUG.ORDER = "erase_then_mix"
 # Label smoothing of the training targets.
 _C.AUG.LABEL_SMOOTHING = 0.1
-# How often an image appears in an epoch's list (repeated augmentation: 3; the epoch keeps its length).
+# Repeated augmentation: samples of each image in an epoch (DeiT: 3; the epoch keeps its length).
 _C.AUG.REPEATS = 1
 
 _C.TRAIN = CfgNode()
 # Passes over the training images.
 _C.TRAIN.EPOCHS = 300
-# Images an update learns from, on all processes together ...
+# Images of an update, on all processes together ...
 _C.TRAIN.GLOBAL_BATCH = 1024
 # ... in pieces of this many images; GLOBAL_BATCH = MICRO_BATCH x processes x accumulation, which follows.
 _C.TRAIN.MICRO_BATCH = 128
@@ -151,7 +132,7 @@ _C.TRAIN.SEED = 0
 _C.TRAIN.EVAL_MODE = False
 # Largest L2 norm of the gradient; 0 is off.
 _C.TRAIN.CLIP_GRAD = 0.0
-# An update whose loss or gradient is not finite is skipped. After this many in a row the run goes back to its last good
+# An update whose loss or gradient is not finite is skipped. After this many consecutive skips the run goes back to its last good
 # checkpoint, once; the next time it stops.
 _C.TRAIN.MAX_SKIPPED = 10
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
@@ -168,7 +149,7 @@ _C.TRAIN.BENCHMARK = True
 _C.OPTIM = CfgNode()
 # Name in timm's optimiser factory ("sgd" is Nesterov's, "momentum" the plain one).
 _C.OPTIM.NAME = "adamw"
-# How it computes: fused (one kernel), foreach (few), for-loop (several a weight), apex (NVIDIA's adamw, adam, lamb), or auto:
+# Implementation: fused (one kernel), foreach (few), for-loop (several a weight), apex (NVIDIA's adamw, adam, lamb), or auto:
 # fused where torch has it, else the optimiser's own choice.
 _C.OPTIM.BACKEND = "auto"
 # Peak learning rate, for a global batch of SCALE_BATCH; 0 there takes LR as it is.
@@ -186,14 +167,14 @@ _C.OPTIM.LAYER_DECAY = 1.0
 _C.SCHEDULE = CfgNode()
 # How the learning rate falls after the warmup, in timm's formulas: cosine, tanh or poly to MIN_LR, step, multistep or constant.
 _C.SCHEDULE.NAME = "cosine"
-# Whether it changes at every update or only at every epoch.
+# Unit in which it changes: every update, or every epoch only.
 _C.SCHEDULE.UNIT = "update"
-# Steps (updates or epochs, as UNIT says) that it lags behind: 1 takes the first value twice, as two of the authors' trainers do.
+# Steps (in UNIT, updates or epochs) that it lags behind: 1 takes the first value twice, as two of the authors' trainers do.
 _C.SCHEDULE.DELAY = 0
-# Linear warmup, in epochs, from WARMUP_LR; it takes the place of the schedule's first epochs and does not lengthen it.
+# Linear warmup, in epochs, from WARMUP_LR; it replaces the schedule's first epochs and does not lengthen it.
 _C.SCHEDULE.WARMUP_EPOCHS = 20.0
 _C.SCHEDULE.WARMUP_LR = 1e-6
-# Where cosine, tanh and poly end after TRAIN.EPOCHS.
+# Learning rate at which cosine, tanh and poly end after TRAIN.EPOCHS.
 _C.SCHEDULE.MIN_LR = 1e-5
 # Epochs after TRAIN.EPOCHS, at the learning rate that those end with.
 _C.SCHEDULE.COOLDOWN_EPOCHS = 0
@@ -206,7 +187,7 @@ _C.SCHEDULE.DECAY_RATE = 0.1
 # poly: the exponent.
 _C.SCHEDULE.POWER = 1.0
 
-# What changes from epoch to epoch: "" leaves the key that is named; else EPOCH:VALUE points, "0:0.4, 260:0.6" (steps) or
+# Values that change from epoch to epoch: "" leaves the key that is named; else EPOCH:VALUE points, "0:0.4, 260:0.6" (steps) or
 # "0:0.1 -> 100:0.4" (linear).
 _C.TIMELINE = CfgNode()
 # In place of MODEL.DROP_PATH_RATE.
@@ -223,7 +204,7 @@ _C.TIMELINE.IMG_SIZE = ""
 _C.DISTILL = CfgNode()
 # DeiT's distillation: soft (the teacher's distribution), hard (its most probable class), or none.
 _C.DISTILL.TYPE = "none"
-# The model that teaches: any registered name of models/ or of timm, for the classes of the data.
+# Teacher model: any registered name of models/ or of timm, for the classes of the data.
 _C.DISTILL.TEACHER = ""
 # Its weights: a file of any layout that MODEL.INIT takes, or pretrained for those that timm downloads.
 _C.DISTILL.TEACHER_WEIGHTS = ""
@@ -256,19 +237,19 @@ _C.CHECKPOINT = CfgNode()
 _C.CHECKPOINT.EVERY_UPDATES = 0
 # Checkpoints kept besides the best weights.
 _C.CHECKPOINT.KEEP = 2
-# Failures to write one, in a row (disk full, no permission), after which the run stops; before, it trains on.
+# Consecutive failures to write one (disk full, no permission) after which the run stops; before, it trains on.
 _C.CHECKPOINT.MAX_FAILURES = 3
 
 _C.DIST = CfgNode()
 # Seconds within which all processes of a run must have started.
 _C.DIST.START_TIMEOUT = 300.0
-# Seconds after which an exchange between processes fails: a process is gone, or does something else than the others.
+# Seconds after which an exchange between processes fails: a process has ended, or is elsewhere in the program.
 _C.DIST.TIMEOUT = 1800.0
-# Gradients travel in buckets of this many MiB, each as soon as it is complete.
+# Gradients are reduced in buckets of this many MiB, each as soon as it is complete.
 _C.DIST.BUCKET_MB = 25.0
-# Format in which gradients travel: none (their own), bf16 or fp16: half the bytes, rounded gradients.
+# Compression of the gradients that are exchanged: none, bf16 or fp16 (half the bytes, rounded gradients).
 _C.DIST.COMPRESS = "none"
-# Tell DistributedDataParallel that every update uses the same weights in the same order: it need not look which are unused.
+# Promise DistributedDataParallel that every update uses the same weights in the same order, so that it searches for no unused ones.
 _C.DIST.STATIC_GRAPH = False
 
 _C.LOG = CfgNode()
@@ -278,48 +259,11 @@ _C.LOG.EVERY = 50
 _C.LOG.TENSORBOARD = True
 # Project of Weights & Biases that the run is shown in (pip install wandb); "" is off.
 _C.LOG.WANDB = ""
-# Draw the first batch, and every so many epochs what the model makes of a few validation images, if it can show that
-# (at the evaluation that is due then or next, and at the last); 0 draws nothing.
+# Sample images: the first batch, and every so many epochs the attention maps of a few validation images, for models that have
+# them (at the evaluation that is due then or next, and at the last); 0 draws nothing.
 _C.LOG.PICTURES_EVERY = 10
 
 
 def defaults() -> CfgNode:
     """Return a fresh, mutable copy of the schema with its defaults."""
     return _C.clone()
-
-
-def load(
-    files: str | Sequence[str] = (), opts: Sequence[str] = (), flags: Mapping[str, tuple[str, str]] | None = None
-) -> CfgNode:
-    """Merge the files, KEY VALUE pairs and flags into the defaults; return the checked, frozen config.
-
-    `flags` maps a flag, as errors call it, to its key and value.
-
-    Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
-    """
-    cfg = defaults()
-    names = [files] if isinstance(files, str) else list(files)
-    steps = [step for file in names for step in read_steps(cfg, Path(file), ())]
-    given = {**dict(zip(opts[::2], opts[1::2], strict=False)), **dict((flags or {}).values())}
-    for step in steps_of_mode(cfg, steps, given.get("RECIPE.MODE"), " ".join(names)):
-        merge_tree(cfg, step.tree, "", step.source)
-    merge_opts(cfg, opts)
-    for flag, (key, value) in (flags or {}).items():
-        if key in opts[::2]:
-            raise ValueError(f"{flag} {value} and --opts {key} set the same key; give one of them")
-        set_text(cfg, key, value, flag)
-    cfg.BASE = [""]
-    validate(cfg)
-    cfg.freeze()
-    return cfg
-
-
-def dump(cfg: CfgNode) -> str:
-    """Return the config as YAML that `load` reads back to the same config, in its mode and no other."""
-    return str(cfg.dump(sort_keys=False)).replace("PUBLISHED: {}", f"PUBLISHED: {RESOLVED}")
-
-
-def run_name(cfg: CfgNode) -> str:
-    """Return the name of the run's directory below OUTPUT."""
-    name = cfg.NAME or f"{cfg.MODEL.NAME}_{cfg.DATA.IMG_SIZE}"
-    return f"{name}-{cfg.TAG}" if cfg.TAG else name

@@ -1,11 +1,12 @@
-"""What the values of a config may be: choices, ranges, and combinations that cannot run."""
+"""Validation of config values: choices, ranges, and combinations that cannot run or have no effect."""
 
 import difflib
+from collections.abc import Callable
 
 from yacs.config import CfgNode
 
 from common import timeline
-from config.merge import get
+from config.lookup import get
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DEVICE": ("auto", "cpu", "cuda"),
@@ -34,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "DISTILL.TYPE": ("none", "soft", "hard"),
 }
 
-# Smallest and largest value, both allowed. Of a list, of each entry.
+# Smallest and largest allowed value, of each entry where the value is a list.
 RANGES: dict[str, tuple[float, float]] = {
     "MODEL.NUM_CLASSES": (0, 1e9),
     "MODEL.DROP_RATE": (0, 0.999),
@@ -101,9 +102,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "LOG.PICTURES_EVERY": (0, 1e6),
 }
 
-TO_MIN_LR = ("cosine", "tanh", "poly")  # the schedules that end at SCHEDULE.MIN_LR
+TO_MIN_LR = ("cosine", "tanh", "poly")  # learning rate schedules that end at SCHEDULE.MIN_LR
 
-# Timelines: the key whose place each takes (whose range its values keep).
+# Timelines: the key that each replaces, whose range also holds for its values.
 TIMELINES = {
     "TIMELINE.DROP_PATH_RATE": "MODEL.DROP_PATH_RATE",
     "TIMELINE.EMA_DECAY": "EMA.DECAY",
@@ -117,25 +118,45 @@ SMALLEST_CROP_PCT = 0.05  # below it, images would be enlarged beyond reason
 
 def validate(cfg: CfgNode) -> None:
     """Raise ValueError for a value out of range or a combination that cannot run."""
+    for validator in VALIDATORS:
+        validator(cfg)
+
+
+def _validate_choices(cfg: CfgNode) -> None:
     for name, allowed in CHOICES.items():
         if (value := get(cfg, name)) not in allowed:
             near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+
+
+def _validate_ranges(cfg: CfgNode) -> None:
     for name, (low, high) in RANGES.items():
         value = get(cfg, name)
         for number in value if isinstance(value, list) else [value]:
             if not low <= number <= high:
                 raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value}")
+
+
+def _validate_augmentation(cfg: CfgNode) -> None:
     for name in ("AUG.SCALE", "AUG.RATIO", "AUG.ERASE_AREA"):
         low, high = get(cfg, name)
         if low > high:
             raise ValueError(f"{name} must be [smallest, largest], got {[low, high]}")
+
+
+def _validate_names(cfg: CfgNode) -> None:
     for name in ("NAME", "TAG"):
         if "/" in cfg[name] or cfg[name] in (".", ".."):
             raise ValueError(f"{name} is one folder name, got {cfg[name]!r}; use OUTPUT for the path")
+
+
+def _validate_custom_model(cfg: CfgNode) -> None:
     if (module := cfg.MODEL.MODULE) and not (module.endswith(".py") or all(map(str.isidentifier, module.split(".")))):
         raise ValueError(f"MODEL.MODULE={module!r} is neither a file, mine/net.py, nor a module, package.net; give one")
+
+
+def _validate_evaluation(cfg: CfgNode) -> None:
     if 0 < cfg.EVAL.CROP_PCT < SMALLEST_CROP_PCT:
         raise ValueError(
             f"EVAL.CROP_PCT={cfg.EVAL.CROP_PCT:g} must be 0 (off) or lie between {SMALLEST_CROP_PCT:g} and 1; "
@@ -147,14 +168,23 @@ def validate(cfg: CfgNode) -> None:
             f"DATA.EVAL_RESIZE={cfg.DATA.EVAL_RESIZE} is smaller than the crop DATA.IMG_SIZE={cfg.DATA.IMG_SIZE}; "
             f"give at least {cfg.DATA.IMG_SIZE}, usually {round(cfg.DATA.IMG_SIZE / 0.875)}"
         )
+
+
+def _validate_data(cfg: CfgNode) -> None:
     if cfg.DATA.LOADER != "dali" and cfg.DATA.DALI_DEVICE != "auto":
         raise ValueError(
             f"DATA.DALI_DEVICE={cfg.DATA.DALI_DEVICE} has no effect while DATA.LOADER={cfg.DATA.LOADER}; set DATA.LOADER to dali"
         )
+
+
+def _validate_mixing(cfg: CfgNode) -> None:
     if cfg.TRAIN.MICRO_BATCH == 1 and (cfg.AUG.MIXUP or cfg.AUG.CUTMIX) and cfg.AUG.MIX_PROB:
         raise ValueError(
             "TRAIN.MICRO_BATCH=1 leaves mixup and cutmix no partner; set AUG.MIX_PROB to 0 or raise it to 2"
         )
+
+
+def _validate_schedule(cfg: CfgNode) -> None:
     scale = cfg.TRAIN.GLOBAL_BATCH / cfg.OPTIM.SCALE_BATCH if cfg.OPTIM.SCALE_BATCH else 1.0
     low, high = cfg.SCHEDULE.MIN_LR * (scale if cfg.SCHEDULE.SCALED else 1.0), cfg.OPTIM.LR * scale
     if cfg.SCHEDULE.NAME in TO_MIN_LR and low > high:
@@ -176,32 +206,33 @@ def validate(cfg: CfgNode) -> None:
         raise ValueError("SCHEDULE.NAME=multistep needs SCHEDULE.MILESTONES, e.g. [150, 225]")
     if sorted(set(cfg.SCHEDULE.MILESTONES)) != cfg.SCHEDULE.MILESTONES:
         raise ValueError(f"SCHEDULE.MILESTONES must rise, got {cfg.SCHEDULE.MILESTONES}")
+
+
+def _validate_recipe(cfg: CfgNode) -> None:
     if cfg.RECIPE.HEADLINE == "ema" and not cfg.EMA.DECAY:
         raise ValueError("RECIPE.HEADLINE=ema but EMA.DECAY=0 keeps no averaged weights; set EMA.DECAY or HEADLINE raw")
+
+
+def _validate_compilation(cfg: CfgNode) -> None:
     if cfg.TRAIN.COMPILE == "reduce-overhead" and cfg.EVAL.FLIP:
         raise ValueError(
             "TRAIN.COMPILE=reduce-overhead does not go with EVAL.FLIP: the mirror image's logits would take the place of the "
             "image's; set COMPILE to default or FLIP to false"
         )
-    _validate_timelines(cfg)
-    _validate_distillation(cfg)
-    if cfg.MODEL.NUM_CLASSES and cfg.DATA.LOADER == "synthetic" and cfg.MODEL.NUM_CLASSES != cfg.DATA.SYNTHETIC_CLASSES:
-        raise ValueError(
-            f"MODEL.NUM_CLASSES={cfg.MODEL.NUM_CLASSES} but DATA.SYNTHETIC_CLASSES={cfg.DATA.SYNTHETIC_CLASSES}; "
-            "set one of them to the other, or MODEL.NUM_CLASSES to 0"
-        )
 
 
 def _validate_timelines(cfg: CfgNode) -> None:
-    for name, instead in TIMELINES.items():
+    for name, replaced in TIMELINES.items():
         if not (text := get(cfg, name)):
             continue
-        low, high = RANGES.get(instead, (0, 1000 if "mmax" in cfg.AUG.RAND_AUGMENT else 10))
+        low, high = RANGES.get(replaced, (0, 1000 if "mmax" in cfg.AUG.RAND_AUGMENT else 10))
         for value in timeline.parse(text, name).values:
             if not low <= value <= high:
-                raise ValueError(f"{name}={text!r}: {value:g} must lie between {low:g} and {high:g}, as {instead} does")
-        if name in ("TIMELINE.EMA_DECAY", "TIMELINE.MAGNITUDE") and not get(cfg, instead):
-            raise ValueError(f"{name} has no effect while {instead} is off; set {instead}")
+                raise ValueError(
+                    f"{name}={text!r}: {value:g} must lie between {low:g} and {high:g}, as {replaced} does"
+                )
+        if name in ("TIMELINE.EMA_DECAY", "TIMELINE.MAGNITUDE") and not get(cfg, replaced):
+            raise ValueError(f"{name} has no effect while {replaced} is off; set {replaced}")
     if (text := cfg.TIMELINE.IMG_SIZE) and any(v % 1 for v in timeline.parse(text, "TIMELINE.IMG_SIZE").values):
         raise ValueError(f"TIMELINE.IMG_SIZE={text!r}: sizes are whole numbers of pixels")
 
@@ -222,9 +253,36 @@ def _validate_distillation(cfg: CfgNode) -> None:
     if kind != "none" and not weights:
         raise ValueError(
             f"DISTILL.TEACHER={teacher!r} has random weights while DISTILL.TEACHER_WEIGHTS is empty: it would teach nothing; "
-            "name a file, or say pretrained for the weights that timm downloads"
+            "name a file, or set it to pretrained for the weights that timm downloads"
         )
     if kind == "hard" and cfg.DISTILL.TAU != 1:
         raise ValueError(
             f"DISTILL.TAU={cfg.DISTILL.TAU:g} has no effect with DISTILL.TYPE=hard; leave TAU at 1, or set TYPE to soft"
         )
+
+
+def _validate_classes(cfg: CfgNode) -> None:
+    if cfg.MODEL.NUM_CLASSES and cfg.DATA.LOADER == "synthetic" and cfg.MODEL.NUM_CLASSES != cfg.DATA.SYNTHETIC_CLASSES:
+        raise ValueError(
+            f"MODEL.NUM_CLASSES={cfg.MODEL.NUM_CLASSES} but DATA.SYNTHETIC_CLASSES={cfg.DATA.SYNTHETIC_CLASSES}; "
+            "set one of them to the other, or MODEL.NUM_CLASSES to 0"
+        )
+
+
+# In this order; the first error is raised.
+VALIDATORS: tuple[Callable[[CfgNode], None], ...] = (
+    _validate_choices,
+    _validate_ranges,
+    _validate_augmentation,
+    _validate_names,
+    _validate_custom_model,
+    _validate_evaluation,
+    _validate_data,
+    _validate_mixing,
+    _validate_schedule,
+    _validate_recipe,
+    _validate_compilation,
+    _validate_timelines,
+    _validate_distillation,
+    _validate_classes,
+)

@@ -1,6 +1,6 @@
-"""What mkdocs.yml cannot say: README.md is the front page, CONTRIBUTING.md a page, and links may lead out of docs/.
+"""MkDocs hooks: README.md becomes the front page, CONTRIBUTING.md a page, and links may lead out of docs/.
 
-A link to a file of the repository gets a page that shows it (Markdown is rendered), so that the site is complete by itself.
+For each link to a file of the repository, add a page that shows the file (Markdown rendered), so that the site is complete by itself.
 """
 
 import re
@@ -19,7 +19,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash",
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out entries of the navigation whose pages this checkout does not hold, add pages that it does not name."""
+    """Remove navigation entries without a page in this checkout, and add pages that have no entry."""
     config.nav = [kept for entry in config.nav or [] if (kept := _existing(entry))]
     named = str(config.nav)
     pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
@@ -29,7 +29,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that stand outside docs/, and those of all files that links lead to."""
+    """Add the pages outside docs/, and a page for each linked file of the repository."""
     texts = {source: (ROOT / source).read_text() for source in PAGES}
     texts |= {f"docs/{file.src_uri}": Path(file.abs_src_path or "").read_text() for file in files.documentation_pages()}
     for source, page in PAGES.items():
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links that lead out of docs/ to the pages made for them."""
+    """Rewrite links that lead out of docs/ to the pages generated for them."""
     if page.file.generated_by:
         return markdown
     return _rewritten(markdown, f"docs/{page.file.src_uri}")
@@ -63,7 +63,7 @@ def _targets(text: str, source: str) -> list[str]:
 
 
 def _page_of(target: str) -> str:
-    """Return the page of a file of the repository, seen from docs/."""
+    """Return the page of a file of the repository, relative to docs/."""
     if target in PAGES:
         return PAGES[target]
     if target.startswith("docs/"):
@@ -74,20 +74,20 @@ def _page_of(target: str) -> str:
 
 
 def _rewritten(text: str, source: str) -> str:
-    """Return a file's Markdown with links seen from its page."""
+    """Return a file's Markdown with links relative to its page."""
     here = PurePosixPath(_page_of(source)).parent
 
-    def turn(found: re.Match[str]) -> str:
+    def rewrite(found: re.Match[str]) -> str:
         target = normpath(PurePosixPath(source).parent / found[1])
         if not (ROOT / target).exists():
-            return found[0]  # MkDocs says so
+            return found[0]  # MkDocs reports it
         return f"]({relpath(_page_of(target), here)}{found[2] or ''})"
 
-    return LINK.sub(turn, text)
+    return LINK.sub(rewrite, text)
 
 
 def _shown(target: str) -> str:
-    """Return a page that shows a file, or lists a folder's Markdown files."""
+    """Return the Markdown of a page that shows a file, or lists a folder's Markdown files."""
     path = ROOT / target
     if path.is_dir():
         names = sorted(file.name for file in path.glob("*.md"))

@@ -1,4 +1,4 @@
-"""How a global batch is divided: the accumulation that follows from micro-batch and world size, and the learning rate."""
+"""Division of a global batch: gradient accumulation from micro-batch and world size, and the scaled learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The division of every update's samples; micro-batch j of an update holds the same samples at any world size."""
+    """Division of every update's samples; micro-batch j of an update holds the same samples at any world size."""
 
     global_batch: int
     micro_batch: int
@@ -17,21 +17,24 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches a process runs for each update."""
+        """Return the number of micro-batches that a process runs for each update."""
         return accumulation(self.global_batch, self.micro_batch, self.world)
 
     @property
     def updates(self) -> int:
-        """Updates of the whole run."""
+        """Return the number of updates of the whole run."""
         return self.epochs * self.updates_per_epoch
 
     def micro_batches(self) -> range:
-        """Return the numbers j of the micro-batches of an update that this process runs."""
+        """Return the indices j of the micro-batches of an update that this process runs."""
         return range(self.rank, self.accumulation * self.world, self.world)
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
-    """Return the micro-batches a process runs per update. Raises ValueError, listing what fits, if they do not divide."""
+    """Return the number of micro-batches that a process runs per update.
+
+    Raises ValueError if the batches do not divide; it lists the micro-batches and numbers of processes that fit.
+    """
     if global_batch % (micro_batch * world) == 0:
         return global_batch // (micro_batch * world)
     micro = divisors(global_batch // world) if global_batch % world == 0 else []
@@ -44,12 +47,12 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
 
 
 def scaled_lr(lr: float, global_batch: int, scale_batch: int) -> float:
-    """Return the learning rate for a global batch, linear in it; scale_batch 0 leaves it as it is."""
+    """Return the learning rate scaled linearly by global_batch / scale_batch; unchanged for scale_batch 0."""
     return lr * global_batch / scale_batch if scale_batch else lr
 
 
 def divisors(number: int) -> list[int]:
-    """List the divisors of a positive number, rising."""
+    """List the divisors of a positive number in ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 

@@ -25,9 +25,9 @@ class Accuracy(TopKCounts):
         return f"{super().__str__()}  loss {self.loss:.4f}  {self.images / self.seconds:.0f} images/s"
 
 
-TOP = 5  # the longest list of answers that is counted
+TOP = 5  # length of the ranking of an image; accuracy is counted for the first and for all of them
 
-# Takes a loader's batch, the labels (B,), the logits float32 (B, classes) and the best classes (B, k), best first.
+# Called with a loader's batch, the labels (B,), the logits float32 (B, classes) and the best classes (B, k), best first.
 Observer = Callable[[Any, Tensor, Tensor, Tensor], None]
 
 
@@ -46,8 +46,8 @@ def evaluate(
     """Evaluate the model on this process's batches and add up over all processes.
 
     `prepare` turns a loader's batch into (images (B, 3, H, W), labels (B,)) on the device. `flip` averages the logits of
-    each image and its mirror image. `answers` are the only classes an answer may name: the others' logits become -inf,
-    for the accuracies as for the loss. Raises RuntimeError if the images counted are not exactly `num_images`.
+    each image and its mirror image. `answers` are the only classes that count as predictions: the others' logits become
+    -inf, for the accuracies as for the loss. Raises RuntimeError if the images counted are not exactly `num_images`.
     """
     started = time.perf_counter()
     training = model.training

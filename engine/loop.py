@@ -1,4 +1,4 @@
-"""The training loop: an update from its micro-batches, an epoch from its updates."""
+"""Training loop: an update from its micro-batches, an epoch from its updates."""
 
 import math
 import time
@@ -16,32 +16,34 @@ from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
 from engine.distributed.processes import Processes
-from engine.optim.clip_and_step import ConsecutiveSkips, DivergedError, clip_and_step, count_skipped, gradient_seed
+from engine.loss import Criterion
+from engine.optim.clip_and_step import clip_and_step
+from engine.optim.skipped_updates import ConsecutiveSkips, DivergedError, gradient_seed
 from engine.precision import Precision
 from engine.state import TrainState
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a logging step reports; rates over the updates since the one before."""
+    """Metrics of one logging step; means and rates over the updates since the logging step before."""
 
     epoch: int
     update: int  # updates done in the run
     update_in_epoch: int
-    loss: float  # mean since the last report, of the finite ones
+    loss: float  # mean of the finite ones
     epoch_loss: float  # mean since the epoch began
-    grad_norm: float  # mean since the last report, of the updates that were not skipped
+    grad_norm: float  # mean over the updates that were not skipped
     lr: float
     images_per_s: float
     data_share: float  # share of the time spent waiting for the loader
-    skipped: int = 0  # updates since the last report whose loss or gradient was not finite
+    skipped: int = 0  # updates whose loss or gradient was not finite
     skipped_in_run: int = 0
     overflows_in_run: int = 0  # updates skipped because scaled fp16 gradients overflowed
 
 
 @dataclass
 class Loop:
-    """The parts that an update needs besides the state it changes.
+    """Parts of the training loop besides the state that it changes.
 
     `model` is the state's model, possibly wrapped for gradient exchange. `prepare(batch, update, micro, epoch)` turns a
     loader's batch into (images, soft targets) on the device, `update` counting from the start of the run. `criterion(outputs,
@@ -49,7 +51,7 @@ class Loop:
     """
 
     model: nn.Module
-    criterion: Callable[[Any, Tensor, Tensor], Tensor]
+    criterion: Criterion
     prepare: Callable[[Any, int, int, int], tuple[Tensor, Tensor]]
     precision: Precision
     processes: Processes
@@ -57,45 +59,44 @@ class Loop:
     seed: int
     log_every: int
     eval_mode: bool = False  # train the model in evaluation mode
-    max_skipped: int = 10  # updates skipped in a row that end the training
+    max_skipped: int = 10  # consecutive skipped updates that end the training
     on_batch: Callable[[Tensor, Tensor, int], None] | None = None  # called with each (images, targets, update)
-    losses: Tensor | None = None  # of the last max_skipped + 1 updates by micro-batch, 0 where another process ran it
+    losses: Tensor | None = None  # of the last max_skipped + 1 updates by micro-batch, 0 for those of other processes
 
     def train_epoch(
         self,
         state: TrainState,
         batches: Iterable[Any],
-        report: Callable[[StepMetrics], None],
+        log_step: Callable[[StepMetrics], None],
         after_update: Callable[[], None],
     ) -> None:
         """Run the epoch's remaining updates on this process's micro-batches, in order.
 
-        Raises DivergedError after `max_skipped` skipped updates in a row (safety.py). Calls `report` on logging steps, the
-        only ones that wait for the device, and `after_update` after every update.
+        Calls `log_step` on logging steps, the only ones that wait for the device, and `after_update` after every update.
+        Raises DivergedError after `max_skipped` consecutive skipped updates (engine/optim/skipped_updates.py).
         """
         self.model.train(not self.eval_mode)
         state.schedule.begin_epoch(state.epoch)
-        plan, stream = state.plan, iter(batches)
+        state.move_counts(self.processes.device)
+        plan, iterator = state.plan, iter(batches)
         statistics = RunningStatistics(state.model, plan.accumulation, self.processes, frozen=self.eval_mode)
-        epoch, row = state.epoch, ConsecutiveSkips()
-        state.sums, state.skips = state.sums.to(self.processes.device), state.skips.to(self.processes.device)
+        epoch, consecutive_skips = state.epoch, ConsecutiveSkips()
         since, before, waited = time.perf_counter(), state.update, 0.0
         while state.update < (epoch + 1) * plan.updates_per_epoch:
-            waited += self._train_update(state, stream, statistics)
+            waited += self._train_update(state, iterator, statistics)
             done = state.update - epoch * plan.updates_per_epoch
-            skipped = row.read(state.skips)
+            skips = consecutive_skips.read(state.skips)
             if done == plan.updates_per_epoch:
-                skipped = max(skipped, int(state.skips[0]))
-            if skipped >= self.max_skipped:
+                skips = max(skips, int(state.skips.consecutive))
+            if skips >= self.max_skipped:
                 raise self._diverged(state)
             if done % self.log_every == 0 or done == plan.updates_per_epoch:
                 seconds = time.perf_counter() - since
-                step = self._step(state, epoch, (state.update - before) / seconds, waited / seconds)
-                report(step)
-                state.sums[1] = 0
+                log_step(self._step_metrics(state, epoch, (state.update - before) / seconds, waited / seconds))
+                state.sums.begin_logging()
                 since, before, waited = time.perf_counter(), state.update, 0.0
             if done == plan.updates_per_epoch:
-                state.sums.zero_()
+                state.sums.begin_epoch()
             after_update()
 
     def _train_update(self, state: TrainState, batches: Iterator[Any], statistics: RunningStatistics) -> float:
@@ -116,73 +117,74 @@ class Loop:
             with self._exchange(last=micro == micro_batches[-1]):
                 with self.precision.autocast():
                     loss = self.criterion(self.model(images), targets, images) / plan.accumulation
-                with statistics.backward():
-                    state.scaler.scale(loss).backward(gradient_seed(loss))
-            statistics.after_micro_batch()
+                statistics.after_forward()
+                state.scaler.scale(loss).backward(gradient_seed(loss))
+            statistics.after_backward()
             loss_sum += loss.detach()
             losses = self._losses(plan)
             losses[state.update % len(losses), micro] = loss.detach() * plan.accumulation
-        state.scaler.unscale_(state.optimizer)
-        norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
-        ok = norm.isfinite()
-        skipped = count_skipped(state.skips, ok, self._overflow(state, loss_sum))
-        clip_and_step(ok, state.optimizer, norm, self.clip_grad)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        finite = loss_sum.isfinite()
-        loss, norm = torch.where(finite, loss_sum, 0.0), torch.where(ok, norm, 0.0)
-        state.sums += torch.stack([loss, finite, norm, ok, torch.ones_like(norm), skipped])
-        statistics.end(ok)
-        if state.ema:
-            state.ema.move_if(ok, state.model)
-        state.update += 1
+        self._apply_gradients(state, loss_sum, statistics)
         return waited
 
-    def _overflow(self, state: TrainState, loss: Tensor) -> Tensor:
-        """Return whether a gradient that is not finite is the work of loss scaling, by the losses of all processes."""
+    def _apply_gradients(self, state: TrainState, loss: Tensor, statistics: RunningStatistics) -> None:
+        """Change the state by the gradients of an update, unless they are not finite; `loss` is the update's on this process."""
+        state.scaler.unscale_(state.optimizer)
+        norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+        is_finite = norm.isfinite()
+        skipped = state.skips.count(is_finite, self._is_overflow(state, loss))
+        clip_and_step(is_finite, state.optimizer, norm, self.clip_grad)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.sums.add(loss, norm, skipped)
+        statistics.end(is_finite)
+        if state.ema:
+            state.ema.update_if(is_finite, state.model)
+        state.update += 1
+
+    def _is_overflow(self, state: TrainState, loss: Tensor) -> Tensor:
+        """Return True if loss scaling can be the cause of a gradient that is not finite: the losses of all processes are finite."""
         if not state.scaler.is_enabled():
             return torch.zeros_like(loss, dtype=torch.bool)
-        lost = self.processes.sum((~loss.isfinite()).float())
-        return (lost == 0) & (state.scaler.scale(torch.ones_like(loss)) > 1)
+        not_finite = self.processes.sum((~loss.isfinite()).float())
+        return (not_finite == 0) & (state.scaler.scale(torch.ones_like(loss)) > 1)
 
     def _losses(self, plan: BatchPlan) -> Tensor:
         if self.losses is None:
             self.losses = torch.zeros(
                 self.max_skipped + 1, plan.accumulation * plan.world, device=self.processes.device
             )
-            self.losses[:, plan.rank :: plan.world] = math.nan  # not known, where the run was continued
+            self.losses[:, plan.rank :: plan.world] = math.nan  # unknown for updates before this start of the run
         return self.losses
 
     def _diverged(self, state: TrainState) -> DivergedError:
-        """Return the error of too many skipped updates; waits for the device, which may be an update further (Row)."""
-        row, end = int(state.skips[0]), state.update
-        if row < self.max_skipped:  # the update since was a good one
-            row, end = self.max_skipped, state.update - 1
+        """Return the error of too many skips; waits for the device, which may be an update further than ConsecutiveSkips."""
+        consecutive, last_update = int(state.skips.consecutive), state.update
+        if consecutive < self.max_skipped:  # the update after the limit was reached was finite
+            consecutive, last_update = self.max_skipped, state.update - 1
         return DivergedError(
-            f"{row} updates in a row (TRAIN.MAX_SKIPPED={self.max_skipped}) had a loss or a gradient that is not finite, the last "
-            f"one update {end}",
-            row,
-            end,
+            f"{consecutive} updates in a row (TRAIN.MAX_SKIPPED={self.max_skipped}) had a loss or a gradient that is not finite, "
+            f"the last one update {last_update}",
+            consecutive=consecutive,
+            last_update=last_update,
         )
 
-    def _step(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> StepMetrics:
-        """Read what a report needs from the device."""
-        (epoch_loss, epoch_losses, *_), since = state.mean_sums(self.processes).tolist()
-        loss, losses, norm, norms, _, skipped = since
-        skips = state.skips.tolist()
+    def _step_metrics(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> StepMetrics:
+        """Return the metrics of a logging step; waits for the device."""
+        since_epoch, since_logging = state.sums.read(self.processes)
+        _, skipped_in_run, overflows_in_run = state.skips.tensor.tolist()
         return StepMetrics(
             epoch=epoch,
             update=state.update,
             update_in_epoch=state.update - epoch * state.plan.updates_per_epoch,
-            loss=loss / losses if losses else math.nan,
-            epoch_loss=epoch_loss / epoch_losses if epoch_losses else math.nan,
-            grad_norm=norm / norms if norms else math.inf,
+            loss=since_logging.mean_loss,
+            epoch_loss=since_epoch.mean_loss,
+            grad_norm=since_logging.mean_grad_norm,
             lr=max(group["lr"] for group in state.optimizer.param_groups),
             images_per_s=updates_per_s * state.plan.global_batch,
             data_share=data_share,
-            skipped=round(skipped),
-            skipped_in_run=skips[1],
-            overflows_in_run=skips[2],
+            skipped=round(since_logging.skipped),
+            skipped_in_run=skipped_in_run,
+            overflows_in_run=overflows_in_run,
         )
 
     def _exchange(self, last: bool) -> AbstractContextManager:

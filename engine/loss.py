@@ -1,19 +1,31 @@
-"""Distillation as in DeiT (Touvron et al. 2021, section 4): what a trained model answers is a second target."""
+"""Training loss: cross entropy to soft targets, and distillation from a teacher as in DeiT (Touvron et al. 2021, section 4)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+
+Criterion = Callable[[Any, Tensor, Tensor], Tensor]  # (model outputs, soft targets (B, classes), images) -> loss
+
+
+def make_criterion(teacher: "Teacher | None", kind: str, alpha: float, tau: float) -> Criterion:
+    """Return the soft-target cross entropy, combined with distillation if there is a teacher; the rest as in DistillationLoss."""
+    base = SoftTargetCrossEntropy()
+    if teacher is None:
+        return lambda outputs, targets, images: base(outputs, targets)
+    return DistillationLoss(base, teacher, kind, alpha, tau)
 
 
 class Teacher(nn.Module):
-    """A trained model that only answers: frozen, in evaluation mode whatever it is told, shown images as it knows them.
+    """A frozen trained model, always in evaluation mode, with conversion of the student's images to its own input format.
 
-    Images come normalised by `mean` and `std` and are turned to the model's own; those of another size than `own_size`
-    (height, width) are resized to it, None takes every size.
+    Images arrive normalised by `mean` and `std` and are renormalised to the model's `own_mean` and `own_std`; images of
+    another size than `own_size` (height, width) are resized to it, None accepts every size.
     """
 
     def __init__(
@@ -40,7 +52,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images (B, 3, H, W) as the student sees them, mixed and erased."""
+        """Return the logits of the student's images (B, 3, H, W), which are mixed and erased."""
         if self.renormalises:
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
         if self.own_size and images.shape[-2:] != self.own_size:
@@ -48,7 +60,7 @@ class Teacher(nn.Module):
         return self.model(images)
 
     def describe(self) -> str:
-        """Say what is done to the images."""
+        """Describe the conversion of the images."""
         size = f"of {self.own_size[0]} x {self.own_size[1]} pixels" if self.own_size else "of any size"
         return (
             f"it takes images {size}, {'normalised in its own way' if self.renormalises else 'normalised as they are'}"
@@ -56,19 +68,19 @@ class Teacher(nn.Module):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the weights and statistics, which tells one teacher from another."""
-        found = hashlib.sha256()
+        """Return a hash of the weights and buffers, which identifies the teacher."""
+        digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return found.hexdigest()[:16]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
 
 class DistillationLoss(nn.Module):
-    """(1 - alpha) times the loss on the targets plus alpha times the distance from the teacher, soft or hard.
+    """(1 - alpha) times the loss on the targets plus alpha times the distance from the teacher, `kind` soft or hard.
 
-    A student with one head has both on its logits. The outputs of a student with a distillation token are a pair: the
-    first takes the targets, the second the teacher.
+    Both terms use the logits of a student with one head. A student with a distillation token returns a pair of logits: the
+    first is compared with the targets, the second with the teacher.
     """
 
     def __init__(self, base: nn.Module, teacher: Teacher, kind: str, alpha: float, tau: float):
@@ -76,11 +88,11 @@ class DistillationLoss(nn.Module):
         self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher, kind, alpha, tau
 
     def forward(self, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor, images: Tensor) -> Tensor:
-        """Return the loss of the student's outputs for soft targets (B, classes) and the images they answer to."""
+        """Return the loss of the student's outputs for soft targets (B, classes) and the images they were computed from."""
         on_targets, on_teacher = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
-        taught = self.teacher(images)
+        logits = self.teacher(images)
         distance = (
-            soft_distance(on_teacher, taught, self.tau) if self.kind == "soft" else hard_distance(on_teacher, taught)
+            soft_distance(on_teacher, logits, self.tau) if self.kind == "soft" else hard_distance(on_teacher, logits)
         )
         return (1 - self.alpha) * self.base(on_targets, targets) + self.alpha * distance
 
@@ -90,15 +102,16 @@ def soft_distance(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
 
     It is the mean over images and classes, as in DeiT's code, not the sum over classes.
     """
-    mine, theirs = (F.log_softmax(_wide(logits) / tau, dim=1) for logits in (student, teacher))
-    return F.kl_div(mine, theirs, reduction="sum", log_target=True) * tau**2 / mine.numel()
+    log_p_student, log_p_teacher = (F.log_softmax(_float32(logits) / tau, dim=1) for logits in (student, teacher))
+    divergence = F.kl_div(log_p_student, log_p_teacher, reduction="sum", log_target=True)
+    return divergence * tau**2 / log_p_student.numel()
 
 
 def hard_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the cross entropy to the teacher's most probable class."""
-    return F.cross_entropy(_wide(student), teacher.argmax(dim=1))
+    return F.cross_entropy(_float32(student), teacher.argmax(dim=1))
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Return half-precision logits in float32."""
+def _float32(logits: Tensor) -> Tensor:
+    """Return half-precision logits in float32, others unchanged."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What a training run will hold in memory, estimated before it starts, and what a process has held."""
+"""Memory of a training run: an estimate before it starts, and the peak of a process."""
 
 import resource
 import sys
@@ -19,24 +19,23 @@ from common.byte_size import format_bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process."""
+    """Memory of one process in bytes."""
 
     weights: int  # parameters and buffers
     gradients: int
     optimizer: int
     ema: int
-    activations: (
-        int  # what the forward pass of a micro-batch keeps for the backward pass, or with gradient checkpointing
-    )
-    # the most that both passes hold at a time
+    # Kept by a micro-batch's forward pass for the backward pass; with gradient checkpointing the peak of both passes.
+    activations: int
 
     @property
     def total(self) -> int:
+        """Return the sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
 
     @property
     def stored(self) -> int:
-        """Bytes of a checkpoint."""
+        """Return the size of a checkpoint."""
         return self.weights + self.optimizer + self.ema
 
 
@@ -47,7 +46,7 @@ def estimate(
     images: tuple[int, int, int, int],
     autocast: Callable[[], AbstractContextManager],
 ) -> Memory:
-    """Estimate the memory of training on micro-batches of shape `images`; nothing is computed, the model stays as it is."""
+    """Estimate the memory of training on micro-batches of shape `images` (B, 3, H, W), without computation or change of the model."""
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = parameters + sum(b.numel() * b.element_size() for b in model.buffers())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -61,7 +60,7 @@ def estimate(
 
 
 def optimizer_share(make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> float:
-    """Return the bytes that an optimiser keeps for each byte of a weight, found on a small layer."""
+    """Return the bytes of optimiser state for each byte of a weight, measured on a small layer."""
     layer = nn.Linear(64, 64, bias=False)
     with torch.random.fork_rng(devices=[]):
         optimizer = make_optimizer(layer)
@@ -76,8 +75,8 @@ def activations(
 ) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, on fake tensors: shapes without values.
 
-    Of a model under gradient checkpointing, which keeps little but computes blocks again: the most that the two passes hold
-    at a time, besides weights and their gradients.
+    For a model under gradient checkpointing, which keeps little and recomputes blocks, return the peak of the two passes,
+    without weights and their gradients.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: dict[str, Tensor] = {
@@ -99,12 +98,12 @@ def activations(
             return kept_bytes(forward, not_counted)
         for tensor in own.values():
             if tensor.requires_grad:
-                tensor.grad = torch.zeros_like(tensor)  # counted by themselves: they are there before
-        return _most_alive(forward, not_counted)
+                tensor.grad = torch.zeros_like(tensor)  # allocated before, so not counted
+        return _peak_bytes(forward, not_counted)
 
 
 def kept_bytes(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, besides the storages that are not counted."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the storages in `not_counted`."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -114,20 +113,20 @@ def kept_bytes(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # kept alive: what it keeps is counted once
+        output = forward()  # kept alive, so that each storage is counted once
     del output
     return sum(kept.values())
 
 
-def _most_alive(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
-    """Return the most bytes that a forward and a backward pass hold at a time."""
+def _peak_bytes(forward: Callable[[], Tensor], not_counted: set[int]) -> int:
+    """Return the peak of the bytes that a forward and a backward pass hold."""
     with Alive(not_counted) as alive:
         forward().sum().backward()
     return alive.most
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it, as long as they live."""
+    """Counter of the bytes of the living tensors that were created within it, and of their peak."""
 
     def __init__(self, not_counted: set[int]):
         super().__init__()
@@ -158,9 +157,9 @@ class Alive(TorchDispatchMode):
 
 
 def peak() -> str:
-    """Say how much this process has held at most: of the GPU it uses, else of main memory. Does not wait for the device."""
+    """Describe the peak memory of this process: of its GPU, else of main memory. Does not wait for the device."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        of = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return f"{format_bytes(torch.cuda.max_memory_allocated())} of {format_bytes(of)}"
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"{format_bytes(torch.cuda.max_memory_allocated())} of {format_bytes(total)}"
     unit = 1 if sys.platform == "darwin" else 1024
     return format_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -8,7 +8,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """The number format of forward passes, and the loss scaler that fp16 needs."""
+    """Number format of forward passes, and the loss scaler that fp16 needs. `mode` is bf16, fp16 or off."""
 
     def __init__(self, mode: str, device: torch.device):
         if mode == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -19,7 +19,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode == "fp16")
 
     def autocast(self) -> AbstractContextManager:
-        """Return the context in which models are called."""
+        """Return the context manager for calls of models."""
         if self.mode == "off":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.mode])

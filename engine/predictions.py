@@ -1,4 +1,4 @@
-"""What a model answered for every image of a data set, the same at any number of processes."""
+"""Predictions of a model for every image of a data set, the same at any number of processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Columns = dict[str, Sequence[Any] | np.ndarray]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels and answers of n images, by index; k answers each, best first."""
+    """Labels and ranked predictions of n images, by index; k predictions each, best first."""
 
     labels: np.ndarray  # int64 (n,)
     ranked: np.ndarray  # int64 (n, k), classes
@@ -42,7 +42,7 @@ class Predictions:
         }
 
     def per_image(self, name: Callable[[int], str]) -> Columns:
-        """Return a table of the images, `name` giving each one's file."""
+        """Return a table of the images; `name` maps an image index to its file."""
         numbers = range(self.ranked.shape[1])
         return {
             "file": [name(index) for index in range(len(self.labels))],
@@ -54,26 +54,26 @@ class Predictions:
 
 
 class Collector:
-    """Keep what `evaluate` lets it observe on this process; put it together over all processes."""
+    """Collector of the predictions of `evaluate`, as its observer on each process."""
 
     def __init__(self, num_images: int, num_answers: int, processes: Processes):
-        """`num_answers` is the number of classes that an answer may name."""
+        """`num_answers` is the number of classes that may be predicted."""
         k = min(TOP, num_answers)
         self.processes = processes
-        # Times seen, label, answers.
+        # Times seen, label, ranked classes.
         self._table = torch.zeros(num_images, 2 + k, dtype=torch.int64, device=processes.device)
         self._probabilities = torch.zeros(num_images, k, device=processes.device)
 
     def observe(self, batch: Any, labels: Tensor, logits: Tensor, ranked: Tensor) -> None:
-        """Keep a batch's answers; its `indices` say which images it holds."""
+        """Store the predictions of a batch for the images `batch.indices`."""
         rows = batch.indices.to(labels.device)
         self._table[:, 0].index_add_(0, rows, torch.ones_like(rows))
         self._table[rows, 1], self._table[rows, 2:] = labels, ranked
         self._probabilities[rows] = logits.softmax(1).gather(1, ranked)
 
     def gather(self) -> Predictions:
-        """Return all images' answers, on every process; RuntimeError unless each image was seen exactly once."""
-        table = self.processes.sum(self._table).cpu().numpy()  # every row is zero but on one process
+        """Return the predictions of all images, on every process. Raises RuntimeError unless each image was seen exactly once."""
+        table = self.processes.sum(self._table).cpu().numpy()  # each row is nonzero on one process only
         probabilities = self.processes.sum(self._probabilities).cpu().numpy()
         wrong = np.flatnonzero(table[:, 0] != 1)
         if len(wrong):

@@ -1,4 +1,4 @@
-"""Results as files that other programs read: tables as CSV or parquet, everything as JSON. Written whole or not at all."""
+"""Result files: tables as CSV or parquet, nested values as JSON, written atomically."""
 
 import csv
 import importlib.util
@@ -16,10 +16,10 @@ TABLES = (".csv", ".parquet")
 
 
 def check_target(flag: str, path: str, suffixes: Sequence[str]) -> Path:
-    """Return the path of a result file; ValueError, before any work is done, if it could not be written in the end."""
+    """Return the path of a result file, checked before the computation. Raises ValueError if it cannot be written."""
     target = Path(path).expanduser()
     if target.suffix not in suffixes:
-        raise ValueError(f"{flag} {path}: its name must end in {' or '.join(suffixes)}, which says the format")
+        raise ValueError(f"{flag} {path}: its name must end in {' or '.join(suffixes)}, which sets the format")
     if target.is_dir():
         raise ValueError(f"{flag} {path} is a folder; give a file in it, e.g. {target / ('result' + suffixes[0])}")
     if not target.parent.is_dir():
@@ -33,9 +33,9 @@ def check_target(flag: str, path: str, suffixes: Sequence[str]) -> Path:
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
-    """Write columns of one length, as CSV or parquet by the file's suffix."""
+    """Write columns of equal length, as CSV or parquet by the file's suffix."""
     if path.suffix == ".parquet":
-        import pyarrow  # optional: check_target asks for it
+        import pyarrow  # optional: check_target raises if it is missing
         import pyarrow.parquet
 
         table = pyarrow.table({name: _text(values) for name, values in columns.items()})
@@ -43,8 +43,8 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
         return
 
     def write(file: Path) -> None:
-        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
+        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
+            writer = csv.writer(text, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(zip(*columns.values(), strict=True))
 
@@ -52,7 +52,7 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write plain values as JSON; numbers that are not finite, which JSON does not know, become null."""
+    """Write plain values as JSON; numbers that are not finite, which JSON lacks, become null."""
     text = json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
 
     def write(file: Path) -> None:
@@ -62,7 +62,7 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _text(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
-    """Return file names that are not UTF-8 with the odd bytes escaped, which parquet asks for."""
+    """Return file names with bytes that are not UTF-8 escaped, as parquet requires."""
     if isinstance(values, np.ndarray):
         return values
     return [v.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for v in values]

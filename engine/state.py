@@ -1,19 +1,23 @@
-"""Everything that changes while a run trains, and how it is stored and restored."""
+"""Training state: everything that changes while a run trains, stored in and restored from checkpoints."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from engine import running_sums
 from engine.batch_plan import BatchPlan
 from engine.distributed.processes import Processes
 from engine.optim.backends import align_state
 from engine.optim.ema import ModelEma
-from engine.optim.lr_schedule import Schedule
+from engine.optim.schedules import Schedules
+from engine.optim.skipped_updates import SkipCounts
+from engine.running_sums import RunningSums
 
-# Of an optimiser's group: what the config says, and how the device lets it be computed.
-SETTINGS = (
+# Entries of a parameter group that the config and the device decide, not the checkpoint.
+GROUP_SETTINGS = (
     *("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"),
     *("fused", "foreach", "capturable"),
 )
@@ -23,50 +27,48 @@ SETTINGS = (
 class TrainState:
     """Weights, averaged weights, optimiser, scaler, position and best results of a run.
 
-    The learning rate, the order of the samples and everything random are functions of the position (`update`), so restoring
+    The learning rate, the order of the samples and all random numbers are functions of the position (`update`), so restoring
     it restores them.
     """
 
     model: nn.Module
     ema: ModelEma | None
     optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    schedule: Schedules
     scaler: torch.amp.GradScaler
     plan: BatchPlan
     update: int = 0  # updates done
-    closed: int = 0  # updates done at the last end of an epoch whose evaluation is done too
+    closed: int = 0  # updates done at the end of the last epoch whose evaluation is done too
     best: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # by "raw" and "ema": top1, correct1, images, epoch, update
-    # Since the epoch began, then since the last report, summed over updates: finite losses, their number, finite gradient
-    # norms, their number, updates, skipped ones.
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 6, dtype=torch.float64))
-    skips: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))  # in a row, in the run, overflows
-    rollbacks: int = 0  # times the run went back to a checkpoint after too many in a row
+    sums: RunningSums = field(default_factory=RunningSums)
+    skips: SkipCounts = field(default_factory=SkipCounts)
+    rollbacks: int = 0  # returns of the run to an earlier checkpoint after too many consecutive skips
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next update belongs to, from 0."""
+        """Return the epoch of the next update, from 0."""
         return self.update // self.plan.updates_per_epoch
 
     @property
     def update_in_epoch(self) -> int:
-        """The number of the next update in its epoch, from 0."""
+        """Return the number of the next update in its epoch, from 0."""
         return self.update % self.plan.updates_per_epoch
 
     @property
     def between_epochs(self) -> bool:
-        """Whether an epoch's updates are done and its evaluation is not."""
+        """Return True if an epoch's updates are done and its evaluation is not."""
         return self.update > self.closed and not self.update_in_epoch
 
     @property
     def trained(self) -> bool:
-        """Whether no update is left."""
+        """Return True if no update is left."""
         return self.update >= self.plan.updates
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return True if no update and no evaluation is left."""
         return self.trained and not self.between_epochs
 
     def weights(self) -> dict[str, nn.Module]:
@@ -74,17 +76,15 @@ class TrainState:
         return {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
 
     def note_result(self, which: str, result: dict[str, Any]) -> bool:
-        """Keep a result if it beats the best of these weights; return whether it did."""
+        """Keep a result of raw or EMA weights if it exceeds the best one so far; return True if it does."""
         better = which not in self.best or result["correct1"] > self.best[which]["correct1"]
         if better:
             self.best[which] = result
         return better
 
-    def mean_sums(self, processes: Processes) -> Tensor:
-        """Return `sums`, averaged over the processes."""
-        return processes.sum(self.sums.to(processes.device, copy=True)).div_(
-            processes.world
-        )  # NCCL takes no CPU tensor
+    def move_counts(self, device: torch.device) -> None:
+        """Move the running sums and skip counts to a device."""
+        self.sums, self.skips = self.sums.to(device), self.skips.to(device)
 
     def state_dict(self, processes: Processes) -> dict[str, Any]:
         """Return tensors and plain values only, so that the file needs no unpickling of code. Called by all processes."""
@@ -100,42 +100,63 @@ class TrainState:
             "global_batch": self.plan.global_batch,
             "updates_per_epoch": self.plan.updates_per_epoch,
             "best": self.best,
-            "sums": self.mean_sums(processes).cpu(),
-            "skips": self.skips.cpu(),
+            "sums": self.sums.mean(processes).cpu(),
+            "skips": self.skips.tensor.cpu(),
             "rollbacks": self.rollbacks,
         }
 
-    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+    def load_state_dict(self, stored: Mapping[str, Any], file: str) -> None:
         """Continue from a stored state. Raises ValueError if it is of another model, batch, data set or optimiser."""
+        if stored["format"] == 1:
+            stored = from_format_1(stored)
+        self._check_batches(stored, file)
+        self._check_ema(stored, file)
+        self._load_weights(stored, file)
+        self._check_optimizer(stored, file)
+        self._load_optimizer(stored["optimizer"], file)
+        if stored["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(stored["scaler"])
+        self._load_position(stored)
+
+    def _check_batches(self, stored: Mapping[str, Any], file: str) -> None:
         for key, here in (("global_batch", self.plan.global_batch), ("updates_per_epoch", self.plan.updates_per_epoch)):
-            if state[key] != here:
+            if stored[key] != here:
                 remedy = "TRAIN.GLOBAL_BATCH" if key == "global_batch" else "the data set"
                 raise ValueError(
-                    f"{source} was written with {key.replace('_', ' ')} {state[key]}, this run has {here}; "
+                    f"{file} was written with {key.replace('_', ' ')} {stored[key]}, this run has {here}; "
                     f"set {remedy} back, or start a new run from its weights with --init"
                 )
-        if (state["ema"] is None) != (self.ema is None):
+
+    def _check_ema(self, stored: Mapping[str, Any], file: str) -> None:
+        if (stored["ema"] is None) != (self.ema is None):
+            lacks = self.ema is not None
             raise ValueError(
-                f"{source} {'lacks' if self.ema else 'has'} EMA weights but EMA.DECAY says otherwise; set it as it was"
+                f"{file} {'lacks' if lacks else 'has'} EMA weights, this run {'keeps' if lacks else 'does not keep'} them; set "
+                "EMA.DECAY back"
             )
+
+    def _load_weights(self, stored: Mapping[str, Any], file: str) -> None:
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(stored["model"])
             if self.ema:
-                self.ema.module.load_state_dict(state["ema"])
+                self.ema.module.load_state_dict(stored["ema"])
         except RuntimeError as error:
             first = " ".join(line.strip() for line in str(error).splitlines()[:3])
-            raise ValueError(f"{source} was written by another model: {first[:400]}") from error
+            raise ValueError(f"{file} was written by another model: {first[:400]}") from error
+
+    def _check_optimizer(self, stored: Mapping[str, Any], file: str) -> None:
         own_name = optimizer_name(self.optimizer)
-        if (name := state.get("optimizer_name", own_name)) != own_name:
+        if (name := stored.get("optimizer_name", own_name)) != own_name:
             raise ValueError(
-                f"{source} was written with the optimiser {name}, OPTIM.NAME makes {own_name}; set it back, or start a new run "
+                f"{file} was written with the optimiser {name}, OPTIM.NAME makes {own_name}; set it back, or start a new run "
                 "from its weights with --init"
             )
-        # The config rules over what the checkpoint's optimiser was set to; within a run they agree.
-        # What it lacks another backend had no use for.
-        stored, own = state["optimizer"], self.optimizer.state_dict()["param_groups"]
+
+    def _load_optimizer(self, stored: dict[str, Any], file: str) -> None:
+        """Load the optimiser's state; GROUP_SETTINGS stay as they are here, as do entries that another backend did not store."""
+        own = self.optimizer.state_dict()["param_groups"]
         groups = [
-            {**here, **group, **{key: here[key] for key in SETTINGS if key in here}, "params": group["params"]}
+            {**here, **group, **{key: here[key] for key in GROUP_SETTINGS if key in here}, "params": group["params"]}
             for group, here in zip(stored["param_groups"], own, strict=False)
         ]
         if len(groups) == len(stored["param_groups"]):
@@ -144,21 +165,22 @@ class TrainState:
             self.optimizer.load_state_dict(stored)
             align_state(self.optimizer)
         except ValueError as error:
-            raise ValueError(
-                f"{source} was written with another optimiser or other parameter groups: {error}"
-            ) from error
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.update, self.best = state["update"], state["best"]
-        self.closed = state.get("closed", self.update - self.update_in_epoch)  # format 1 closed an epoch at once
-        sums = state["sums"]
-        if state["format"] == 1:  # losses were all counted, and skipped updates ended the run
-            sums = torch.stack([*sums.T[[0, 3, 1, 2, 3]], torch.zeros(2, dtype=sums.dtype)], dim=1)
-        self.sums = sums.to(self.sums.device)
-        self.skips = state.get("skips", torch.zeros(3, dtype=torch.int64)).to(self.skips.device)
-        self.rollbacks = state.get("rollbacks", 0)
+            raise ValueError(f"{file} was written with another optimiser or other parameter groups: {error}") from error
+
+    def _load_position(self, stored: Mapping[str, Any]) -> None:
+        """Load position, best results and counts; entries that the first files of format 2 lack have their initial values."""
+        self.update, self.best = stored["update"], stored["best"]
+        self.closed = stored.get("closed", self.update - self.update_in_epoch)
+        self.sums = RunningSums(stored["sums"]).to(self.sums.tensor.device)
+        self.skips = SkipCounts(stored.get("skips")).to(self.skips.tensor.device)
+        self.rollbacks = stored.get("rollbacks", 0)
+
+
+def from_format_1(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored state of format 1 in the form of format 2: its running sums have other columns."""
+    return {**stored, "format": 2, "sums": running_sums.from_format_1(stored["sums"])}
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """Return whose state an optimiser's is, whichever backend computes it."""
+    """Return the name under which an optimiser's state is stored, the same for all backends of an optimiser."""
     return str(getattr(optimizer, "stored_as", type(optimizer).__name__))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start train.py with torchrun on nodes that may come and go: the run continues on those that are left.
+# Start train.py with torchrun on nodes that may join and leave: the run continues on those that remain.
 set -euo pipefail
 script=elastic.sh
 
@@ -52,5 +52,5 @@ command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "RETOKEN_MEETING=$address:$por
   --rdzv_backend c10d --rdzv_endpoint "$address:$port" --rdzv_id "$id" --rdzv_conf "${RDZV_CONF:-$patience}"
   "$root/train.py" --cfg "$config" "$@")
 say_command "${command[@]}"
-trap "" USR1 # a cluster's early warning is for train.py, which catches it; torchrun would die of it
+trap "" USR1 # the early warning of a cluster is for train.py, which handles it; it would kill torchrun
 exec "${command[@]}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bring a data set to a local disk: once for a node, whoever asks first; the others wait.
+# Copy a data set to a local disk, once per node: the first caller copies, the others wait.
 set -euo pipefail
 script=stage.sh
 
@@ -28,21 +28,21 @@ mkdir -p "$(dirname "$target")"
 
 exec 9>"$target.lock"
 flock 9
-mark=$target/.complete # written last; says of what
+mark=$target/.complete # written last; holds the path of SOURCE
 if [ -f "$mark" ]; then
   [ "$(cat "$mark")" = "$source" ] || stop "$target on $(hostname) is a copy of $(cat "$mark"), not of $source; remove it, or name another TARGET"
   echo "$script: $target is complete on $(hostname)"
   exit 0
 fi
 rmdir "$target" 2>/dev/null || [ ! -e "$target" ] || stop "$target on $(hostname) is not a complete copy that this script made; remove it, or name another TARGET"
-part=$target.part # renamed when it is complete, so that a node that was cut off starts anew
-[ ! -e "$part" ] || chmod -R u+rwX "$part" # what came from a read-only folder is one, too
+part=$target.part # renamed when it is complete, so that an interrupted copy is repeated
+[ ! -e "$part" ] || chmod -R u+rwX "$part" # copies of read-only folders are read-only, too
 rm -rf "$part"
 mkdir "$part"
 if [ -d "$source" ]; then command=(cp -a "$source/." "$part"); else command=(tar -xf "$source" -C "$part"); fi
 say_command "${command[@]}"
 "${command[@]}"
-chmod u+w "$part" # as SOURCE may not be
+chmod u+w "$part" # SOURCE may be read-only
 echo "$source" >"$part/.complete"
 mv "$part" "$target"
 echo "$script: $target is ready on $(hostname)"

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154,SC2034
-# What the launch scripts share. They set $script (their name) and $root (the repository), and define usage, before they read it.
+# Functions shared by the launch scripts, which set $script (their name) and $root (the repository), and define usage, before.
 
-# How long torchrun (where it reads this; 30 s in older releases) lets processes save after a SIGTERM; a scheduler's own limit comes before.
+# Seconds that torchrun lets processes save after a SIGTERM (older releases ignore it: 30 s); a scheduler may have a lower limit.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 die() { echo "$script: $*" >&2; usage >&2; exit 2; }
@@ -14,7 +14,7 @@ need_numbers() {
   for number; do [[ $number =~ ^[0-9]+$ ]] || die "not a number: $number"; done
 }
 
-# The options before CONFIG, for getopts; option_value is called with each flag.
+# Parses the options before CONFIG with getopts; calls option_value with each flag and its value.
 take_options() {  # LETTERS ARGUMENTS...
   local letters=$1 flag; shift
   OPTIND=1
@@ -51,10 +51,10 @@ count_gpus() {
   echo $((gpus > 0 ? gpus : 1))
 }
 
-# Prints the directory of the run that train.py makes or continues with these arguments.
+# Prints the run directory that train.py creates or continues with these arguments.
 run_directory() { PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m tools.run_dir "$@"; }
 
-# Prints a port of this machine that nobody listens on: 20000 + the job's number, so that two jobs look at different ones first.
+# Prints an unused port of this machine, starting from 20000 + job id % 10000, so that two jobs try different ones first.
 free_port() {
   local port
   for port in $((20000 + $1 % 10000)) $((30000 + $1 % 10000)) $((40000 + $1 % 10000)) $((50000 + $1 % 10000)); do
@@ -63,10 +63,10 @@ free_port() {
   stop "no free port for job $1: 2, 3, 4 and 5 x 10000 + $(($1 % 10000)) are all in use; set MASTER_PORT"
 }
 
-# Whether SLURM ends the whole job. Its TERM may reach this script a moment later than it ends the steps.
+# Succeeds if SLURM ends the whole job. Its TERM may reach this script a moment after the steps have ended.
 is_cancelled() { sleep 2; [ "$termed" = 1 ]; }
 
-# The shell command $stage, once on each node of the job, before training.
+# Runs the shell command $stage once on each node of the job, before training.
 stage_nodes() {
   local command status=0
   [ -n "$stage" ] || return 0
@@ -80,7 +80,7 @@ stage_nodes() {
   stop "staging failed"
 }
 
-# Says how the job ended and ends this script, or puts it back into the queue if the run is to be continued.
+# Prints the exit status of the job and exits with it, or requeues the job if the run is to be continued.
 end_job() {  # STATUS
   echo "$script: ended with status $1 at $(date '+%F %T')"
   if [ -f "$run/done" ]; then
@@ -91,7 +91,7 @@ end_job() {  # STATUS
   exit "$1"
 }
 
-# Puts the job back into the queue, unless it has come back 5 times without a newer checkpoint.
+# Requeues the job, unless it was requeued 5 times without a newer checkpoint.
 requeue_job() {  # WHY
   local newest job="" count=0 before=""
   newest=$(find "$run/checkpoints" -name 'update-*.pt' 2>/dev/null | sort -V | tail -n 1) || true
@@ -106,7 +106,7 @@ requeue_job() {  # WHY
   sleep 60 # until SLURM ends this script
 }
 
-# A head node whose name is unknown costs a minute (torchrun) or half an hour (srun) before anything is said.
+# Checked early: an unknown head node is an error after a minute only (torchrun) or half an hour (srun).
 need_address() { getent ahosts "$1" >/dev/null || stop "the name of the head node, $1, does not resolve here; set MASTER_ADDR"; }
 
 say_command() { printf '%q ' "$@"; echo; }

@@ -48,5 +48,5 @@ else
 fi
 command=("$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" "$root/train.py" --cfg "$config" "$@")
 say_command "${command[@]}"
-trap "" USR1 # a cluster's early warning is for train.py, which catches it; torchrun would die of it
+trap "" USR1 # the early warning of a cluster is for train.py, which handles it; it would kill torchrun
 exec "${command[@]}"

@@ -1,4 +1,4 @@
-"""The three backbone families; importing this package registers them with timm."""
+"""Backbone families: GroupMixFormer, SG-Former and STViT. Importing this package registers them with timm."""
 
 from . import groupmixformer, sgformer, stvit
 

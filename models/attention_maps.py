@@ -1,36 +1,32 @@
-"""What each attention of the three families does with a picture, as maps over its tokens.
+"""Attention maps of a model from one forward pass.
 
-`read(attention, x, ...)` computes them anew from what went into an attention, as an attention weight per token; the attention
-itself need not know. Weights are stated as multiples of an even one: 1 everywhere is a query that attends to all alike.
+    logits, maps = attention_maps(model, images)                       received attention, merged tokens, super tokens
+    logits, maps = attention_maps(model, images, at=(0.4, 0.6))        the attention of the query there
+
+Forward hooks keep the inputs of the attentions and change nothing; they are removed before `attention_maps` returns. Each
+attention of a family computes its maps anew from these inputs, in a method of its own:
+
+    def attention_maps(self, x, significance, at) -> Iterator[AttentionReading]
+
+x (B, H, W, C) is the input; significance the second one, None where it takes one only. `at` is row and column of the query,
+whose attention is asked for; None asks for the mean over all queries: the attention that each token receives. Attention is
+stated in multiples of an even one: 1 everywhere is a query that attends to all tokens alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import singledispatch
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .groupmixformer import KERNELS, GroupMixAttention
-from .kernels.neighborhood import overlap_add, unfold_neighbors
-from .layers import wide_softmax
-from .sgformer_attention import (
-    SIDE,
-    HybridScaleAttention,
-    PlainAttention,
-    SelfGuidedAttention,
-    attend,
-    fill_up,
-    piece_sizes,
-    run_tokens,
-    significance_map,
-    to_heads,
-    window_attention,
-)
-from .stvit import EPS, Attention, SuperTokenAttention, average, from_cells, to_cells
+from .backbone import STRIDES, Backbone
 
-# B batch, H W grid, N = H*W tokens, K heads, D head channels, M reduced tokens, S channels of a segment
+# B batch, H W grid, N = H*W tokens, K heads, D head channels, M reduced tokens
 Token = tuple[int, int]  # row and column of a token
+BlockIndex = tuple[int, int]  # stage and block, counted from 1
+Point = tuple[float, float]  # of an image: fractions of its width from the left and of its height from the top, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -40,174 +36,136 @@ class AttentionReading:
     kind: str  # significance, merged, super tokens, attention, keys
     values: Tensor
     part: str = ""  # of the heads or channels, where there are several
-    level: Tensor | None = None  # (B, H, W) of regions: how many tokens the region takes together, as planned
+    level: Tensor | None = None  # (B, H, W) of regions: the planned number of tokens of each token's region
     signed: bool = False  # values may be negative
 
 
-@singledispatch
-def read(attention: nn.Module, x: Tensor, significance: Tensor | None, at: Token | None) -> Iterator[AttentionReading]:
-    """Yield the maps of an attention that got x (B, H, W, C) and, where it uses one, a significance (B, H, W).
+@dataclass(frozen=True)
+class AttentionMap:
+    """One map of one block, for each image of a batch: values as in `AttentionReading`, a token being patch×patch pixels."""
 
-    Attention is that of the query `at` a token, or without one the mean over all queries: what each token receives.
+    stage: int  # counted from 1, as in the papers
+    block: int
+    reading: AttentionReading
+    patch: int
+
+    @property
+    def name(self) -> str:
+        """Name for files and TensorBoard, e.g. stage1_block2_attention."""
+        parts = (f"stage{self.stage}_block{self.block}", self.reading.kind, self.reading.part)
+        return "_".join(part.replace(" ", "_").replace("×", "x") for part in parts if part)
+
+
+@runtime_checkable
+class MappedAttention(Protocol):
+    """Attention that computes its own maps, as the module docstring states."""
+
+    def attention_maps(self, x: Tensor, significance: Any, at: Token | None) -> Iterator[AttentionReading]: ...
+
+
+def attention_maps(
+    model: nn.Module, images: Tensor, at: Point | None = None, blocks: Collection[BlockIndex] | None = None
+) -> tuple[Tensor, list[AttentionMap]]:
+    """Return the logits of normalised images (B, 3, H, W), and the maps of the chosen blocks in order.
+
+    at: the point of the images that the query lies at. blocks: stages and blocks counted from 1, by default `last_blocks`.
+    Raises ValueError for a model that has no attention maps or is in training mode, a block that it lacks or a point outside.
     """
-    return iter(())
+    if not has_maps(model):
+        raise ValueError(f"{type(model).__name__} has no maps to show: SG-Former, GroupMixFormer and STViT have")
+    if model.training:
+        raise ValueError("a model in training mode would show maps of another forward pass; call model.eval() first")
+    if at is not None and not all(0 <= value <= 1 for value in at):
+        raise ValueError(f"the point {at} lies outside the picture; give fractions of its sides, from 0 to 1")
+    chosen = check_blocks(model, last_blocks(model) if blocks is None else blocks)
+    inputs: dict[BlockIndex, tuple[Tensor, Tensor | None]] = {}
+    hooks = [_keep_inputs(model, block, inputs) for block in chosen]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks would have code compiled anew
+            logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    maps = []
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        for block in chosen:
+            patch = STRIDES[block[0] - 1]
+            token = None if at is None else _token(at, images.shape[2], images.shape[3], patch)
+            maps += [AttentionMap(*block, reading, patch) for reading in _readings(model, block, inputs, token)]
+    return logits, maps
 
 
-@read.register
-def _(
-    attention: PlainAttention, x: Tensor, significance: Tensor | None, at: Token | None
-) -> Iterator[AttentionReading]:
-    q, k, _v = attention.qkv(x).flatten(1, 2).chunk(3, -1)
-    p = _probabilities(to_heads(q, attention.num_heads), to_heads(k, attention.num_heads))
-    yield AttentionReading("attention", _as_map(p.mean(1), x, at))
+def has_maps(model: nn.Module) -> TypeGuard[Backbone]:
+    """Return True for a model whose blocks all have an attention, `attn`, that computes its maps."""
+    if not isinstance(model, Backbone):
+        return False
+    attentions = [getattr(block, "attn", None) for stage in model.stages for block in getattr(stage, "blocks", ())]
+    return bool(attentions) and all(isinstance(attention, MappedAttention) for attention in attentions)
 
 
-@read.register
-def _(
-    attention: HybridScaleAttention, x: Tensor, significance: Tensor | None, at: Token | None
-) -> Iterator[AttentionReading]:
-    heads, side = attention.num_heads // 2, attention.reduction
-    q, local_qkv = attention.qkv(x).split((attention.dim // 2, 3 * attention.dim // 2), -1)
-    k, v = attention.reduced_kv(attention._cells(x)).chunk(2, -1)
-    p_BKNM = attend(to_heads(q.flatten(1, 2), heads), to_heads(k, heads), to_heads(v, heads))[1]
-    if at is None:
-        _, received = window_attention(local_qkv, heads)
-        yield AttentionReading("significance", significance_map(p_BKNM, received, x, side))
-        return
-    B, H, W, _ = x.shape
-    row, column = at
-    tokens = x.new_ones(1, H, W, 1)
-    cells = fill_up(tokens, side).unflatten(2, (-1, side)).unflatten(1, (-1, side)).sum((2, 4))[..., 0]  # in each cell
-    p = (p_BKNM[:, :, row * W + column].mean(1).view(B, *cells.shape[1:]) / cells)[:, :, None, :, None]
-    yield AttentionReading("attention", H * W * _spread(p, side, H, W), "global heads")
-    yield AttentionReading("attention", H * W * _in_window(local_qkv, heads, row, column), "local heads")
+def all_blocks(model: Backbone) -> list[BlockIndex]:
+    """List all blocks of a model."""
+    return [(i, j) for i, stage in enumerate(model.stages, 1) for j in range(1, 1 + len(stage.blocks))]  # type: ignore[arg-type]
 
 
-@read.register
-def _(attention: SelfGuidedAttention, x: Tensor, significance: Tensor, at: Token | None) -> Iterator[AttentionReading]:
-    B, H, W, _ = x.shape
-    lengths = [len(run.weight[0]) for run in attention.runs]  # type: ignore[index]
-    numbers, level = merge_plan(H * W, lengths)
-    order = significance.reshape(B, -1).argsort(1)
-    regions = torch.empty_like(order).scatter_(1, order, numbers.to(x.device).expand(B, -1))  # (B, N)
-    levels = torch.empty_like(order).scatter_(1, order, level.to(x.device).expand(B, -1))
-    if at is None:
-        yield AttentionReading("merged", regions.view(B, H, W), level=levels.view(B, H, W))
-        return
-    tokens = _merge(attention, x, order)
-    q, (k, _v) = attention.q(x).flatten(1, 2), attention.kv(tokens).chunk(2, -1)
-    p = _probabilities(to_heads(q, attention.num_heads), to_heads(k, attention.num_heads)).mean(1)  # (B, N, M)
-    row, column = at
-    members = torch.zeros_like(p[:, 0]).scatter_add_(1, regions, torch.ones_like(regions, dtype=p.dtype))
-    yield AttentionReading("attention", H * W * (p[:, row * W + column] / members).gather(1, regions).view(B, H, W))
+def last_blocks(model: Backbone) -> list[BlockIndex]:
+    """List the last block of each stage; of a stage with `guided` attentions the last of these and the block before it."""
+    found = []
+    for i, stage in enumerate(model.stages, 1):
+        last = len(stage.blocks)  # type: ignore[arg-type]
+        guided = [j for j, block in enumerate(stage.blocks, 1) if getattr(block.attn, "guided", False)]  # type: ignore[arg-type]
+        found += [(i, guided[-1] - 1), (i, guided[-1])] if guided else [(i, last)]
+    return found
 
 
-@read.register
-def _(attention: Attention, x: Tensor, significance: Tensor | None, at: Token | None) -> Iterator[AttentionReading]:
-    yield AttentionReading("attention", _as_map(_among(attention, x).mean(1), x, at))
-
-
-@read.register
-def _(
-    attention: SuperTokenAttention, x: Tensor, significance: Tensor | None, at: Token | None
-) -> Iterator[AttentionReading]:
-    B, H, W, _ = x.shape
-    cells = to_cells(x, attention.cell)
-    shares = attention.share_out(cells)  # (B, h, w, 9, M)
-    h, w = shares.shape[1:3]
-    sums = overlap_add(shares.sum(4).unsqueeze(-1)) + EPS  # (B, h, w, 1)
-    if at is None:
-        yield AttentionReading("super tokens", super_tokens(shares, attention.cell, H, W))
-        asked = sums / (H * W)  # the mean share of all pixels in each super token, (B, h, w, 1)
-    else:
-        query = torch.zeros(B, H, W, 1, dtype=x.dtype, device=x.device)
-        query[(slice(None), *at)] = 1
-        asked = overlap_add(shares @ to_cells(query, attention.cell))
-    p = _among(attention, average(cells, shares)).mean(1)  # (B, T, T)
-    answered = (asked.view(B, 1, h * w) @ p).view(B, h, w, 1)
-    # A super token is a weighted mean of pixels, so what it gets goes to these in the same proportion.
-    pixels = shares.transpose(3, 4) @ unfold_neighbors(answered / sums)  # (B, h, w, M, 1)
-    yield AttentionReading("attention", H * W * from_cells(pixels, attention.cell, H, W)[..., 0])
-
-
-@read.register
-def _(
-    attention: GroupMixAttention, x: Tensor, significance: Tensor | None, at: Token | None
-) -> Iterator[AttentionReading]:
-    B, H, W, _ = x.shape
-    q, k, _v, _bypass = attention.mix(x)
-    weights = wide_softmax(k.flatten(1, 2), 1) * (H * W)  # (B, N, 4S), of mean 1
-    scale, heads = attention.scale, attention.num_heads / 4
-    for i, side in enumerate((1, *KERNELS)):
-        own = slice(i * attention.segment, (i + 1) * attention.segment)
-        part = f"{side}×{side} group"
-        if at is None:
-            yield AttentionReading("keys", weights[..., own].mean(-1).view(B, H, W), part)
-        else:  # y = scale * q (softmax(k)ᵀ v): what q gives to each token, the mean over the heads that the group fills
-            query = q[(slice(None), *at)][:, own, None]  # (B, S, 1)
-            yield AttentionReading(
-                "attention", scale / heads * (weights[..., own] @ query).view(B, H, W), part, signed=True
+def check_blocks(model: Backbone, blocks: Collection[BlockIndex]) -> list[BlockIndex]:
+    """Return the blocks in order, each once. Raises ValueError for one that the model lacks."""
+    known = all_blocks(model)
+    for block in blocks:
+        if block not in known:
+            depths = ", ".join(str(len(stage.blocks)) for stage in model.stages)  # type: ignore[arg-type]
+            raise ValueError(
+                f"there is no block {block[0]}.{block[1]}; both are counted from 1, and the stages have {depths} blocks"
             )
+    return [block for block in known if block in blocks]
 
 
-def super_tokens(shares: Tensor, cell: int, H: int, W: int) -> Tensor:
-    """Return the super token (B, H, W), counted row by row, that each pixel has its largest share (B, h, w, 9, M) in."""
-    _, h, w, _, _ = shares.shape
-    numbers = torch.arange(1, h * w + 1, device=shares.device, dtype=shares.dtype).view(1, h, w, 1)
-    around = unfold_neighbors(numbers)  # (1, h, w, 9, 1), 0 outside the grid
-    best = shares.masked_fill(around == 0, -1).argmax(3, keepdim=True)  # (B, h, w, 1, M)
-    chosen = around.expand_as(shares).gather(3, best) - 1
-    return from_cells(chosen.transpose(3, 4), cell, H, W)[..., 0].long()
-
-
-def merge_plan(tokens: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return for each place of the sorted list the merged token it goes into, and the run length of its piece: (N,) each."""
-    numbers, levels, first = [], [], 0
-    for size, length in zip(piece_sizes(tokens, len(lengths)), lengths, strict=True):
-        numbers.append(first + torch.arange(size) // length)
-        levels.append(torch.full((size,), length))
-        first += -(-size // length)
-    return torch.cat(numbers), torch.cat(levels)
-
-
-def _merge(attention: SelfGuidedAttention, x: Tensor, order: Tensor) -> Tensor:
-    """Return the merged tokens (B, M, C) of tokens in an order (B, N)."""
-    tokens = x.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
-    return run_tokens(tokens, [(run.weight, run.bias) for run in attention.runs])
-
-
-def _among(attention: Attention, x: Tensor) -> Tensor:
-    """Return the probabilities (B, K, N, N) of STViT's attention among all positions of x (B, H, W, C)."""
-    B, H, W, C = x.shape
-    q, k, _v = attention.qkv(x).reshape(B, H * W, attention.num_heads, 3, C // attention.num_heads).unbind(3)
-    return _probabilities(q.transpose(1, 2), k.transpose(1, 2))
-
-
-def _probabilities(q: Tensor, k: Tensor) -> Tensor:  # (B, K, N, D), (B, K, M, D) -> (B, K, N, M)
+def softmax_probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """Return the probabilities of scaled dot-product attention: (B, K, N, D), (B, K, M, D) -> (B, K, N, M)."""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
 
 
-def _as_map(p: Tensor, x: Tensor, at: Token | None) -> Tensor:
-    """Return the row of p (B, N, N) that belongs to a token, or the mean of all rows, as a map (B, H, W)."""
-    B, H, W, _ = x.shape
-    if at is None:
-        return H * W * p.mean(1).view(B, H, W)
-    return H * W * p[:, at[0] * W + at[1]].view(B, H, W)
+def attention_to_tokens(p: Tensor, x: Tensor, at: Token | None) -> Tensor:
+    """Return the map (B, H, W) of p (B, N, N), probabilities among the tokens of x (B, H, W, C): a query's, or their mean."""
+    _, H, W, _ = x.shape
+    row = p.mean(1) if at is None else p[:, at[0] * W + at[1]]
+    return H * W * row.view(-1, H, W)
 
 
-def _in_window(qkv: Tensor, num_heads: int, row: int, column: int) -> Tensor:
-    """Return the probabilities (B, H, W) that the token at row, column gives in its 7×7 window, 0 outside it."""
-    B, H, W, _ = qkv.shape
-    rows, columns = (slice(n // SIDE * SIDE, n // SIDE * SIDE + SIDE) for n in (row, column))
-    window = qkv[:, rows, columns]  # what sticks out of the map is not there
-    h, w = window.shape[1:3]
-    q, k, _v = window.unflatten(3, (3, num_heads, -1)).permute(3, 0, 4, 1, 2, 5).flatten(3, 4)  # each (B, K, T, D)
-    inside = (row - rows.start) * w + column - columns.start
-    p = qkv.new_zeros(B, H, W)
-    p[:, rows, columns] = _probabilities(q, k)[:, :, inside].mean(1).view(B, h, w)
-    return p
+def _keep_inputs(
+    model: Backbone, block: BlockIndex, kept: dict[BlockIndex, tuple[Tensor, Tensor | None]]
+) -> RemovableHandle:
+    """Register a hook that keeps the inputs of a block's attention: x, and the significance if there is one."""
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept[block] = inputs[0].detach(), (inputs[1] if len(inputs) > 1 else None)
+
+    return _attention(model, block).register_forward_hook(keep)
 
 
-def _spread(cells: Tensor, side: int, H: int, W: int) -> Tensor:  # (B, h, 1, w, 1) -> (B, H, W)
-    B, h, _, w, _ = cells.shape
-    return cells.expand(B, h, side, w, side).reshape(B, h * side, w * side)[:, :H, :W]
+def _readings(
+    model: Backbone, block: BlockIndex, inputs: dict[BlockIndex, tuple[Tensor, Tensor | None]], token: Token | None
+) -> Iterator[AttentionReading]:
+    attention = _attention(model, block)
+    assert isinstance(attention, MappedAttention)
+    x, significance = inputs[block]
+    return attention.attention_maps(x.to(next(attention.parameters()).dtype), significance, token)
+
+
+def _token(at: Point, height: int, width: int, patch: int) -> Token:
+    """Return row and column of the token that covers a point of the images."""
+    return min(int(at[1] * height), height - 1) // patch, min(int(at[0] * width), width - 1) // patch
+
+
+def _attention(model: Backbone, block: BlockIndex) -> nn.Module:
+    return model.stages[block[0] - 1].blocks[block[1] - 1].attn  # type: ignore[union-attr, index]

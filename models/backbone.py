@@ -1,29 +1,30 @@
-"""What the three families share: four stages between a stem and a head, and timm's whole model interface.
+"""Base of all families: four stages between a stem and a head, and timm's whole model interface.
 
-A family builds its stem, stages and neck and hands them to `Backbone.__init__`; everything else is here. Names in every
-family: stem, stages.{i}.downsample, stages.{i}.blocks.{j}, stages.{i}.norm, neck, head.
+A family builds its stem, stages and neck and passes them to `Backbone.__init__`. Names in every family: stem,
+stages.{i}.downsample, stages.{i}.blocks.{j}, stages.{i}.norm, neck, head.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, register_notrace_function
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .published import Rule, from_published, is_published
+from .published import Constant, Rule, from_published, is_published
 
 STRIDES = (4, 8, 16, 32)
 
 
 class Stage(nn.Module):
-    """Downsampling, blocks, norm. A stage whose blocks pass each other more than x overrides `forward`."""
+    """Downsampling, blocks, norm. A stage whose blocks pass on more than x overrides `forward`."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None):
         super().__init__()
@@ -39,12 +40,12 @@ class Stage(nn.Module):
         return self.norm(x)
 
     def checkpoint_blocks(self, count: int) -> None:
-        """Keep only the inputs of the first `count` blocks for the backward pass, which runs these blocks once more."""
+        """Checkpoint the first `count` blocks: keep only their inputs; the backward pass runs them again."""
         for i, block in enumerate(self.blocks):
             block.grad_checkpointing = i < count  # type: ignore[assignment]
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
-        """Call a block, under gradient checkpointing if it is on: then running statistics are still updated once."""
+        """Call a block, under gradient checkpointing if it is on; running statistics are updated once in either case."""
         if not (block.grad_checkpointing and torch.is_grad_enabled()):
             return block(*inputs)
         if torch.compiler.is_compiling():
@@ -56,15 +57,26 @@ class Stage(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-class Backbone(nn.Module):
-    """A four-stage image classifier that is at home in timm.
+class HeadOptions(TypedDict, total=False):
+    """Options of timm's that a family passes on to `Backbone.__init__`, which states their defaults."""
 
-    Between stages activations have any layout that `to_nchw` turns into (B, C, H, W) without a copy; stem takes images
-    (B, in_chans, H, W), neck takes and gives (B, C, H, W). dims are the stages' channels, num_features the neck's.
+    num_classes: int
+    drop_rate: float
+    global_pool: str
+
+
+class Backbone(nn.Module):
+    """Four-stage image classifier with timm's model interface.
+
+    The stem maps images (B, in_chans, H, W) to activations, which have any layout that `to_nchw` views as (B, C, H, W); the
+    neck maps (B, C, H, W) to the same layout. dims are the channels of the stages, num_features those of the neck.
     """
 
-    published: ClassVar[Sequence[Rule]] = ()
+    published: ClassVar[Sequence[Rule]] = ()  # names of the family's published checkpoints
+    published_constants: ClassVar[Sequence[Constant]] = ()  # entries of theirs that belong to no parameter
     resizable: ClassVar[Sequence[str]] = ()  # entries that `fit_entry` resizes
+    default_cfg: dict[str, Any]  # timm's, set by `build_variant`
+    foldable: ClassVar[bool] = False  # True admits exactly this class to models/inference/prepare.py
 
     def __init__(
         self,
@@ -98,22 +110,22 @@ class Backbone(nn.Module):
     # Hooks of a family.
 
     def to_nchw(self, x: Tensor) -> Tensor:
-        """View a stage's output as (B, C, H, W). Here: from (B, H, W, C)."""
+        """View a stage's output as (B, C, H, W). Default: from (B, H, W, C)."""
         return x.permute(0, 3, 1, 2)
 
     def init_module(self, module: nn.Module) -> None:
-        """Initialise one module; what is not named here keeps PyTorch's default."""
+        """Initialise one module. Default: linear layers; all others keep PyTorch's initialisation."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def fit_entry(self, name: str, tensor: Tensor) -> Tensor:
-        """Adapt a checkpoint's tensor to this model's size, e.g. a position embedding. Here: leave it."""
+        """Adapt a checkpoint's tensor to this model's size, e.g. a position embedding. Default: return it unchanged."""
         return tensor
 
     def no_weight_decay(self) -> set[str]:
-        """Name the parameters of two or more dimensions that must not decay: none, as in the published recipes."""
+        """Return the names of parameters of two or more dimensions without weight decay: none, as in the published recipes."""
         return set()
 
     # The forward pass.
@@ -143,10 +155,10 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the final features and the maps of chosen stages.
+        """Return the final features and the feature maps of chosen stages.
 
-        indices: the last n stages if int, all if None. norm: pass the last stage's map through the neck. stop_early:
-        run no stage after the last one asked for; the features are then that stage's map.
+        indices: the last n stages if int, all if None. norm: pass the last stage's map through the neck. stop_early: run no
+        stage after the last chosen one; the features are then that stage's map.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r}: choose NCHW or NHWC")
@@ -168,20 +180,20 @@ class Backbone(nn.Module):
             maps = [m.permute(0, 2, 3, 1) for m in maps]
         return maps if intermediates_only else (x, maps)
 
-    # What timm asks of a model.
+    # The rest of timm's model interface.
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new head in place; 0 classes for none."""
+        """Replace the head by a new one; 0 classes for none."""
         self._set_head(num_classes, self.global_pool if global_pool is None else global_pool)
         self.head.apply(self.init_module)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen stages do not need; return their indices."""
+        """Remove the modules after the last chosen stage; return the indices of the chosen ones."""
         taken, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -193,7 +205,7 @@ class Backbone(nn.Module):
         return taken
 
     def set_grad_checkpointing(self, enable: bool = True, blocks: int | None = None) -> None:
-        """Run the first `blocks` blocks (None: all) once more in the backward pass instead of keeping what they computed."""
+        """Checkpoint the first `blocks` blocks (None: all): the backward pass runs them again, their activations are not kept."""
         left = 10**9 if blocks is None else blocks
         for stage in self._stages():
             stage.checkpoint_blocks(max(left, 0) if enable else 0)
@@ -202,16 +214,16 @@ class Backbone(nn.Module):
     def set_drop_path_rate(self, rate: float) -> None:
         """Set drop path to rise linearly from 0 to `rate` over all blocks, as at construction."""
         blocks = [block for stage in self._stages() for block in stage.blocks]
-        for block, p in zip(blocks, spread(rate, len(blocks)), strict=True):
+        for block, p in zip(blocks, _linear_rates(rate, len(blocks)), strict=True):
             for module in block.modules():
                 if isinstance(module, DropPath):
                     module.drop_prob = p
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Sort parameter names into layers for layer-wise decay: stem, stages (coarse) or blocks, then the rest."""
+        """Return timm's patterns of parameter names by layer, for layer decay: stem, stages (coarse) or blocks, the rest."""
         if coarse:
             return {"stem": r"^stem", "blocks": r"^stages\.(\d+)"}
-        previous = (99999,)  # timm's mark for "with the layer before"
+        previous = (99999,)  # timm's marker for "in the previous layer"
         blocks = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.downsample", (0,)),
@@ -226,7 +238,7 @@ class Backbone(nn.Module):
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool={global_pool!r} is not known here: choose 'avg', or '' for the map itself")
+            raise ValueError(f"global_pool={global_pool!r} is not supported: choose 'avg', or '' for the map itself")
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: give a positive number, or 0 for no classifier")
         if num_classes and not global_pool:
@@ -249,7 +261,7 @@ class Backbone(nn.Module):
 
 
 def checkpoint_filter_fn(tensors: Mapping[str, Tensor], model: Backbone, strict: bool = True) -> dict[str, Tensor]:
-    """Give a checkpoint our names if it has the published ones, and fit sizes; `load_state_dict` does it by itself."""
+    """Rename published entries to ours, and fit sizes. `load_state_dict` calls it by itself."""
     if is_published(model, tensors):
         return from_published(model, tensors, strict)
     return {name: model.fit_entry(name, tensor) for name, tensor in tensors.items()}
@@ -257,7 +269,7 @@ def checkpoint_filter_fn(tensors: Mapping[str, Tensor], model: Backbone, strict:
 
 @register_notrace_function
 def check_images(x: Tensor, in_chans: int) -> None:
-    """Refuse what is not a non-empty batch of images, before a layer does so in words of its own."""
+    """Raise ValueError unless x is a non-empty batch of images (B, in_chans, H, W)."""
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images must have shape (B, {in_chans}, H, W), not {tuple(x.shape)}")
     if x.shape[0] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
@@ -266,7 +278,7 @@ def check_images(x: Tensor, in_chans: int) -> None:
 
 @contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm's running statistics as they are while a forward pass is repeated."""
+    """Suspend updates of BatchNorm's running statistics, for the repeated forward pass of gradient checkpointing."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -278,19 +290,18 @@ def _frozen_statistics(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
-def spread(rate: float, depth: int) -> list[float]:
-    """Drop path rates rising linearly from 0 to `rate`."""
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Return the drop path rates of each stage's blocks, rising linearly from 0 to `rate` over all blocks."""
+    rates = iter(_linear_rates(rate, sum(depths)))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def _linear_rates(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-def per_stage(values: Sequence[Any], depths: Sequence[int]) -> list[Sequence[Any]]:
-    """Cut one value per block into one list per stage."""
-    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
-    return [values[end - depth : end] for end, depth in zip(ends, depths, strict=True)]
-
-
 def default_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
-    """The defaults of timm's pretrained_cfg for a family: ImageNet at 224, no weights to download."""
+    """Return timm's pretrained_cfg of a family: ImageNet at 224, no weights to download."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -306,8 +317,23 @@ def default_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
 
 
 def build_variant(family: Callable[..., Backbone], name: str, pretrained: bool, **arguments: Any) -> nn.Module:
-    """Build a registered variant the way timm does: defaults, weights, features_only."""
+    """Build a registered variant as timm does: defaults, weights, features_only."""
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
     return build_model_with_cfg(
         family, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **arguments
     )
+
+
+def register_variant(
+    family: Callable[..., Backbone],
+) -> Callable[[Callable[[], dict[str, Any]]], Callable[..., nn.Module]]:
+    """Register a variant with timm under the name of the decorated function, which returns its arguments of `family`."""
+
+    def register(variant: Callable[[], dict[str, Any]]) -> Callable[..., nn.Module]:
+        @functools.wraps(variant)
+        def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            return build_variant(family, variant.__name__, pretrained, **{**variant(), **kwargs})
+
+        return register_model(build)
+
+    return register

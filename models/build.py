@@ -1,4 +1,4 @@
-"""The model that a config asks for: one of Retoken's families or any other model of timm."""
+"""Models and teachers from a config: variants of Retoken's families, or any other model of timm."""
 
 import difflib
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
     if takes_img_size(name):
         size = cfg.DATA.IMG_SIZE
         arguments["img_size"] = size if isinstance(size, int) else tuple(size)
-    # timm's models do not all have these; what is off is not asked for.
+    # Not all of timm's models take these: they are passed only if they are set.
     if cfg.MODEL.DROP_RATE:
         arguments["drop_rate"] = cfg.MODEL.DROP_RATE
     drop_path = parse_optional(cfg.TIMELINE.DROP_PATH_RATE, "TIMELINE.DROP_PATH_RATE")
@@ -47,9 +47,9 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
 
 
 def checkpoint_blocks(model: nn.Module, count: int) -> None:
-    """Let the first `count` blocks of a model, -1 for all, run again in the backward pass instead of keeping activations.
+    """Turn on gradient checkpointing for the first `count` blocks of a model, -1 for all.
 
-    timm's models take all or none. Raises ValueError for more blocks than there are, and for models that cannot do it.
+    timm's models take all blocks or none. Raises ValueError for more blocks than the model has, and for models without it.
     """
     if not count:
         return
@@ -69,7 +69,7 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
 
 
 def custom_model_metadata(cfg: Any) -> dict[str, str]:
-    """Return the file of cfg.MODEL.MODULE and its SHA-256, for the manifest; nothing without one."""
+    """Return the file of cfg.MODEL.MODULE and its SHA-256, for the manifest; an empty dict without one."""
     if not cfg.MODEL.MODULE:
         return {}
     file, _ = import_models(cfg.MODEL.MODULE)
@@ -77,10 +77,10 @@ def custom_model_metadata(cfg: Any) -> dict[str, str]:
 
 
 def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
-    """Build cfg.DISTILL.TEACHER with its weights; return it and a sentence that says what it is.
+    """Build cfg.DISTILL.TEACHER with its weights; return it and a sentence that describes it.
 
-    Its `pretrained_cfg` tells mean and std of the images it knows, and their size if it takes that one only. The random
-    streams stay where they are. Raises ValueError for a teacher that cannot be had or knows other classes.
+    Its `pretrained_cfg` holds mean and std of its images, and their size if it takes no other. The state of PyTorch's random
+    number generator is unchanged. Raises ValueError for a teacher that is not available or has other classes.
     """
     name, source = cfg.DISTILL.TEACHER, cfg.DISTILL.TEACHER_WEIGHTS
     check_name(name, "DISTILL.TEACHER")
@@ -91,11 +91,13 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
             weights, metadata = load_weights(Path(source))
         except ValueError as error:
             raise ValueError(f"DISTILL.TEACHER_WEIGHTS: {error}") from error
-        size = cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")  # ours take any, timm's their own
+        size = (
+            cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")
+        )  # Retoken's take any size, timm's that of their weights
         asked = {"img_size": size if isinstance(size, int) else tuple(size)} if size and takes_img_size(name) else {}
         model = timm.create_model(name, num_classes=len(classes), **asked)
     said = f"{name} with the {metadata['weights']} weights of {source}"
-    remedy = f"DISTILL.TEACHER is {name}" + (f", the file says {metadata['model']}" if "model" in metadata else "")
+    remedy = f"DISTILL.TEACHER is {name}" + (f", the file holds {metadata['model']}" if "model" in metadata else "")
     _check_teacher_classes(model, adapt(model, weights, source, remedy), metadata.get("classes"), classes, source)
     model.load_state_dict(fit(model, weights, source, remedy=remedy))
     own = dict(model.pretrained_cfg)
@@ -110,7 +112,7 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
 
 
 def check_name(name: str, key: str = "MODEL.NAME") -> None:
-    """Refuse a name that is neither ours nor timm's, naming the nearest ones and the key that it came from."""
+    """Raise ValueError for a name that is neither Retoken's nor timm's, with the nearest names and the key that it came from."""
     if timm.is_model(name):
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
@@ -122,7 +124,7 @@ def check_name(name: str, key: str = "MODEL.NAME") -> None:
 
 
 def retoken_models() -> list[str]:
-    """List the names that this package registers."""
+    """Return the names of the variants that this package registers."""
     return [name for name in timm.list_models() if is_retoken(name)]
 
 
@@ -131,12 +133,12 @@ def is_retoken(name: str) -> bool:
 
 
 def takes_img_size(name: str) -> bool:
-    """Say whether a model is built for an image size: ours, and those of timm whose default config fixes it."""
+    """Return True for models built for an image size: Retoken's, and those of timm whose default config fixes it."""
     return is_retoken(name) or bool(_default(name, "fixed_input_size"))
 
 
 def _default(name: str, key: str) -> Any:
-    """Return what a model's default_cfgs say, None where it has none."""
+    """Return an entry of a model's default_cfgs, None where it is missing."""
     return getattr(get_pretrained_cfg(name), key, None)
 
 

@@ -1,4 +1,4 @@
-"""A model of one's own: a Python file or module outside this repository that registers it with timm (docs/extending.md)."""
+"""Custom models: Python files or modules outside this repository that register models with timm (docs/extending.md)."""
 
 import hashlib
 import importlib
@@ -16,10 +16,10 @@ from timm.models import model_entrypoint
 def import_models(where: str, key: str = "MODEL.MODULE") -> tuple[str, list[str]]:
     """Import a file ("mine/net.py") or a module ("package.net"), once; return its file and the models it registers.
 
-    Raises ValueError, naming `key`, for what cannot be imported, registers no model, or takes the name of another one.
+    Raises ValueError, naming `key`, if it cannot be imported, registers no model, or takes the name of another one.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Overwriting")  # timm's, for a name that another model has
+        warnings.filterwarnings("error", message="Overwriting")  # timm's warning about a name that another model has
         try:
             module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         except Exception as error:
@@ -31,12 +31,12 @@ def import_models(where: str, key: str = "MODEL.MODULE") -> tuple[str, list[str]
 
 
 def digest(file: str) -> str:
-    """Return what tells whether a model's file is the same: its SHA-256."""
+    """Return the SHA-256 of a file, which the manifest records to tell versions apart."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file under a name that tells it from others, so that it is run once."""
+    """Import a file under a name unique to its path, so that it runs once."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -46,7 +46,7 @@ def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # timm looks it up there while it is run
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # timm looks it up there during its execution
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -60,8 +60,8 @@ def _is_from(module: str, own: str) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error's kind and words, and the line that it comes from: of the user's file rather than of a library."""
+    """Return an error's type and message, and its line in the user's file rather than in a library."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if not frame.filename.startswith("<") and "site-packages" not in frame.filename]
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{'' if isinstance(error, SyntaxError) else place}"
+    location = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{'' if isinstance(error, SyntaxError) else location}"

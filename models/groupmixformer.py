@@ -3,17 +3,20 @@
 GroupMixFormer: Advancing Vision Transformers with Group-Mix Attention (Ge et al., 2023), sections 3.2 and 3.3.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Unpack
 
 import torch
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
-from .layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, depthwise
+from .attention_maps import AttentionReading, Token
+from .backbone import Backbone, HeadOptions, Stage, default_cfg, drop_path_rates, register_variant
+from .inference.fold import fold_into_previous
+from .layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, constant_depthwise, depthwise
 from .layers import wide_softmax as softmax
 from .published import Rule
 
@@ -23,7 +26,7 @@ KERNELS = (3, 5, 7)  # of the aggregators of segments 1 to 3, and of the positio
 
 
 class SharedDepthwiseConv(nn.Conv2d):
-    """A depthwise convolution that does the same to q, k and v, lying one after the other in the channels."""
+    """Depthwise convolution with one kernel for q, k and v, which are concatenated along the channels."""
 
     plain_weight: ClassVar[bool] = True
 
@@ -33,9 +36,16 @@ class SharedDepthwiseConv(nn.Conv2d):
     def forward(self, qkv: Tensor) -> Tensor:  # (B, H, W, 3S) -> same
         return depthwise(qkv, self.weight.repeat(3, 1, 1, 1), None)
 
+    def folded_layer(self) -> nn.Module:
+        """Return a plain depthwise convolution whose kernel is repeated (models/inference/fold.py)."""
+        return constant_depthwise(self.weight.repeat(3, 1, 1, 1), None, self.training)
+
 
 class Aggregator(nn.Module):
-    """Turn the pixels of a segment into proxies of their k×k neighbourhoods, alike for q, k and v."""
+    """Aggregation of a segment's pixels to proxies of their k×k neighbourhoods, with the same weights for q, k and v."""
+
+    batch_norm_after: ClassVar[Sequence[tuple[str, str]]] = (("pointwise", "norm"),)
+    activation_after: ClassVar[Sequence[str]] = ("pointwise",)
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
@@ -52,7 +62,7 @@ class Aggregator(nn.Module):
 
 
 class PlainSegment(nn.Module):
-    """The segment that keeps single pixels: only normalised and activated."""
+    """Segment of single pixels, normalised and activated without aggregation."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -65,7 +75,7 @@ class PlainSegment(nn.Module):
 
 
 class Bypass(nn.Module):
-    """The segment that skips attention: a convolution mixes its q, k and v."""
+    """Segment without attention: convolutions mix its q, k and v."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -78,7 +88,7 @@ class Bypass(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """Convolve v with a window that grows from head to head."""
+    """Depthwise convolution of v, with windows of 3, 5 and 7 pixels for successive groups of heads."""
 
     def __init__(self, heads: Sequence[int], head_dim: int):
         super().__init__()
@@ -91,7 +101,7 @@ class RelativePosition(nn.Module):
 
 
 class GroupMixAttention(nn.Module):
-    """Attend among pixels and group proxies: four segments attend linearly in the tokens, the fifth goes by."""
+    """Attention among pixels and group proxies: four segments in linear attention, the fifth in a convolutional bypass."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -99,7 +109,7 @@ class GroupMixAttention(nn.Module):
             raise ValueError(f"dim={dim} must be a multiple of 5, and 4/5 of it a multiple of num_heads={num_heads}")
         segment = dim // SEGMENTS
         self.num_heads, self.segment = num_heads, segment
-        self.scale = (dim / num_heads) ** -0.5  # of the whole width, not of the four attending segments
+        self.scale = (dim / num_heads) ** -0.5  # of all five segments, not of the four in attention
         head = torch.arange(4 * segment) // (4 * segment // num_heads)
         self.register_buffer("other_head", head[:, None] != head, persistent=False)  # (4S, 4S)
         self.other_head: Tensor
@@ -113,14 +123,14 @@ class GroupMixAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
         B, H, W, _ = x.shape
         q, k, v, part4 = self.mix(x)
-        # One product for all heads, zeros where they differ: heads are too narrow for products of their own to be faster.
+        # One product for all heads, masked to equal heads: heads are too narrow for separate products to be faster.
         context = softmax(k.flatten(1, 2), 1).transpose(1, 2) @ v.flatten(1, 2)  # (B, 4S, 4S)
         y = q.flatten(1, 2) @ (self.scale * context).masked_fill(self.other_head, 0)
         y = torch.addcmul(y.reshape(B, H, W, 4 * self.segment), q, self.position(v))
         return self.proj(torch.cat([y, self.bypass(part4).to(y.dtype)], -1))
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q, k, v of pixels and proxies, each (B, H, W, 4S), and what goes by attention, (B, H, W, 3S)."""
+        """Return q, k, v of pixels and proxies, each (B, H, W, 4S), and the segment of the bypass, (B, H, W, 3S)."""
         B, H, W, _ = x.shape
         part0, part1, part2, part3, part4 = self.qkv(x).split(3 * self.segment, -1)  # each (B, H, W, 3S)
         mixed = [segment(part) for segment, part in zip(self.segments, (part0, part1, part2, part3), strict=True)]
@@ -128,9 +138,34 @@ class GroupMixAttention(nn.Module):
         q, k, v = qkv.unbind(3)
         return q, k, v, part4
 
+    def fold_constants(self) -> dict[str, int]:
+        """Fold the BatchNorm of the segment of single pixels into its rows of qkv."""
+        pixels = self.segments[0]
+        if not isinstance(pixels.norm, _BatchNorm):
+            return {}
+        fold_into_previous(self.qkv, pixels.norm, slice(0, 3 * self.segment), repeats=3)
+        pixels.norm = nn.Identity()
+        return {"BatchNorm": 1}
+
+    def attention_maps(self, x: Tensor, significance: None, at: Token | None) -> Iterator[AttentionReading]:
+        """Yield for each group its key weights, or the signed weights that a query gives to each token."""
+        B, H, W, _ = x.shape
+        q, k, _v, _bypass = self.mix(x)
+        weights = softmax(k.flatten(1, 2), 1) * (H * W)  # (B, N, 4S), of mean 1
+        heads = self.num_heads / 4  # of a group
+        for i, side in enumerate((1, *KERNELS)):
+            own = slice(i * self.segment, (i + 1) * self.segment)
+            part = f"{side}×{side} group"
+            if at is None:
+                yield AttentionReading("keys", weights[..., own].mean(-1).view(B, H, W), part)
+            else:  # y = scale * q (softmax(k)ᵀ v): the weight of each token, averaged over the heads of the group
+                query = q[(slice(None), *at)][:, own, None]  # (B, S, 1)
+                values = self.scale / heads * (weights[..., own] @ query).view(B, H, W)
+                yield AttentionReading("attention", values, part, signed=True)
+
 
 class Block(nn.Module):
-    """Position convolution, group-mix attention, MLP, each added to its input."""
+    """Position convolution, group-mix attention and MLP, each with a residual connection."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -150,6 +185,9 @@ class Block(nn.Module):
 class Stem(nn.Module):
     """Two convolutions of stride 2."""
 
+    batch_norm_after: ClassVar[Sequence[tuple[str, str]]] = (("conv1", "norm1"), ("conv2", "norm2"))
+    activation_after: ClassVar[Sequence[str]] = ("conv1", "conv2")
+
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
@@ -165,7 +203,10 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A separable convolution into the width, and from the second stage on half the grid, of a stage."""
+    """Separable convolution to the width of a stage and, from the second stage on, to half the grid."""
+
+    batch_norm_after: ClassVar[Sequence[tuple[str, str]]] = (("pointwise", "norm"),)
+    activation_after: ClassVar[Sequence[str]] = ("pointwise",)
 
     def __init__(self, dim: int, out: int, stride: int):
         super().__init__()
@@ -179,7 +220,7 @@ class Downsample(nn.Module):
 
 
 def _by_segment(rows: int) -> Tensor:
-    """Published qkv rows are (q k v, segment, channel); give their order by (segment, q k v, channel)."""
+    """Return the order of published qkv rows (q k v, segment, channel) that sorts them by (segment, q k v, channel)."""
     return torch.arange(rows).view(3, SEGMENTS, -1).transpose(0, 1).flatten()
 
 
@@ -210,6 +251,7 @@ class GroupMixFormer(Backbone):
     """GroupMixFormer. Activations are (B, H, W, C); any image size works."""
 
     published: ClassVar[Sequence[Rule]] = PUBLISHED
+    foldable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -217,14 +259,12 @@ class GroupMixFormer(Backbone):
         depths: Sequence[int],
         mlp_ratios: Sequence[float],
         num_heads: int = 8,
-        num_classes: int = 1000,
         in_chans: int = 3,
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        global_pool: str = "avg",
-        img_size: int | tuple[int, int] | None = None,  # nothing depends on it
+        img_size: int | tuple[int, int] | None = None,  # accepted as in all families, and not used
+        **head: Unpack[HeadOptions],
     ):
-        rates = per_stage(spread(drop_path_rate, sum(depths)), depths)
+        rates = drop_path_rates(drop_path_rate, depths)
         inputs = (dims[0], *dims[:-1])
         stages = [
             Stage(
@@ -233,17 +273,8 @@ class GroupMixFormer(Backbone):
             )
             for i, dim in enumerate(dims)
         ]
-        super().__init__(
-            Stem(in_chans, dims[0]),
-            stages,
-            nn.BatchNorm2d(dims[-1]),
-            dims,
-            dims[-1],
-            num_classes,
-            in_chans,
-            drop_rate,
-            global_pool,
-        )
+        stem, neck = Stem(in_chans, dims[0]), nn.BatchNorm2d(dims[-1])
+        super().__init__(stem, stages, neck, dims, dims[-1], in_chans=in_chans, **head)
 
 
 default_cfgs = generate_default_cfgs(
@@ -251,36 +282,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
-def groupmixformer_mobile(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(GroupMixFormer)
+def groupmixformer_mobile() -> dict[str, Any]:
     """GroupMixFormer-M, "miny" in the published code: 5.7M parameters."""
-    shape = {"dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
-    return build_variant(GroupMixFormer, "groupmixformer_mobile", pretrained, **{**shape, **kwargs})
+    return {"dims": (40, 80, 160, 160), "depths": (3, 3, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
 
 
-@register_model
-def groupmixformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(GroupMixFormer)
+def groupmixformer_tiny() -> dict[str, Any]:
     """GroupMixFormer-T: 10.9M parameters (11.0M in the paper)."""
-    shape = {"dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
-    return build_variant(GroupMixFormer, "groupmixformer_tiny", pretrained, **{**shape, **kwargs})
+    return {"dims": (80, 160, 200, 240), "depths": (4, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
 
 
-@register_model
-def groupmixformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(GroupMixFormer)
+def groupmixformer_small() -> dict[str, Any]:
     """GroupMixFormer-S: 22.4M parameters."""
-    shape = {"dims": (80, 160, 320, 320), "depths": (2, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
-    return build_variant(GroupMixFormer, "groupmixformer_small", pretrained, **{**shape, **kwargs})
+    return {"dims": (80, 160, 320, 320), "depths": (2, 4, 12, 4), "mlp_ratios": (4, 4, 4, 4)}
 
 
-@register_model
-def groupmixformer_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(GroupMixFormer)
+def groupmixformer_base() -> dict[str, Any]:
     """GroupMixFormer-B: 45.8M parameters."""
-    shape = {"dims": (200, 240, 320, 480), "depths": (8, 8, 12, 8), "mlp_ratios": (2, 2, 4, 4)}
-    return build_variant(GroupMixFormer, "groupmixformer_base", pretrained, **{**shape, **kwargs})
+    return {"dims": (200, 240, 320, 480), "depths": (8, 8, 12, 8), "mlp_ratios": (2, 2, 4, 4)}
 
 
-@register_model
-def groupmixformer_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GroupMixFormer-L: 71.8M parameters as the published config counts, 70.3M in the paper."""
-    shape = {"dims": (240, 320, 360, 480), "depths": (8, 10, 30, 10), "mlp_ratios": (4, 4, 2, 2)}
-    return build_variant(GroupMixFormer, "groupmixformer_large", pretrained, **{**shape, **kwargs})
+@register_variant(GroupMixFormer)
+def groupmixformer_large() -> dict[str, Any]:
+    """GroupMixFormer-L: 71.8M parameters in the published configuration, 70.3M in the paper."""
+    return {"dims": (240, 320, 360, 480), "depths": (8, 10, 30, 10), "mlp_ratios": (4, 4, 2, 2)}

@@ -1,4 +1,4 @@
-"""Which of our variants a file of weights belongs to, told by names and shapes alone."""
+"""Identification of the variant that a file of weights belongs to, by names and shapes alone."""
 
 import math
 from collections.abc import Mapping
@@ -9,18 +9,17 @@ import timm
 import torch
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import STRIDES, Backbone
 from .build import retoken_models
 from .published import COUNTER, find_rule
 
-ENOUGH = 0.5  # of a variant's entries; a file with fewer of them is not taken for that variant
-SIZED = ("head.", "stem.pos_embed")  # entries whose shape depends on classes and image size
+ENOUGH = 0.5  # share of a variant's entries that identifies it
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Found:
-    """The variant nearest to some weights; `share` of its entries are there, in its shapes."""
+    """Variant nearest to some weights, which hold `share` of its entries in its shapes."""
 
     name: str
     share: float
@@ -32,7 +31,7 @@ class Found:
 
 
 def identify(weights: Mapping[str, Tensor]) -> Found | None:
-    """Find the variant that weights under our or the published names belong to; None if they resemble none."""
+    """Return the variant that weights under our or the published names belong to; None if they resemble none."""
     given = {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
 
     def share(name: str) -> float:
@@ -43,7 +42,7 @@ def identify(weights: Mapping[str, Tensor]) -> Found | None:
 
 
 def skeleton(name: str, weights: Mapping[str, Tensor], img_size: int | tuple[int, int] | None = None) -> Backbone:
-    """Build a variant without memory for its values, for the classes, channels and image size that the weights have.
+    """Build a variant on the meta device, for the classes, channels and image size of the weights.
 
     `img_size` is for a position embedding whose number of positions is no square, and so does not tell its grid.
     """
@@ -54,30 +53,32 @@ def skeleton(name: str, weights: Mapping[str, Tensor], img_size: int | tuple[int
         return next((tuple(weights[key].shape) for key in names if key in weights), None)
 
     arguments: dict[str, object] = {}
-    head, conv = shape("head.weight"), shape("stem.conv1.weight")
+    head, conv = shape(f"{model.default_cfg['classifier']}.weight"), shape(f"{model.default_cfg['first_conv']}.weight")
     arguments["num_classes"] = head[0] if head else 0
     if conv and len(conv) == 4:
         arguments["in_chans"] = conv[1]
-    if "stem.pos_embed" in model.state_dict() and (positions := shape("stem.pos_embed")) and len(positions) == 3:
-        side = math.isqrt(positions[1])
-        arguments["img_size"] = 4 * side if side * side == positions[1] else img_size
+    for entry in model.resizable:  # position embeddings of the stem's grid
+        if (positions := shape(entry)) and len(positions) == 3:
+            side = math.isqrt(positions[1])
+            arguments["img_size"] = STRIDES[0] * side if side * side == positions[1] else img_size
     return on_meta(name, **arguments)
 
 
 def on_meta(name: str, **arguments: object) -> Backbone:
-    """Build a variant of which only names and shapes exist."""
+    """Build a variant on the meta device: names and shapes without values."""
     with torch.device("meta"):
         return timm.create_model(name, **arguments)
 
 
 @cache
 def _namings(name: str) -> tuple[Shapes, Shapes]:
-    """Give a variant's entries, under our names and under the published ones, but for those of any size."""
+    """Return a variant's entries, under our and under the published names, without those that depend on classes or image size."""
     model = on_meta(name)
+    sized = (f"{model.default_cfg['classifier']}.", *model.resizable)
     ours: Shapes = {}
     theirs: Shapes = {}
     for entry, tensor in model.state_dict().items():
-        if entry.endswith(COUNTER) or entry.startswith(SIZED):
+        if entry.endswith(COUNTER) or entry.startswith(sized):
             continue
         ours[entry] = tuple(tensor.shape)
         rule, names = find_rule(model.published, entry)

@@ -1,4 +1,4 @@
-"""Layers that two or more families share. All work on (B, H, W, C) maps."""
+"""Layers shared by two or more families. All operate on (B, H, W, C) maps."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 
 class Conv1x1(nn.Conv2d):
-    """A 1×1 convolution, run as one matrix product over the pixels: (..., C) -> (..., C').
+    """1×1 convolution, computed as one matrix product over the pixels: (..., C) -> (..., C').
 
-    plain_weight says that the gradient comes in contiguous memory, and so should the weight be (for gradient buckets).
+    plain_weight: the gradient is contiguous, and the weight should be so too (for gradient buckets).
     """
 
     plain_weight: ClassVar[bool] = True
@@ -26,7 +26,7 @@ class Conv1x1(nn.Conv2d):
 
 
 def trains_lowered(x: Tensor) -> bool:
-    """Say whether a product of `x` is trained on the CPU in less than float32."""
+    """Return True if products of `x` are trained on the CPU in less than float32."""
     if not torch.is_grad_enabled() or x.device.type != "cpu":
         return False
     return torch.is_autocast_enabled("cpu") or x.dtype in (torch.bfloat16, torch.float16)
@@ -36,8 +36,8 @@ def trains_lowered(x: Tensor) -> bool:
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
     """Convolve each channel of (B, H, W, C) with its own kernel of odd size, weight (C, 1, k, k).
 
-    Trained on the CPU in less than float32, kernels larger than 3×3 and strides work in float32: there the gradient of such
-    weights takes a quarter of the time, that of the input of a stride a fiftieth.
+    In training on the CPU below float32, kernels larger than 3×3 and strides compute in float32: the gradient of such weights
+    then takes a quarter of the time, that of the input of a stride a fiftieth.
     """
     k, C = weight.shape[-1], weight.shape[0]
     kind = x.dtype
@@ -51,7 +51,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution of odd size k: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C)."""
+    """Depthwise convolution of odd size k: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C)."""
 
     def __init__(self, dim: int, kernel_size: int, stride: int = 1, bias: bool = True):
         super().__init__(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=bias)
@@ -60,8 +60,20 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise(x, self.weight, self.bias, self.stride[0])
 
 
+@torch.no_grad()
+def constant_depthwise(kernel: Tensor, bias: Tensor | None, training: bool) -> DepthwiseConv:
+    """Build a depthwise convolution with a given kernel (C, 1, k, k) and bias (C), drawing no random numbers."""
+    with torch.device("meta"):
+        plain = DepthwiseConv(len(kernel), kernel.shape[-1], bias=bias is not None)
+    plain = plain.to_empty(device=kernel.device).to(kernel.dtype).train(training)
+    plain.weight.copy_(kernel)
+    if bias is not None and plain.bias is not None:
+        plain.bias.copy_(bias)
+    return plain
+
+
 class ResidualDepthwiseConv(DepthwiseConv):
-    """x + a 3×3 depthwise convolution of x, as one convolution: its centre tap has 1 added. (B, H, W, C) -> same."""
+    """x + 3×3 depthwise convolution of x, as one convolution with 1 added to its centre tap. (B, H, W, C) -> same."""
 
     def __init__(self, dim: int):
         super().__init__(dim, 3)
@@ -70,11 +82,17 @@ class ResidualDepthwiseConv(DepthwiseConv):
         itself = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return depthwise(x, self.weight + itself, self.bias)
 
+    def folded_layer(self) -> nn.Module | None:
+        """Return a plain depthwise convolution with 1 added to the centre tap (models/inference/fold.py)."""
+        kernel = self.weight.detach().clone()
+        kernel[:, :, 1, 1] += 1
+        return constant_depthwise(kernel, self.bias, self.training)
+
 
 class GeluDepthwiseConv(ResidualDepthwiseConv):
     """ResidualDepthwiseConv with GELU before it, or after. (B, H, W, C) -> same.
 
-    kernel, if set (models/kernels/switch.py), computes both at once on devices of the type kernel_device.
+    kernel, if set (models/kernels/switch.py), computes both in one pass on devices of the type kernel_device.
     """
 
     kernel: Callable[[Tensor, Tensor, Tensor, bool], Tensor] | None = None
@@ -92,14 +110,21 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
             return super().forward(F.gelu(x))
         return F.gelu(super().forward(x))
 
+    def folded_layer(self) -> nn.Module | None:
+        """Return GELU and a plain depthwise convolution in sequence; None with a kernel, which does both in one pass."""
+        plain = super().folded_layer()
+        if self.kernel is not None or plain is None:
+            return None
+        return nn.Sequential(nn.GELU(), plain) if self.gelu_before else nn.Sequential(plain, nn.GELU())
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gelu_before={self.gelu_before}, kernel={self.kernel is not None}"
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels whose training keeps float32 gradients under autocast on the CPU, too.
+    """LayerNorm over channels with float32 gradients under autocast, also on the CPU.
 
-    PyTorch's backward pass there sums a bfloat16 input's weight gradients in bfloat16, off by half and more.
+    PyTorch's backward pass there sums the weight gradients of a bfloat16 input in bfloat16, with errors of half and more.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +133,8 @@ class LayerNorm(nn.LayerNorm):
 
 class Mlp(nn.Module):
     """Two linear layers with GELU between: (..., C) -> (..., C)."""
+
+    activation_after: ClassVar[tuple[str, ...]] = ("fc1",)
 
     def __init__(self, dim: int, ratio: float):
         super().__init__()
@@ -121,7 +148,7 @@ class Mlp(nn.Module):
 
 @register_notrace_function
 def lowered(x: Tensor) -> Tensor:
-    """Cast to autocast's type where it is on, once for all products that follow."""
+    """Cast to autocast's type if autocast is on, once for all products that follow."""
     kind = x.device.type
     if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
@@ -130,10 +157,10 @@ def lowered(x: Tensor) -> Tensor:
 
 @register_notrace_function
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Attend with q (B, K, N, D) to k, v (B, K, M, D): (B, K, N, D). scale: D^-0.5 if it is not given.
+    """Attend with q (B, K, N, D) to k, v (B, K, M, D): (B, K, N, D). scale: D^-0.5 by default.
 
-    Trained on the CPU in less than float32, as products of matrices: there the gradient of PyTorch's own attention takes twice
-    as long. The softmax adds up in float32 in either.
+    In training on the CPU below float32 it computes matrix products: the gradient of PyTorch's own attention takes twice as
+    long. The softmax adds up in float32 in both.
     """
     if q.dtype == torch.float32 or not trains_lowered(q):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -149,7 +176,7 @@ def wide_softmax(x: Tensor, dim: int) -> Tensor:
 
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply a BatchNorm2d, or what SyncBatchNorm made of it, to a (B, H, W, C) map."""
+    """Apply a BatchNorm2d, or the SyncBatchNorm that replaced it, to a (B, H, W, C) map."""
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the norm sees (B, C, H, W)
 
 

@@ -1,6 +1,6 @@
-"""The two-way map between our parameter names and those of the published checkpoints.
+"""Two-way map between our parameter names and those of the published checkpoints.
 
-A family declares a table of rules, from ours to theirs; the first rule that fits a name counts:
+A family declares a table of rules, from ours to theirs; the first rule that matches a name applies:
 
     Rule("stem.conv1.*", "conv_stem.proj1.*")                            # a rename; * is the rest of the name
     Rule("stages.{i}.norm.*", "norm{i+1}.*")                             # {i} a number, shifted where theirs counts from 1
@@ -8,7 +8,7 @@ A family declares a table of rules, from ours to theirs; the first rule that fit
     Rule("attn.qkv.*", "att.qkv.*", rows=by_segment)                     # ours = theirs[by_segment(number of rows)]
     Rule("gamma1", "gamma_1", ones=(0, 2, 3))                            # theirs has dimensions of size 1, ours has not
 
-Nothing is added or scaled, so the map that serves weights and buffers serves their gradients too.
+Nothing is added or scaled, so that weights, buffers and gradients all map alike.
 """
 
 import re
@@ -20,21 +20,17 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-# Identity kernels that published STViT files carry beside each attention; no parameter of ours answers to them.
-CONSTANTS = ("unfold.weights", "fold.weights")
-BESIDE = "stoken_refine.qkv.weight"
 COUNTER = "num_batches_tracked"  # of BatchNorm: files may lack it
 SHOWN = 3  # mismatches named in an error
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our entries against one or several of theirs.
+    """Correspondence of one of our entries to one or several of theirs.
 
-    ours and theirs are name templates: `{i}` is a number, `*` any rest; `{i+1}` is allowed in theirs. Where theirs are
-    several they are stacked along dimension 0 with heights in the proportion `parts`. `rows(n)` gives, for each of the
-    n rows of ours, its row in that stack. `ones` are the positions of size-1 dimensions in theirs that ours lacks
-    (entries ending in `bias` are left alone).
+    ours and theirs are name templates: `{i}` is a number, `*` any rest; `{i+1}` is allowed in theirs. Several of theirs are
+    stacked along dimension 0 with heights in the proportion `parts`. `rows(n)` returns, for each of the n rows of ours, its
+    row in that stack. `ones` are the positions of size-1 dimensions in theirs that ours lacks (not in entries ending in `bias`).
     """
 
     ours: str
@@ -53,7 +49,7 @@ class Rule:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
     def names(self, ours: str) -> tuple[str, ...] | None:
-        """Give their names of our entry, None where this rule does not fit it."""
+        """Return their names of our entry, None if this rule does not match it."""
         match = self._pattern.fullmatch(ours)
         if match is None:
             return None
@@ -66,7 +62,7 @@ class Rule:
         return tuple(fill(template) for template in self.several)
 
     def split(self, name: str, ours: Tensor) -> list[Tensor]:
-        """Cut our entry into theirs."""
+        """Split our entry into theirs."""
         if self.rows is not None:
             ours = ours[torch.argsort(self.rows(len(ours))).to(ours.device)]
         for dim in self._ones(name):
@@ -75,11 +71,11 @@ class Rule:
             return [ours]
         parts = self.parts or (1,) * len(self.several)
         if len(ours) % sum(parts):
-            raise ValueError(f"{name} has {len(ours)} rows, which cannot be shared out as {parts}")
+            raise ValueError(f"{name} has {len(ours)} rows, which cannot be split as {parts}")
         return list(ours.split([part * len(ours) // sum(parts) for part in parts]))
 
     def join(self, name: str, theirs: Sequence[Tensor]) -> Tensor:
-        """Build our entry from theirs: the inverse of `split`."""
+        """Join theirs to our entry: the inverse of `split`."""
         joined = theirs[0] if len(theirs) == 1 else torch.cat(list(theirs))
         for dim in reversed(self._ones(name)):
             joined = joined.squeeze(dim)
@@ -99,10 +95,23 @@ def _as_regex(piece: str) -> str:
     return re.escape(piece)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """Constant tensors of published files that are no parameters of ours: dropped on reading, added on writing.
+
+    Beside each published entry whose name ends in `beside` stand entries that have `suffixes` in its place.
+    """
+
+    beside: str
+    suffixes: tuple[str, ...]
+    make: Callable[[torch.dtype], Tensor]
+
+
 class Published(Protocol):
-    """What these functions ask of a model."""
+    """Model with a table of published names."""
 
     published: ClassVar[Sequence[Rule]]
+    published_constants: ClassVar[Sequence[Constant]]
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -129,11 +138,12 @@ def to_published(model: Published, tensors: Mapping[str, Tensor]) -> dict[str, T
 def from_published(model: Published, tensors: Mapping[str, Tensor], strict: bool = True) -> dict[str, Tensor]:
     """Rename published entries to the names of `model`.
 
-    Raises ValueError on another shape and, if strict, on missing or unexpected entries. If not strict it passes unexpected
-    entries on, and merely renamed ones of another shape (a classifier for other classes), for the caller to judge.
-    Batch counters may be missing, constant identity kernels are passed over.
+    Raises ValueError on another shape and, if strict, on missing or unexpected entries. If not strict, the result includes
+    unexpected entries, and merely renamed ones of another shape (a classifier for other classes). Batch counters may be
+    missing; the family's constants are dropped.
     """
-    left = {name: tensor for name, tensor in tensors.items() if not name.endswith(CONSTANTS)}
+    dropped = tuple(suffix for constant in model.published_constants for suffix in constant.suffixes)
+    left = {name: tensor for name, tensor in tensors.items() if not name.endswith(dropped)}
     ours: dict[str, Tensor] = {}
     missing, shapes = [], []
     for name, own in model.state_dict().items():
@@ -158,18 +168,19 @@ def from_published(model: Published, tensors: Mapping[str, Tensor], strict: bool
     return ours | left
 
 
-def constants(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make the identity kernels that the authors' code expects beside these published entries; of most families none."""
-    prefixes = [(name.removesuffix(BESIDE), tensor) for name, tensor in theirs.items() if name.endswith(BESIDE)]
+def constants(model: Published, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the constants that the authors' code expects beside these published entries; most families have none."""
     return {
-        prefix + constant: torch.eye(9, dtype=tensor.dtype).view(9, 1, 3, 3)
-        for prefix, tensor in prefixes
-        for constant in CONSTANTS
+        name.removesuffix(constant.beside) + suffix: constant.make(tensor.dtype)
+        for constant in model.published_constants
+        for name, tensor in theirs.items()
+        if name.endswith(constant.beside)
+        for suffix in constant.suffixes
     }
 
 
 def is_published(model: Published, names: Iterable[str]) -> bool:
-    """Say whether these names are rather the published ones than ours; a model without rules has none."""
+    """Return True if more of these names are the published ones than ours; False for a model without rules."""
     if not model.published:
         return False
     given = {name for name in names if not name.endswith(COUNTER)}
@@ -179,7 +190,7 @@ def is_published(model: Published, names: Iterable[str]) -> bool:
 
 
 def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule, tuple[str, ...]]:
-    """Find the first rule that fits our entry, and their names of it."""
+    """Return the first rule that matches our entry, and their names of it."""
     for rule in rules:
         names = rule.names(name)
         if names is not None:

@@ -1,19 +1,19 @@
-"""SG-Former: fine tokens where the map is significant, coarse ones elsewhere.
+"""SG-Former: attention to fine tokens in significant regions and to merged tokens elsewhere.
 
 SG-Former: Self-guided Transformer with Evolving Token Reallocation (Ren et al., ICCV 2023), sections 3.1 to 3.4.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from timm.layers import DropPath, register_notrace_function
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import Backbone, Stage, build_variant, default_cfg, per_stage, spread
+from .backbone import Backbone, HeadOptions, Stage, default_cfg, drop_path_rates, register_variant
 from .layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, activate
 from .published import Rule
 from .sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
@@ -23,7 +23,9 @@ REDUCTIONS = (8, 4, 2, 1)  # of the stages; 1 for plain attention
 
 
 class Mlp(nn.Module):
-    """Two linear layers; between them each token takes in its neighbours, then GELU."""
+    """Two linear layers, with a residual depthwise convolution and GELU between."""
+
+    gelu_convolution: ClassVar[tuple[str, str]] = ("fc1", "depthwise")
 
     def __init__(self, dim: int, ratio: float):
         super().__init__()
@@ -37,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, MLP, each added to its input. A significance map may come in and go out."""
+    """Attention and MLP, each with a residual connection. Takes and returns a significance map (B, H, W) or None."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -78,7 +80,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Into the width of a stage, and to half its grid."""
+    """Three convolutions to the width of a stage, the second of stride 2."""
 
     def __init__(self, dim: int, out: int):
         super().__init__()
@@ -96,7 +98,7 @@ class Downsample(nn.Module):
 
 
 class GuidedStage(Stage):
-    """A stage whose blocks pass on a significance map."""
+    """Stage whose blocks pass on a significance map."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, significance = self.downsample(x), None
@@ -110,7 +112,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
 
 
 def sine_cosine(H: int, W: int, dim: int) -> Tensor:
-    """Give sines and cosines of the column, then of the row, at dim/4 frequencies from 1 to 1/10000: (1, N, C)."""
+    """Return sines and cosines of the column, then of the row, at dim/4 frequencies from 1 to 1/10000: (1, N, C)."""
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4: sines and cosines of column and row share it")
     frequencies = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -135,7 +137,7 @@ def positions(embed: Tensor, grid: tuple[int, int], H: int, W: int) -> Tensor:
 
 
 def _keys_first(rows: int) -> Tensor:
-    """Published rows are (half of the heads, k v, channel); give their order by (k v, half, channel)."""
+    """Return the order of published rows (half of the heads, k v, channel) that sorts them by (k v, half, channel)."""
     return torch.arange(rows).view(2, 2, -1).transpose(0, 1).flatten()
 
 
@@ -172,6 +174,7 @@ class SGFormer(Backbone):
 
     published: ClassVar[Sequence[Rule]] = PUBLISHED
     resizable: ClassVar[Sequence[str]] = ("stem.pos_embed",)
+    foldable: ClassVar[bool] = True
     stem: Stem
 
     def __init__(
@@ -180,15 +183,13 @@ class SGFormer(Backbone):
         depths: Sequence[int],
         num_heads: Sequence[int],
         mlp_ratios: Sequence[float] = (4, 4, 4, 4),
-        num_classes: int = 1000,
         in_chans: int = 3,
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        global_pool: str = "avg",
         img_size: int | tuple[int, int] | None = None,  # None is 224
+        **head: Unpack[HeadOptions],
     ):
         size = img_size or 224
-        rates = per_stage(spread(drop_path_rate, sum(depths)), depths)
+        rates = drop_path_rates(drop_path_rate, depths)
         stages = [
             GuidedStage(
                 Downsample(dims[i - 1], dim) if i else nn.Identity(),
@@ -200,17 +201,8 @@ class SGFormer(Backbone):
             )
             for i, dim in enumerate(dims)
         ]
-        super().__init__(
-            Stem(in_chans, dims[0], (size, size) if isinstance(size, int) else size),
-            stages,
-            nn.Identity(),
-            dims,
-            dims[-1],
-            num_classes,
-            in_chans,
-            drop_rate,
-            global_pool,
-        )
+        stem = Stem(in_chans, dims[0], (size, size) if isinstance(size, int) else size)
+        super().__init__(stem, stages, nn.Identity(), dims, dims[-1], in_chans=in_chans, **head)
 
     def init_module(self, module: nn.Module) -> None:
         super().init_module(module)
@@ -221,7 +213,7 @@ class SGFormer(Backbone):
                 nn.init.zeros_(module.bias)
 
     def fit_entry(self, name: str, tensor: Tensor) -> Tensor:
-        """Resize a position embedding of another size, which must be square: the entry does not say its grid."""
+        """Resize a position embedding of another size, which must be square: its shape does not tell the grid."""
         if name != "stem.pos_embed" or tensor.ndim != 3 or tensor.shape[1] == math.prod(self.stem.grid):
             return tensor
         side = math.isqrt(tensor.shape[1])
@@ -234,7 +226,7 @@ class SGFormer(Backbone):
 
 
 def make_attention(index: int, depth: int, dim: int, num_heads: int, reduction: int) -> nn.Module:
-    """Give the attention of block `index` of a stage: hybrid-scale and self-guided in turn, plain without reduction."""
+    """Build the attention of block `index` of a stage: hybrid-scale and self-guided in turn, plain without reduction."""
     if dim % num_heads:
         raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
     if reduction == 1:
@@ -249,22 +241,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
-def sgformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(SGFormer)
+def sgformer_small() -> dict[str, Any]:
     """SG-Former-S: 22.5M parameters."""
-    shape = {"dims": (64, 128, 256, 512), "depths": (2, 4, 16, 1), "num_heads": (2, 4, 8, 16)}
-    return build_variant(SGFormer, "sgformer_small", pretrained, **{**shape, **kwargs})
+    return {"dims": (64, 128, 256, 512), "depths": (2, 4, 16, 1), "num_heads": (2, 4, 8, 16)}
 
 
-@register_model
-def sgformer_medium(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(SGFormer)
+def sgformer_medium() -> dict[str, Any]:
     """SG-Former-M: 39M parameters."""
-    shape = {"dims": (64, 128, 256, 512), "depths": (2, 6, 28, 2), "num_heads": (2, 4, 8, 16)}
-    return build_variant(SGFormer, "sgformer_medium", pretrained, **{**shape, **kwargs})
+    return {"dims": (64, 128, 256, 512), "depths": (2, 6, 28, 2), "num_heads": (2, 4, 8, 16)}
 
 
-@register_model
-def sgformer_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+@register_variant(SGFormer)
+def sgformer_base() -> dict[str, Any]:
     """SG-Former-B: 78M parameters."""
-    shape = {"dims": (96, 192, 384, 768), "depths": (4, 6, 24, 2), "num_heads": (4, 6, 12, 24)}
-    return build_variant(SGFormer, "sgformer_base", pretrained, **{**shape, **kwargs})
+    return {"dims": (96, 192, 384, 768), "depths": (4, 6, 24, 2), "num_heads": (4, 6, 12, 24)}

@@ -1,4 +1,4 @@
-"""Weights from files: Retoken's, timm's and those that the authors published, read without unpickling code.
+"""Weights from files of Retoken, of timm and of the authors, read without unpickling code.
 
     layout      entries                                               written by
     retoken     safetensors, or format, model, ema, facts             train.py
@@ -32,17 +32,17 @@ REMEDY = "check MODEL.NAME and the classes"
 
 
 class Foreign:
-    """Stands in for a class of a published file that is of no use here (arguments, configs, paths).
+    """Substitute for a class of a published file that is not needed (arguments, configs, paths).
 
-    What is made of it is an OrderedDict: torch builds and fills that whatever the file says, and nothing else but tensors.
+    Its instances are OrderedDicts: torch's restricted unpickler builds and fills these, and nothing else but tensors.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
-        """Forget the arguments."""
+        """Return an empty OrderedDict; the arguments are ignored."""
         return collections.OrderedDict()
 
 
-# All that a checkpoint may hold besides tensors and plain values. Nothing here runs what a file says.
+# All that a checkpoint may hold besides tensors and plain values. None of it runs code from a file.
 ALLOWED: list[Any] = [
     *((Foreign, name) for name in ("argparse.Namespace", "yacs.config.CfgNode", "collections.defaultdict")),
     *((Foreign, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
@@ -55,11 +55,11 @@ torch.serialization.add_safe_globals(ALLOWED)  # so that timm.create_model(check
 
 
 def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read (weights, facts) from a file of any layout above, on the CPU, under the names that the file has.
+    """Read (weights, metadata) from a file of any layout above, on the CPU, under the file's own names.
 
-    `which` picks "raw" or "ema" weights where a file holds both. facts are what a Retoken file says of itself (model,
-    classes, ...) with `weights`, `layout`, and `holds`, the weights one can ask for. Raises ValueError with the remedy
-    for a file that is missing or damaged, that holds no such weights, or that only the unpickling of code could read.
+    `which` picks "raw" or "ema" weights where a file holds both. The metadata are those of a Retoken file (model, classes,
+    ...) with `weights`, `layout`, and `holds`, the kinds of weights in it. Raises ValueError with the remedy for a file that is
+    missing or damaged, that holds no such weights, or that only the unpickling of code could read.
     """
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder, name a file{_nearby(path / '*')}")
@@ -92,7 +92,7 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
 
 
 def read_torch(path: Path) -> Any:
-    """Load a torch file with weights_only and the allow-list; ValueError says what is wrong with it."""
+    """Load a torch file with weights_only and the allow-list. Raises ValueError with the reason if that fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -111,7 +111,7 @@ def read_torch(path: Path) -> Any:
 def fit(
     model: nn.Module,
     weights: Mapping[str, Tensor],
-    source: str,
+    origin: str,
     ignore: tuple[str, ...] = (),
     remedy: str = REMEDY,
 ) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def fit(
 
     `ignore` lists prefixes of the model's names that may differ and are left out (a classifier for other classes).
     """
-    own, adapted = model.state_dict(), adapt(model, weights, source, remedy)
+    own, adapted = model.state_dict(), adapt(model, weights, origin, remedy)
     if ignore:
         own, adapted = ({k: v for k, v in d.items() if not k.startswith(ignore)} for d in (own, adapted))
     missing = [name for name in own if name not in adapted and not name.endswith(COUNTER)]
@@ -135,12 +135,12 @@ def fit(
         if found
     ]
     if faults:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(faults)}; {remedy}")
+        raise ValueError(f"{origin} does not fit {type(model).__name__}: {'; '.join(faults)}; {remedy}")
     return {name: adapted.get(name, tensor) for name, tensor in own.items()}
 
 
-def adapt(model: nn.Module, weights: Mapping[str, Tensor], source: str, remedy: str = REMEDY) -> dict[str, Tensor]:
-    """Give published weights the model's names, and entries like position embeddings its size, where it knows how."""
+def adapt(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str = REMEDY) -> dict[str, Tensor]:
+    """Rename published entries to the model's names, and fit entries like position embeddings to its size."""
     if not isinstance(model, Backbone):
         return dict(weights)
     try:
@@ -148,15 +148,15 @@ def adapt(model: nn.Module, weights: Mapping[str, Tensor], source: str, remedy: 
             return from_published(model, weights, strict=False)
         return {name: model.fit_entry(name, tensor) for name, tensor in weights.items()}
     except ValueError as error:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {error}; {remedy}") from error
+        raise ValueError(f"{origin} does not fit {type(model).__name__}: {error}; {remedy}") from error
 
 
-def load_warm_start(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
+def load_warm_start(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> str:
     """Load weights to start a new run from; the classifier stays fresh if it is for another number of classes.
 
-    Returns a sentence that says what was loaded. Raises ValueError for anything else that does not fit.
+    Returns a sentence about the loaded entries. Raises ValueError for anything else that does not fit.
     """
-    own, adapted = model.state_dict(), adapt(model, weights, source)
+    own, adapted = model.state_dict(), adapt(model, weights, origin)
     heads = tuple(f"{name}." for name in classifier_names(model))
     other = [n for n, w in adapted.items() if heads and n.startswith(heads) and n in own and own[n].shape != w.shape]
     changed = []
@@ -164,17 +164,17 @@ def load_warm_start(model: nn.Module, weights: Mapping[str, Tensor], source: str
         changed = [name for name in model.resizable if _resized(model, name, adapted, weights)]
     resized = [f"; {name} was resized to {tuple(adapted[name].shape)}" for name in changed]
     if not other:
-        model.load_state_dict(fit(model, weights, source))
-        return f"started from all {len(weights)} tensors of {source}, the classifier included{''.join(resized)}"
-    model.load_state_dict(fit(model, weights, source, heads), strict=False)
+        model.load_state_dict(fit(model, weights, origin))
+        return f"started from all {len(weights)} tensors of {origin}, the classifier included{''.join(resized)}"
+    model.load_state_dict(fit(model, weights, origin, heads), strict=False)
     return (
-        f"started from {source}; the classifier stays freshly initialised: "
+        f"started from {origin}; the classifier stays freshly initialised: "
         f"it has {adapted[other[0]].shape[0]} classes there, {own[other[0]].shape[0]} here{''.join(resized)}"
     )
 
 
 def _resized(model: Backbone, name: str, adapted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
-    """Say whether an entry has another size in the file."""
+    """Return True if an entry has another size in the file."""
     if name not in adapted:
         return False
     there = name if name in weights else next(iter(to_published(model, {name: adapted[name]})))
@@ -226,7 +226,7 @@ def _nearby(path: Path) -> str:
         "*.pth",
         "update-*.pt",
         "checkpoints/update-*.pt",
-    )  # no deeper: the tree may be endless
+    )  # not recursive: the tree may be huge
     found = sorted(path for pattern in patterns for path in folder.glob(pattern))[:SHOWN]
     names = ", ".join(str(p.relative_to(folder)) for p in found)
     return f"; {folder} holds {names}" if found else f"; {folder} holds no checkpoint"

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.register_assert_rewrite("tests.helpers")  # before any of them is imported
+
 ROOT = Path(__file__).parent.parent
 CLASSES = ("blue", "green", "red")
 

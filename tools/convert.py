@@ -134,7 +134,7 @@ def convert(
 def with_published_names(model: Backbone, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies of weights under the published names, with the constants of published files."""
     theirs = {name: tensor.clone() for name, tensor in to_published(model, ours).items()}
-    return theirs | constants(theirs)
+    return theirs | constants(model, theirs)
 
 
 def write(target: Path, done: Conversion) -> None:

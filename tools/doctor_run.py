@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 import config
 from common.byte_size import format_bytes
 from data.build import Data
-from data.stores.store import open_store
+from data.stores.split import open_split
 from engine.batch_plan import accumulation
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
@@ -24,7 +24,8 @@ from engine.logging.log import Log
 from engine.memory import Memory
 from tools.doctor_findings import Finding, fail, ok, warn
 from trainer.session import build_session
-from trainer.summary import estimate_memory, inert
+from trainer.summary import estimate_memory
+from trainer.unused_options import unused_options
 
 PROBE = 64 * 2**20  # bytes written to measure the speed of the disk
 SLOW = 50e6  # bytes/s below which checkpoints take long; training goes on meanwhile
@@ -119,7 +120,13 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
     args = argparse.Namespace(dry_run=True, eval=False, resume=None)
     try:
         session = build_session(
-            alone, args, Processes(0, 1, 0, device, "doctor"), AsyncSaver(directory, log, 1), lambda: False
+            alone,
+            args,
+            Processes(0, 1, 0, device, "doctor"),
+            run=directory,
+            log=log,
+            saver=AsyncSaver(directory, log, 1),
+            interrupted=lambda: False,
         )
     except ValueError as error:
         yield fail("run", str(error), "train.py would stop with the same message")
@@ -128,7 +135,7 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
         yield from data(cfg, session.data)
     parameters = sum(p.numel() for p in session.state.model.parameters())
     yield ok("model", f"{cfg.MODEL.NAME}, {parameters:,} parameters")
-    for text in inert(cfg, session.state.model, world):
+    for text in unused_options(cfg, session.state.model, world):
         yield warn("config", f"no effect: {text}", "take it out of the config")
     memory = estimate_memory(cfg, session.state, session.precision)
     yield from _memory(cfg, memory, device)
@@ -154,7 +161,7 @@ def data(cfg: CfgNode, found: Data) -> Iterator[Finding]:
         yield warn("data", note, "see docs/data.md")
     if cfg.DATA.LOADER == "synthetic":
         return
-    source = open_store(cfg.DATA.PATH, "val", cfg.DATA.VAL_LABELS, None).source(found.classes, must_hold_all=False)
+    source = open_split(cfg.DATA.PATH, "val", cfg.DATA.VAL_LABELS, None).source(found.classes, must_hold_all=False)
     picked = np.unique(np.linspace(0, len(source) - 1, min(len(source), IMAGES)).astype(np.int64))
     started, size = time.perf_counter(), 0
     for index in picked:

@@ -22,18 +22,18 @@ from rich.console import Console
 from rich.progress import track
 
 from config.command_line import Parser
-from data.build import Source
 from data.loaders.decode import UnreadableImageError
-from data.loaders.torch_loader import load
+from data.loaders.torch_loader import ImageSource, load
 from data.stores.archive_index import NoImagesError
+from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.layout import NoSplitError
-from data.stores.store import ArchiveSource, ArchiveStore, FolderStore, file_sizes, open_store
+from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
 NAMED = 20  # problems of one kind that are listed
-_source: Source | None = None  # image source of a decoding process
+_source: ImageSource | None = None  # image source of a decoding process
 
 
 @dataclass
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.sample < 0 or args.workers < 1:
             raise ValueError(f"--sample {args.sample} and --workers {args.workers} must be at least 0 and 1")
-        stores = open_stores(args, screen)
+        stores = open_splits(args, screen)
         classes = read_class_index(args.class_index) if args.class_index else next(iter(stores.values())).classes()
         summaries = []
         for split, store in stores.items():
@@ -87,13 +87,13 @@ def index_parser() -> Parser:
     return parser
 
 
-def open_stores(args: object, screen: Console) -> dict[str, FolderStore | ArchiveStore]:
+def open_splits(args: object, screen: Console) -> dict[str, Split]:
     """Open the split asked for, or all that exist."""
     path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
-    found: dict[str, FolderStore | ArchiveStore] = {}
+    found: dict[str, Split] = {}
     for name in [split] if split else ["train", "val"]:
         try:
-            found[name] = open_store(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
+            found[name] = open_split(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
         except (NoSplitError, NoImagesError) as error:  # NoImagesError: an archive with one split only
             if split or (name == "val" and not found):
                 raise
@@ -101,13 +101,13 @@ def open_stores(args: object, screen: Console) -> dict[str, FolderStore | Archiv
     return found
 
 
-def describe(split: str, store: FolderStore | ArchiveStore, source: Source, classes: Sequence[str]) -> SplitSummary:
+def describe(split: str, store: Split, source: ImageSource, classes: Sequence[str]) -> SplitSummary:
     """Count images, classes and bytes of a split; note problems that show without reading an image."""
     summary = SplitSummary(split)
     lines, problems = summary.lines, summary.problems
-    lines.append(("store", f"{store.where} ({store.kind})"))
-    if isinstance(store, ArchiveStore):
-        lines.append(("index", str(store.file)))
+    lines.append(("store", f"{store.name} ({store.kind})"))
+    if isinstance(store, ArchiveSplit):
+        lines.append(("index", str(store.index_file)))
         problems += store.index.metadata["problems"]
         duplicates = store.index.metadata["duplicates"]
         if duplicates:
@@ -145,7 +145,7 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(np.int64))
 
 
-def check(summary: SplitSummary, source: Source, indices: np.ndarray, workers: int) -> None:
+def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, workers: int) -> None:
     """Decode images in several processes, and note those that cannot be decoded."""
     stored = indices
     if isinstance(source, ArchiveSource):  # in storage order
@@ -164,7 +164,7 @@ def check(summary: SplitSummary, source: Source, indices: np.ndarray, workers: i
         )
 
 
-def decode_all(source: Source, indices: list[int], workers: int) -> Iterator[str]:
+def decode_all(source: ImageSource, indices: list[int], workers: int) -> Iterator[str]:
     """Decode images; yield for each the reason why it cannot be decoded, "" if it can."""
     chunks = (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
     if workers == 1 or len(indices) <= CHUNK:
@@ -179,12 +179,12 @@ def decode_all(source: Source, indices: list[int], workers: int) -> Iterator[str
             yield from reasons
 
 
-def _set_source(source: Source) -> None:
+def _set_source(source: ImageSource) -> None:
     global _source
     _source = source
 
 
-def _check(indices: list[int], source: Source | None = None) -> list[str]:
+def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
     """Decode images of a source (default: this process's); return a reason for each, "" if it can be decoded."""
     source = source or _source
     assert source is not None

@@ -31,8 +31,7 @@ from data.build import EvalData, build_data, build_eval_data
 from data.loaders.batch import Batch
 from data.stores.layout import has_split
 from engine.build import prepare_model
-from engine.distributed import processes as distributed
-from engine.distributed.processes import Processes
+from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import evaluate
 from engine.precision import Precision
 from models.build import build_model
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     try:
-        processes = distributed.start(load(args, "torch").DEVICE)
+        processes = init_processes(load(args, "torch").DEVICE)
         found = list(compare(args, processes))
         table = Table("", "images", "indices, labels, boxes", "mean difference", "largest", "above 1 level")
         for differences in found:

@@ -22,7 +22,7 @@ from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
 from engine.malloc import keep_freed_memory
 from engine.result_files import TABLES, check_target, write_table
-from models.inference.prepare import is_known, prepare_inference
+from models.inference.prepare import is_foldable, prepare_inference
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
 
 THREADS = 8  # for decoding
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail(error)
     if device.type == "cpu":
         keep_freed_memory()
-    if is_known(classifier.model):
+    if is_foldable(classifier.model):
         prepare_inference(classifier.model.to(device))
     top = min(args.top, len(classifier.classes))
     screen.print(classifier.describe(), markup=False, style="dim")

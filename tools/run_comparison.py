@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine.checkpoint.run_directory import differences
+from engine.checkpoint.run_directory import config_differences
 
 RATES = ("images_per_s", "data_share", "seconds")  # properties of the machine: not compared
 ROW_KEYS = ("kind", "weights", "epoch", "update", "update_in_epoch", "best")  # identify a row or follow from the others
@@ -131,7 +131,7 @@ def compare(a: Run, b: Run, tolerance: float) -> Comparison:
     return Comparison(
         a=str(a.path),
         b=str(b.path),
-        config=differences(a.config, b.config, ()),
+        config=config_differences(a.config, b.config, ()),
         manifest=manifest_differences(a.manifest, b.manifest),
         parting=parting,
         largest_loss=max(losses, key=_size, default=None),

@@ -49,7 +49,7 @@ class RunInfo:
         """Return complete, running (a process holds the lock), interrupted (by a signal) or stopped."""
         if (self.path / "done").exists():
             return "complete"
-        if RunDirectory(self.path, keep=1).occupied():
+        if RunDirectory(self.path, keep=1).is_locked():
             return "running"
         return "interrupted" if (self.path / "preempted").exists() else "stopped"
 

@@ -8,7 +8,7 @@
     GroupMixFormer   the weight of each token in the keys of each group
     --at             instead of these: the attention of the token at a point of the photograph
 
-Maps cover the evaluation crop, at the resolution of the photograph. docs/inside.md explains each of them.
+Maps cover the evaluation crop, at the resolution of the photograph. docs/attention_maps.md explains each of them.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
-from models.attention_hooks import Position, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
+from models.attention_maps import BlockIndex, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
 from models.backbone import Backbone
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
 
@@ -110,10 +110,10 @@ def check_folder(out: Path) -> None:
         raise ValueError(f"--out {out}: {nearest} cannot be written; name another folder")
 
 
-def parse_blocks(texts: Sequence[str], model: Backbone) -> list[Position]:
+def parse_blocks(texts: Sequence[str], model: Backbone) -> list[BlockIndex]:
     """Return the positions of the requested blocks. Raises ValueError for a block that the model lacks."""
     known = {"last": last_blocks, "all": all_blocks}
-    found: list[Position] = []
+    found: list[BlockIndex] = []
     for text in texts:
         stage, _, block = text.partition(".")
         if text in known:
@@ -141,7 +141,7 @@ def parse_point(text: str) -> tuple[float, float, bool]:
 def draw_all(
     classifier: Classifier,
     images: Iterable[Path],
-    blocks: Sequence[Position],
+    blocks: Sequence[BlockIndex],
     point: tuple[float, float, bool] | None,
     smooth: bool,
     out: Path,
@@ -185,7 +185,7 @@ def draw(
     classifier: Classifier,
     image: Tensor,
     path: Path,
-    blocks: Sequence[Position],
+    blocks: Sequence[BlockIndex],
     point: tuple[float, float, bool] | None,
     smooth: bool,
 ) -> tuple[list, str]:
@@ -198,7 +198,7 @@ def draw(
     mark = at = None
     if point:
         mark = (point[0] * width, point[1] * height) if point[2] else point[:2]
-        at = photo.place(*mark)
+        at = photo.fractions(*mark)
     logits, maps = attention_maps(classifier.model, classifier.prepare(image)[None], at, blocks)
     best = logits.softmax(1).max(1)
     caption = f"{classifier.readable[int(best.indices)]} {100 * float(best.values):.1f} %"

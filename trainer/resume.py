@@ -1,7 +1,9 @@
-"""Where a run stands when it starts: its own newest checkpoint, another run's, initial weights, and the teacher."""
+"""Resuming: whether a run directory fits the config, and the start of a run from a checkpoint, weights or nothing."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -10,28 +12,58 @@ import yaml
 from yacs.config import CfgNode
 
 import config
-from config import command_line
 from data.build import Data
-from engine.build import wrap_teacher
-from engine.checkpoint.async_saver import AsyncSaver, load_on_all
-from engine.checkpoint.run_directory import RunDirectory, differences
+from engine.checkpoint.async_saver import AsyncSaver
+from engine.checkpoint.run_directory import RunDirectory, config_differences
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
-from engine.loss import Teacher
 from engine.state import TrainState
-from models.build import build_teacher
-from models.weights import fit, load_warm_start, load_weights
+from trainer.restore import Contents, continue_saving, restore_state
+from trainer.warm_start import load_initial_weights
 
-DECODING = ("DATA.LOADER", "DATA.DALI_DEVICE")  # the ways to decode give the same images, rounded differently
+# Keys and sections that may differ between two starts of one run: they change no number, or only its rounding.
+CHANGEABLE_KEYS = (
+    "OUTPUT",
+    "NAME",
+    "TAG",
+    "DEVICE",
+    "RECIPE.HEADLINE",
+    "TRAIN.BENCHMARK",
+    "MODEL.NORM_BACKEND",
+    "TRAIN.CHECKPOINT_BLOCKS",
+    "TRAIN.COMPILE",
+    "OPTIM.BACKEND",
+    "DATA.CLASS_INDEX",  # the resulting order of the classes is compared instead
+    "DATA.PATH",
+    "DATA.VAL_LABELS",
+    "DATA.WORKERS",
+    "DATA.PREFETCH",
+    "DATA.MAX_BAD_SHARE",
+    "EVAL.BATCH",
+    "TRAIN.MAX_SKIPPED",
+    "CHECKPOINT",
+    "DIST.START_TIMEOUT",
+    "DIST.TIMEOUT",
+    "DIST.BUCKET_MB",
+    "DIST.STATIC_GRAPH",
+    "LOG",
+    "MODEL.INIT",
+    "MODEL.MODULE",  # the file may move; the manifest records its digest
+    "MODEL.INIT_WEIGHTS",
+    "MODEL.KERNELS",
+    "DISTILL.TEACHER_WEIGHTS",  # the digest of the weights is compared instead
+    "TRAIN.MICRO_BATCH",  # with a warning
+)
+DECODING_KEYS = ("DATA.LOADER", "DATA.DALI_DEVICE")  # the loaders decode the same images with different rounding
 
 
-def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str]) -> None:
-    """Raise ValueError if the run directory holds checkpoints of a run with another recipe; keys in `free` may differ."""
+def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
+    """Raise ValueError if the run directory holds checkpoints of a run with another recipe."""
     if not (run.config.is_file() and run.checkpoints.latest()):
         return
     old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
-    decoded = () if "synthetic" in (old["DATA"]["LOADER"], cfg.DATA.LOADER) else DECODING
-    changed = differences(old, new, (*free, "TRAIN.MICRO_BATCH", *decoded))
+    decoding_keys = () if "synthetic" in (old["DATA"]["LOADER"], cfg.DATA.LOADER) else DECODING_KEYS
+    changed = config_differences(old, new, (*CHANGEABLE_KEYS, *decoding_keys))
     if changed:
         raise ValueError(
             f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
@@ -39,79 +71,77 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log, free: Sequence[str
         )
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
         micro = f"{old['TRAIN']['MICRO_BATCH']} -> {cfg.TRAIN.MICRO_BATCH}"
-        log.warning(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm go other ways from here on")
-    if decoding := [change for change in differences(old, new, ()) if change.startswith(DECODING)]:
+        log.warning(f"TRAIN.MICRO_BATCH: {micro}: mixing, drop path and BatchNorm differ from here on")
+    if decoding := [change for change in config_differences(old, new, ()) if change.startswith(DECODING_KEYS)]:
         log.warning(
             f"{'; '.join(decoding)}: the same images in the same order, with pixels that differ by part of a level"
         )
 
 
+@dataclass(frozen=True)
+class Start:
+    """Start of a run: from a checkpoint, from the weights of MODEL.INIT, or from random weights."""
+
+    checkpoint: Path | None = None
+    contents: Contents | None = None  # of the checkpoint, on the main process, if it has read them already
+    own: bool = False  # the checkpoint is one of the run's own
+    initial_weights: bool = False
+
+
 def restore(
-    cfg: CfgNode, args: argparse.Namespace, saver: AsyncSaver, state: TrainState, data: Data, processes: Processes
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    state: TrainState,
+    data: Data,
+    processes: Processes,
+    *,
+    run: RunDirectory,
+    log: Log,
+    saver: AsyncSaver,
 ) -> None:
-    """Bring the state to the run's newest whole checkpoint, else to --resume's, else to MODEL.INIT's weights, else leave it.
+    """Choose the start of the run and bring the state to it."""
+    start = choose_start(cfg, args, processes, run=run, log=log)
+    if start.checkpoint:
+        restore_checkpoint(start, cfg, args, state, data, processes, log=log, saver=saver)
+    elif start.initial_weights:
+        load_initial_weights(cfg, state, data, log, exact=args.eval)
 
-    With --eval, a file that is named comes before the run's own.
+
+def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *, run: RunDirectory, log: Log) -> Start:
+    """Return the run's newest whole checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
+
+    With --eval a file that is named precedes the run's own, and random weights are refused with ValueError.
     """
-    log, run = saver.log, saver.run
-    named = args.eval and (args.resume or cfg.MODEL.INIT)
-    latest, stored = None, None
-    if not named:
-        latest, stored = find_latest(saver, processes, may_write=not (args.eval or args.dry_run))
-    source = latest or (Path(args.resume) if args.resume else None)
-    if source:
-        stored = load_on_all(source, processes, stored)
-        check_same_data(stored["facts"], data, source)
-        state.load_state_dict(stored, str(source))
-        where = "complete" if state.complete else f"in epoch {state.epoch + 1}"
-        log.info(f"continuing {source} at update {state.update} of {state.plan.updates} ({where})")
-        if source != latest:
-            state.best = {}  # whose files lie in the other run
-            if state.complete and not args.eval:
-                raise ValueError(
-                    f"{source} is at the end of TRAIN.EPOCHS={state.plan.epochs}; raise it, or start with --init"
-                )
-        else:
-            saver.continue_from(state)
-            if processes.main and not (args.eval or args.dry_run):
-                saver.mend_best(state, stored)
-        for flag, value in (("--resume", args.resume if source == latest else None), ("MODEL.INIT", cfg.MODEL.INIT)):
-            if value:
-                log.info(f"{flag} {value} is not read: the run has gone further")
-    elif cfg.MODEL.INIT:
-        weights, metadata = load_weights(Path(cfg.MODEL.INIT), cfg.MODEL.INIT_WEIGHTS or "raw")
-        command_line.check_which(metadata, cfg.MODEL.INIT_WEIGHTS, cfg.MODEL.INIT)
-        if not cfg.MODEL.INIT_WEIGHTS and cfg.RECIPE.HEADLINE == "ema" and "ema" in metadata["holds"]:
-            weights, metadata = load_weights(Path(cfg.MODEL.INIT), "ema")
-        if args.eval:
-            fit(state.model, weights, cfg.MODEL.INIT)  # refuses what would evaluate a fresh classifier
-        also = [kind for kind in metadata["holds"] if kind != metadata["weights"]]
-        other = f"; the file also holds {also[0]} weights, see MODEL.INIT_WEIGHTS" if also else ""
-        log.info(f"{load_warm_start(state.model, weights, cfg.MODEL.INIT)} ({metadata['weights']} weights{other})")
-        if len(metadata.get("classes", [])) == len(data.classes) and metadata["classes"] != data.classes:
-            log.warning(f"{cfg.MODEL.INIT} was trained on other classes of the same number: its classifier is kept")
-        if state.ema:
-            state.ema.set(state.model)
-    elif args.eval:
+    if not (args.eval and (args.resume or cfg.MODEL.INIT)):
+        newest, contents = find_newest(processes, run=run, log=log, rename=not (args.eval or args.dry_run))
+        if newest:
+            return Start(newest, contents, own=True)
+    if args.resume:
+        return Start(Path(args.resume))
+    if args.eval and not cfg.MODEL.INIT:
         raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
+    return Start(initial_weights=bool(cfg.MODEL.INIT))
 
 
-def find_latest(saver: AsyncSaver, processes: Processes, may_write: bool) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the run's newest whole checkpoint, the same on all processes, and on the main one what it holds.
+def find_newest(
+    processes: Processes, *, run: RunDirectory, log: Log, rename: bool
+) -> tuple[Path | None, Contents | None]:
+    """Return the run's newest whole checkpoint, the same on all processes, and on the main one its contents.
 
-    Damaged ones that are newer are said and, if it `may_write`, renamed. ValueError if none is whole or one is too new.
+    Warns of newer ones that are damaged and, with `rename`, sets them aside. Raises ValueError if none is whole or if one has a
+    format that is too new.
     """
-    held: list[dict[str, Any]] = []
+    held: list[Contents] = []
 
     def find() -> Path | None:
-        folder = saver.run.checkpoints
+        folder = run.checkpoints
         try:
-            found, state, damaged = folder.newest_good()
-            held.append(state)
-            for complaint in damaged:
-                saver.log.warning(f"{complaint}; going back to {found}")
-            for path in folder.set_aside(damaged, found) if may_write and found else ():
-                saver.log.warning(f"set aside {path}")
+            found, contents, damaged = folder.newest_good()
+            held.append(contents)
+            for error in damaged:
+                log.warning(f"{error}; going back to {found}")
+            for path in folder.set_aside(damaged, found) if rename and found else ():
+                log.warning(f"set aside {path}")
         except OSError as error:
             raise ValueError(
                 f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
@@ -122,32 +152,43 @@ def find_latest(saver: AsyncSaver, processes: Processes, may_write: bool) -> tup
     return found, (held[0] if found and held else None)
 
 
-def find_teacher(
-    cfg: CfgNode, run: RunDirectory, state: TrainState, data: Data, processes: Processes, log: Log
-) -> Teacher | None:
-    """Return the model to distil from, if one is asked for. Raises ValueError if it is not the one the run began with."""
-    if cfg.DISTILL.TYPE == "none":
-        return None
-    model, said = build_teacher(cfg, data.classes)
-    teacher = wrap_teacher(cfg, model, processes)
-    if state.update:
-        before = run.read_manifest().get("teacher", {}).get("digest", teacher.digest)
-        if before != teacher.digest:
+def restore_checkpoint(
+    start: Start,
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    state: TrainState,
+    data: Data,
+    processes: Processes,
+    *,
+    log: Log,
+    saver: AsyncSaver,
+) -> None:
+    """Restore the state from the checkpoint of a start. Raises ValueError if that run is complete, or its data differ."""
+    path = start.checkpoint
+    assert path is not None
+    check = partial(check_same_data, data=data, path=path)
+    contents = restore_state(path, start.contents, state, processes, check)
+    position = "complete" if state.complete else f"in epoch {state.epoch + 1}"
+    log.info(f"continuing {path} at update {state.update} of {state.plan.updates} ({position})")
+    if start.own:
+        continue_saving(state, contents, saver, processes, write=not (args.eval or args.dry_run))
+    else:
+        state.best = {}  # the files of the best weights lie in the other run's directory
+        if state.complete and not args.eval:
             raise ValueError(
-                f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "
-                f"{teacher.digest}); put the file back, or start another run with --tag NAME"
+                f"{path} is at the end of TRAIN.EPOCHS={state.plan.epochs}; raise it, or start with --init"
             )
-    log.info(f"distilling ({cfg.DISTILL.TYPE}) from {said}; {teacher.describe()}")
-    if not cfg.DISTILL.ALPHA:
-        log.warning("DISTILL.ALPHA=0: the teacher is asked, but what it says counts for nothing")
-    return teacher
+    if start.own and args.resume:
+        log.info(f"--resume {args.resume} is not read: the run has gone further")
+    if cfg.MODEL.INIT:
+        log.info(f"MODEL.INIT {cfg.MODEL.INIT} is not read: the run has gone further")
 
 
-def check_same_data(metadata: dict[str, Any], data: Data, source: Path) -> None:
-    """Raise ValueError if a checkpoint's position is one in another data set."""
+def check_same_data(metadata: Mapping[str, Any], data: Data, path: Path) -> None:
+    """Raise ValueError if a checkpoint's classes or data fingerprint are not those of the run's data."""
     if metadata["classes"] != data.classes:
         pairs = [f"{a} -> {b}" for a, b in zip_longest(metadata["classes"], data.classes) if a != b]
-        raise ValueError(f"{source} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
+        raise ValueError(f"{path} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
     changed = [
         f"{key}: {metadata['data'].get(key)} -> {value}"
         for key, value in data.fingerprint.items()
@@ -155,5 +196,5 @@ def check_same_data(metadata: dict[str, Any], data: Data, source: Path) -> None:
     ]
     if changed:
         raise ValueError(
-            f"the data set has changed since {source}: {', '.join(changed)}; put it back, or start with --init"
+            f"the data set has changed since {path}: {', '.join(changed)}; put it back, or start with --init"
         )

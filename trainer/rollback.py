@@ -1,67 +1,71 @@
-"""A run whose updates are not finite any more: what is known of it, and the way back to the last good checkpoint, once."""
+"""Rollback of a diverged run: a record of the updates that were not finite, and one return to the last good checkpoint."""
 
 import contextlib
 from pathlib import Path
 from typing import Any
 
 from data.loaders.sampler import Sampler
-from engine.checkpoint.async_saver import AsyncSaver, SavingError, load_on_all
+from engine.checkpoint.async_saver import AsyncSaver, SavingError
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
+from engine.logging.log import Log
 from engine.loop import Loop
-from engine.optim.clip_and_step import DivergedError, is_sound, json_number, tensor_norms
+from engine.optim.skipped_updates import DivergedError, is_rollback_target, json_number, tensor_norms
 from engine.result_files import write_json
 from engine.state import TrainState
+from trainer.restore import Contents, continue_saving, restore_state
 
 
 def roll_back(
-    error: DivergedError, state: TrainState, loop: Loop, sampler: Sampler, saver: AsyncSaver, processes: Processes
+    error: DivergedError,
+    state: TrainState,
+    loop: Loop,
+    sampler: Sampler,
+    processes: Processes,
+    *,
+    run: RunDirectory,
+    log: Log,
+    saver: AsyncSaver,
 ) -> None:
-    """Note what diverged; bring the state to the last good checkpoint, to be saved at once. Called by all processes.
+    """Write diverged.json and restore the last good checkpoint; the caller saves the state at once. Called by all processes.
 
-    Raises DivergedError if there is none, or if the run has gone back before.
+    Raises DivergedError if there is no good checkpoint, or if the run has rolled back before.
     """
-    run = saver.run
     saver.finish()
-    path, stored = (None, None) if state.rollbacks else find_good(saver, processes)
+    path, contents = (None, None) if state.rollbacks else find_good(run, processes)
     record = describe_divergence(error, state, loop, sampler, processes)
     if processes.main:
         try:
             write_json(run.diverged, {"error": str(error), "went_back_to": path and path.name, **record})
-        except OSError as failure:  # what it would tell is less than the run
-            saver.log.warning(f"{run.diverged} cannot be written ({failure.strerror})")
+        except OSError as failure:  # the run matters more than its record
+            log.warning(f"{run.diverged} cannot be written ({failure.strerror})")
     if path is None:
         why = "the run went back once before" if state.rollbacks else "there is no good checkpoint to go back to"
         raise DivergedError(
             f"{error}; {why}. {run.diverged} lists the images, losses and norms; start another run from a good checkpoint "
             "with a milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
         ) from error
-    stored = load_on_all(path, processes, stored)
+    contents = restore_state(path, contents, state, processes)
     remove_later(path, run, processes)
-    state.load_state_dict(stored, str(path))
     state.rollbacks += 1
-    saver.continue_from(state)
-    saver.stored = None  # the file does not say yet that the run has gone back
-    saver.log.warning(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
-    if processes.main:
-        saver.mend_best(state, stored)
+    log.warning(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
+    continue_saving(state, contents, saver, processes)
+    saver.stored = None  # the file lacks the rollback, so the same update must be saved again
 
 
-def find_good(saver: AsyncSaver, processes: Processes) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return the newest checkpoint of the run to which going back is of use, the same on all processes, and on the main one
-    what it holds.
-    """
+def find_good(run: RunDirectory, processes: Processes) -> tuple[Path | None, Contents | None]:
+    """Return the newest checkpoint with sound weights, the same on all processes, and on the main one its contents."""
     found: Path | None = None
-    stored = None
+    contents = None
     if processes.main:
         with contextlib.suppress(ValueError, OSError):
-            found, stored, _ = saver.run.checkpoints.newest_good(is_sound)
-    agreed = processes.from_main(found)
-    return (Path(str(agreed)) if agreed else None), stored
+            found, contents, _ = run.checkpoints.newest_good(is_rollback_target)
+    path = processes.from_main(found)
+    return (Path(str(path)) if path else None), contents
 
 
 def remove_later(path: Path, run: RunDirectory, processes: Processes) -> None:
-    """Remove the checkpoints after one that the run goes back to. Raises SavingError: a start would take one of them."""
+    """Remove the checkpoints after `path`. Raises SavingError if one remains: the next start would continue from it."""
 
     def remove() -> None:
         try:
@@ -78,7 +82,7 @@ def remove_later(path: Path, run: RunDirectory, processes: Processes) -> None:
 def describe_divergence(
     error: DivergedError, state: TrainState, loop: Loop, sampler: Sampler, processes: Processes
 ) -> dict[str, Any]:
-    """Return what tells why the last updates were skipped: images and losses by micro-batch, norms. By all processes."""
+    """Return images and losses of the skipped updates by micro-batch, and norms of the weights. Called by all processes."""
     assert loop.losses is not None
     losses = processes.sum(loop.losses.clone()).tolist()
     updates: list[dict[str, Any]] = []
@@ -89,6 +93,11 @@ def describe_divergence(
             for j, loss in enumerate(losses[update % len(losses)])
         ]
         updates.append({"update": update + 1, "epoch": epoch + 1, "micro_batches": micro_batches})
-    weights = {which: tensor_norms(model.state_dict()) for which, model in state.weights().items()}
-    rate = max(group["lr"] for group in state.optimizer.param_groups)
-    return {"update": error.last_update, "skipped_in_a_row": error.consecutive, "lr": rate, "updates": updates, "norms": weights}
+    norms = {which: tensor_norms(model.state_dict()) for which, model in state.weights().items()}
+    return {
+        "update": error.last_update,
+        "skipped_in_a_row": error.consecutive,
+        "lr": max(group["lr"] for group in state.optimizer.param_groups),
+        "updates": updates,
+        "norms": norms,
+    }

@@ -1,4 +1,4 @@
-"""What a run is about to do, derived values included: train.py says it when it starts and under --dry-run."""
+"""Summary of a run, derived values included: train.py logs it at the start and with --dry-run."""
 
 import math
 from collections.abc import Iterator
@@ -7,32 +7,41 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
-import config
 from common.byte_size import format_bytes
 from common.timeline import Timeline, parse_optional
 from data.build import Data
 from engine.batch_plan import divisors
-from engine.build import build_optimizer, optimizer_takes
 from engine.memory import Memory, estimate
 from engine.optim.backends import backend_of, skips_on_device
+from engine.optim.build import build_optimizer
 from engine.precision import Precision
 from engine.state import TrainState
+from trainer.session import Session
+from trainer.unused_options import unused_options
 
 Line = tuple[str, str]  # label, text
-OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # what optimisers of timm's call it
+OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # names of the clipping threshold in timm's optimisers
+
+
+def log_summary(s: Session, with_memory: bool = False) -> None:
+    """Log the summary of a session, on request with an estimate of the memory, and the notes on its data."""
+    memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory and s.processes.main else None
+    for label, text in summarize(s.cfg, s.state, s.data, s.processes.launcher, s.processes.device, s.run.path, memory):
+        s.log.info(f"{label:<12}{text}")
+    for note in s.data.notes:
+        s.log.warning(note)
 
 
 def summarize(
     cfg: CfgNode, state: TrainState, data: Data, launcher: str, device: torch.device, run: Path, memory: Memory | None
 ) -> list[Line]:
-    """Describe a run; `memory` is left out if it was not estimated."""
-    bytes_of_weights = memory.stored if memory else None
+    """Return the lines that describe a run, without memory if `memory` is None."""
+    checkpoint_bytes = memory.stored if memory else None
     return [
         ("run", f"{run}, {state.update} of {state.plan.updates:,} updates done"),
-        ("recipe", f"mode {cfg.RECIPE.MODE}; the result is the {_which(cfg.RECIPE.HEADLINE)} weights'"),
+        ("recipe", f"mode {cfg.RECIPE.MODE}; the result is the {_weights(cfg.RECIPE.HEADLINE)} weights'"),
         ("processes", f"{state.plan.world} ({launcher}), device {device.type}, amp {cfg.TRAIN.AMP}"),
         *_data(cfg, data),
         *_model(cfg, state.model),
@@ -41,14 +50,14 @@ def summarize(
         *_schedule(cfg, state),
         *_augmentation(cfg),
         *_evaluation(cfg),
-        ("checkpoints", _checkpoints(cfg, bytes_of_weights)),
+        ("checkpoints", _checkpoints(cfg, checkpoint_bytes)),
         *([("memory", _memory(memory, cfg))] if memory else []),
-        *(("inert", text) for text in inert(cfg, state.model, state.plan.world)),
+        *(("inert", text) for text in unused_options(cfg, state.model, state.plan.world)),
     ]
 
 
 def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Memory:
-    """Estimate what a process will hold, at the largest image size of the run."""
+    """Estimate the memory of a process, at the largest image size of the run."""
     sizes = parse_optional(cfg.TIMELINE.IMG_SIZE, "TIMELINE.IMG_SIZE")
     size = int(max(sizes.values)) if sizes else cfg.DATA.IMG_SIZE
     state.model.train(not cfg.TRAIN.EVAL_MODE)
@@ -56,79 +65,14 @@ def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Me
     plain = cfg.clone()
     plain.defrost()
     plain.OPTIM.LAYER_DECAY = 1.0
-    plain.OPTIM.BACKEND = "auto"  # all keep the same
+    plain.OPTIM.BACKEND = "auto"  # all backends keep states of the same size
     return estimate(
         state.model, lambda layer: build_optimizer(plain, layer), bool(state.ema), images, precision.autocast
     )
 
 
-def inert(cfg: CfgNode, model: nn.Module, world: int) -> Iterator[str]:
-    """Yield the options that are set and have no effect, with the reason."""
-    has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if cfg.MODEL.SYNC_BN and not cfg.TRAIN.EVAL_MODE and (world == 1 or not has_batch_norm):
-        yield f"MODEL.SYNC_BN: {'there is one process' if has_batch_norm else 'the model has no BatchNorm'}"
-    if world == 1:
-        for key in ("DIST.BUCKET_MB", "DIST.COMPRESS", "DIST.STATIC_GRAPH"):
-            if (value := config.get(cfg, key)) != config.get(config.defaults(), key):
-                yield f"{key} {value}: there is one process"
-    if cfg.TRAIN.EVAL_MODE:
-        for key in ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "TIMELINE.DROP_PATH_RATE", "MODEL.SYNC_BN"):
-            if value := config.get(cfg, key):
-                yield f"{key} {value}: TRAIN.EVAL_MODE keeps the model in evaluation mode"
-    for key in config.TIMELINES:
-        line = parse_optional(config.get(cfg, key), key)
-        if line and line.end >= cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS:
-            yield f"{key} {line}: the run ends before epoch {line.end:g}"
-    yield from _unused(cfg)
-    if cfg.DATA.LOADER == "synthetic":
-        yield "AUG.SCALE, RATIO, HFLIP, RAND_AUGMENT, DATA.INTERPOLATION, EVAL_RESIZE, EVAL.MODE, CROP_PCT: images are synthetic"
-
-
-def _unused(cfg: CfgNode) -> Iterator[str]:
-    """Yield what was changed from its default but is not used by what was chosen."""
-    aug, schedule, default = cfg.AUG, cfg.SCHEDULE, config.defaults()
-    takes = optimizer_takes(cfg.OPTIM.NAME)
-    users = {
-        "SCHEDULE.MIN_LR": (*config.TO_MIN_LR,),
-        "SCHEDULE.DECAY_EPOCHS": ("step",),
-        "SCHEDULE.MILESTONES": ("multistep",),
-        "SCHEDULE.DECAY_RATE": ("step", "multistep"),
-        "SCHEDULE.POWER": ("poly",),
-    }
-    reasons = dict.fromkeys(("OPTIM.BETAS", "OPTIM.EPS", "OPTIM.MOMENTUM"), f"OPTIM.NAME {cfg.OPTIM.NAME} has none")
-    reasons = {key: why for key, why in reasons.items() if key not in takes}
-    reasons |= {key: f"SCHEDULE.NAME {schedule.NAME}" for key, names in users.items() if schedule.NAME not in names}
-    for key in ("TIMELINE.DROP_PATH_RATE", "TIMELINE.MIX_PROB"):
-        if config.get(cfg, key):
-            reasons[config.TIMELINES[key]] = f"{key} takes its place"
-    if not schedule.WARMUP_EPOCHS:
-        reasons["SCHEDULE.WARMUP_LR"] = "there is no warmup"
-        if schedule.NAME == "constant":
-            reasons["SCHEDULE.DELAY"] = "the learning rate does not change"
-    if not aug.ERASE_PROB:
-        reasons |= dict.fromkeys(("AUG.ERASE_MODE", "AUG.ERASE_COUNT", "AUG.ERASE_AREA"), "AUG.ERASE_PROB is 0")
-    if not (aug.MIXUP or aug.CUTMIX):
-        off = "AUG.MIXUP and AUG.CUTMIX are 0"
-        reasons |= dict.fromkeys(("AUG.MIX_PROB", "TIMELINE.MIX_PROB", "AUG.MIX_SWITCH_PROB"), off)
-    elif not (aug.MIX_PROB or cfg.TIMELINE.MIX_PROB):
-        reasons |= dict.fromkeys(("AUG.MIXUP", "AUG.CUTMIX", "AUG.MIX_SWITCH_PROB"), "AUG.MIX_PROB is 0")
-    elif not (aug.MIXUP and aug.CUTMIX):
-        reasons["AUG.MIX_SWITCH_PROB"] = "only one of mixup and cutmix is on"
-    if cfg.EVAL.MODE != "center" or cfg.EVAL.CROP_PCT:
-        reasons["DATA.EVAL_RESIZE"] = (
-            "EVAL.CROP_PCT sets the size" if cfg.EVAL.CROP_PCT else f"EVAL.MODE {cfg.EVAL.MODE}"
-        )
-    if cfg.DISTILL.TYPE == "none":
-        reasons |= dict.fromkeys(("DISTILL.ALPHA", "DISTILL.TAU"), "DISTILL.TYPE is none")
-    if not cfg.MODEL.INIT:
-        reasons["MODEL.INIT_WEIGHTS"] = "MODEL.INIT is not set"
-    for key, why in reasons.items():
-        if (value := config.get(cfg, key)) != config.get(default, key):
-            yield f"{key} {value}: {why}"
-
-
-def _which(weights: str) -> str:
-    return "averaged (EMA)" if weights == "ema" else "raw"
+def _weights(kind: str) -> str:
+    return "averaged (EMA)" if kind == "ema" else "raw"
 
 
 def _data(cfg: CfgNode, data: Data) -> Iterator[Line]:
@@ -172,11 +116,11 @@ def _optimiser(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Iterator[Line]
     yield "optimiser", f"{optim.NAME}, learning rate {groups[-1]['initial_lr']:.4g}{factor}; {clip}"
     settings = {key: groups[0][key] for key in ("betas", "eps", "momentum") if key in groups[0]}
     yield "", ", ".join(f"{key} {value}" for key, value in settings.items()) or "no other settings"
-    waits = "" if skips_on_device(optimizer) else "; the host reads whether an update is finite, on CUDA a wait each"
-    yield "", f"backend {backend_of(optimizer)}{waits}"
+    wait = "" if skips_on_device(optimizer) else "; the host reads whether an update is finite, on CUDA a wait each"
+    yield "", f"backend {backend_of(optimizer)}{wait}"
     for decay in sorted({group["weight_decay"] for group in groups}, reverse=True):
-        found = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
-        yield "", f"weight decay {decay:g}: {len(found)} tensors, {sum(p.numel() for p in found):,} parameters"
+        decayed = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
+        yield "", f"weight decay {decay:g}: {len(decayed)} tensors, {sum(p.numel() for p in decayed):,} parameters"
     scales = [group.get("lr_scale", 1.0) for group in groups]
     if min(scales) < 1:
         layers = len(set(scales))
@@ -192,8 +136,8 @@ def _schedule(cfg: CfgNode, state: TrainState) -> Iterator[Line]:
     end = f" to {state.schedule.lr_at(plan.updates - 1):.4g}"
     yield "schedule", f"{schedule.NAME}{end}, by {schedule.UNIT}{lag}; warmup {schedule.WARMUP_EPOCHS:g} epochs"
     warm = math.ceil(schedule.WARMUP_EPOCHS)
-    asked = {0, 1, 2, warm - 1, warm, warm + 1, plan.epochs // 2, cfg.TRAIN.EPOCHS - 1, plan.epochs - 1}
-    epochs = sorted(epoch for epoch in asked if 0 <= epoch < plan.epochs)
+    shown = {0, 1, 2, warm - 1, warm, warm + 1, plan.epochs // 2, cfg.TRAIN.EPOCHS - 1, plan.epochs - 1}
+    epochs = sorted(epoch for epoch in shown if 0 <= epoch < plan.epochs)
     rates = (f"{epoch}: {state.schedule.lr_at(epoch * plan.updates_per_epoch):.4g}" for epoch in epochs)
     yield "", f"learning rate where epochs begin (from 0)  {'  '.join(rates)}"
     if state.ema:
@@ -214,26 +158,26 @@ def _augmentation(cfg: CfgNode) -> Iterator[Line]:
     mix = f"mixup {aug.MIXUP:g}, cutmix {aug.CUTMIX:g} with probability {prob}"
     yield "", f"{mix}, {erase}, {aug.ORDER}; label smoothing {aug.LABEL_SMOOTHING:g}"
     if cfg.DISTILL.TYPE != "none":
-        teaching = (
+        distillation = (
             f"{cfg.DISTILL.TYPE} from {cfg.DISTILL.TEACHER}, alpha {cfg.DISTILL.ALPHA:g}, tau {cfg.DISTILL.TAU:g}"
         )
-        yield "distill", teaching
+        yield "distill", distillation
 
 
 def _evaluation(cfg: CfgNode) -> Iterator[Line]:
     size, ev = cfg.DATA.IMG_SIZE, cfg.EVAL
     if ev.MODE != "center":
-        how = f"{ev.MODE} to {math.floor(size / (ev.CROP_PCT or 1))}, centre crop {size}"
+        resize = f"{ev.MODE} to {math.floor(size / (ev.CROP_PCT or 1))}, centre crop {size}"
     elif ev.CROP_PCT:
-        how = f"shorter side to {math.floor(size / ev.CROP_PCT)}, centre crop {size}"
+        resize = f"shorter side to {math.floor(size / ev.CROP_PCT)}, centre crop {size}"
     elif cfg.DATA.EVAL_RESIZE:
-        how = f"shorter side to {cfg.DATA.EVAL_RESIZE}, centre crop {size}"
+        resize = f"shorter side to {cfg.DATA.EVAL_RESIZE}, centre crop {size}"
     else:
-        how = f"whole image to {size}"
+        resize = f"whole image to {size}"
     flip = ", averaged with the mirror image" if ev.FLIP else ""
     weights = "raw and EMA weights" if cfg.EMA.DECAY else "raw weights"
     often = "every epoch" if ev.EVERY == 1 else f"every {ev.EVERY} epochs"
-    yield "evaluate", f"{often}, {weights}; {how}, {cfg.DATA.EVAL_INTERPOLATION}{flip}"
+    yield "evaluate", f"{often}, {weights}; {resize}, {cfg.DATA.EVAL_INTERPOLATION}{flip}"
 
 
 def _checkpoints(cfg: CfgNode, size: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from data.augment.mixup import Mixup, mix_images
 from data.augment.random_erasing import erase
 from data.loaders.batch import Batch
 
-ERASE_MODES = ("pixel", "rand", "const")
-ORDERS = ("erase_then_mix", "mix_then_erase")
+EraseMode = Literal["pixel", "rand", "const"]
+Order = Literal["erase_then_mix", "mix_then_erase"]
 
 
 class DeviceStage:
@@ -31,14 +32,10 @@ class DeviceStage:
         std: Sequence[float],
         seed: int,
         device: torch.device | str = "cpu",
-        erase_mode: str = "pixel",
-        order: str = "erase_then_mix",
+        erase_mode: EraseMode = "pixel",
+        order: Order = "erase_then_mix",
         mix_prob: Timeline | None = None,
     ) -> None:
-        if erase_mode not in ERASE_MODES:
-            raise ValueError(f"AUG.ERASE_MODE={erase_mode!r} must be one of {', '.join(ERASE_MODES)}")
-        if order not in ORDERS:
-            raise ValueError(f"AUG.ORDER={order!r} must be one of {', '.join(ORDERS)}")
         self.mixing, self.seed, self.erase_mode, self.order = mixing, seed, erase_mode, order
         self.mix_prob = mix_prob
         self.device = torch.device(device)

@@ -7,7 +7,7 @@ with torchvision's and timm's semantics and timm's order of draws.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -78,16 +78,12 @@ class TrainTransform:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    interpolation: str = "bicubic"  # bicubic, bilinear, or random of the two
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # random: one of the two for each image
     policy: rand_augment.Policy | None = None  # None is off
     erase: RandomErasing = field(default_factory=RandomErasing)
     fill: tuple[int, int, int] = IMAGENET_FILL  # what RandAugment's geometric operations bring in from outside
     sizes: Timeline | None = None
     magnitude: Timeline | None = None
-
-    def __post_init__(self) -> None:
-        if self.interpolation not in (*INTERPOLATIONS, "random"):
-            raise ValueError(f"DATA.INTERPOLATION={self.interpolation!r} must be bicubic, bilinear or random")
 
     def size_in(self, epoch: int) -> int:
         """Return the size of an epoch's images."""
@@ -103,7 +99,7 @@ class TrainTransform:
         """Draw the choices for the sample at a position of an epoch, an image of height x width pixels."""
         rng = keyed_generator(self.seed, "augment", epoch, position)
         crop = draw_crop(rng, height, width, self.scale, self.ratio)
-        interpolation = self.interpolation
+        interpolation: str = self.interpolation
         if interpolation == "random":
             interpolation = ("bilinear", "bicubic")[rng.randint(2)]
         flip = bool(rng.random_sample() < self.hflip)

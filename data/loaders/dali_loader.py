@@ -26,8 +26,8 @@ from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import (
     Address,
     Batches,
+    ImageSource,
     MicroBatches,
-    Source,
     batches_of,
     evaluation_batches,
     read,
@@ -74,7 +74,7 @@ class Encoded:
 File = tuple[np.ndarray, int, int]  # bytes, and height and width of what they decode to
 
 
-def read_for_dali(source: Source, index: int, careful: bool = False) -> File:
+def read_for_dali(source: ImageSource, index: int, careful: bool = False) -> File:
     """Return an image's bytes for DALI, with their height and width; UnreadableImageError names its file.
 
     `careful` hands over the pixels of every file.
@@ -147,7 +147,7 @@ class DaliTrainLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         transform: TrainTransform,
         sampler: Sampler,
         rank: int = 0,
@@ -181,7 +181,7 @@ class DaliEvalLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         transform: EvalTransform,
         batch_size: int,
         rank: int = 0,

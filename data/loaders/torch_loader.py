@@ -31,7 +31,7 @@ Transform = TypeVar("Transform", TrainTransform, EvalTransform)
 Made = TypeVar("Made")
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Where a loader's bytes come from."""
 
     labels: np.ndarray  # int64 (n,)
@@ -45,7 +45,7 @@ class Source(Protocol):
         """Return the bytes of the image's file, uint8 (n,), writable."""
 
 
-def read(source: Source, index: int) -> np.ndarray:
+def read(source: ImageSource, index: int) -> np.ndarray:
     """Return the bytes of an image's file, uint8 (n,); UnreadableImageError names it."""
     try:
         return source.read(index)
@@ -55,7 +55,7 @@ def read(source: Source, index: int) -> np.ndarray:
         ) from error
 
 
-def load(source: Source, index: int) -> Tensor:
+def load(source: ImageSource, index: int) -> Tensor:
     """Return an image, uint8 (3, H, W); UnreadableImageError names its file."""
     return decode(read(source, index), source.name(index))
 
@@ -63,7 +63,7 @@ def load(source: Source, index: int) -> Tensor:
 class Batches(Dataset, Generic[Asked, Transform, Made]):
     """What workers do: `batch` makes a batch of what is asked for; of an UnreadableImageError only the message travels."""
 
-    def __init__(self, source: Source, transform: Transform) -> None:
+    def __init__(self, source: ImageSource, transform: Transform) -> None:
         self.source = source
         self.transform: Transform = transform
 
@@ -164,7 +164,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         transform: TrainTransform,
         sampler: Sampler,
         rank: int = 0,
@@ -195,7 +195,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: ImageSource,
         transform: EvalTransform,
         batch_size: int,
         rank: int = 0,

@@ -1,1 +1,1 @@
-"""Where images lie: class folders, archives and their index, labels."""
+"""Storage of images: class folders, archives and their index, labels."""

@@ -1,6 +1,6 @@
-"""What lies in a tar or a stored zip: the name, offset and length of every file, so that it can be read in place.
+"""Members of a tar or an uncompressed zip: path, offset and length of every file, so that it can be read in place.
 
-Both are read with stdlib's parsers, over windows of a file that `os.pread` fills: a tar inside a tar is a window, too.
+Both are read with stdlib's parsers from windows of a file, filled with `os.pread`; a tar inside a tar is a window, too.
 """
 
 import os
@@ -16,12 +16,12 @@ from data.stores.folder import SUFFIXES
 
 TAR, ZIP = ".tar", ".zip"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
-CHUNK = 1 << 20  # read at a time to see whether a tar goes on after its end mark
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of its name and extra field
+CHUNK = 1 << 20  # bytes read at a time in search of data after the end mark of a tar
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of its name and extra field
 
 
 class Member(NamedTuple):
-    """A file in an archive: where its bytes lie in the archive's file."""
+    """A file in an archive: its path, and offset and length of its bytes in the archive."""
 
     path: str
     offset: int
@@ -30,20 +30,20 @@ class Member(NamedTuple):
 
 @dataclass
 class Contents:
-    """The files of an archive, and what is wrong with it though it can be used."""
+    """Files of an archive, and defects that do not prevent its use."""
 
     members: list[Member]
     problems: list[str] = field(default_factory=list)
 
 
 class Window:
-    """A piece of an open file as a file of its own, read with os.pread."""
+    """File-like view of a piece of an open file, read with os.pread."""
 
     def __init__(self, fd: int, start: int, size: int) -> None:
         self.fd, self.start, self.size, self.at = fd, start, size, 0
 
     def read(self, count: int = -1) -> bytes:
-        """Return up to `count` bytes from the current position on."""
+        """Read up to `count` bytes from the current position; all that are left for -1."""
         left = max(0, self.size - self.at)
         count = left if count < 0 else min(count, left)
         data = os.pread(self.fd, count, self.start + self.at)
@@ -51,7 +51,7 @@ class Window:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position."""
+        """Move the position; return it."""
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
         return self.at
 
@@ -60,12 +60,12 @@ class Window:
         return self.at
 
     def seekable(self) -> bool:
-        """Say that positions can be chosen."""
+        """Return True."""
         return True
 
 
 def list_archive(path: Path, start: int = 0, size: int | None = None, inner: str = "") -> Contents:
-    """List the files of an archive, or of the tar `inner` that lies in it at `start`. ValueError if it cannot be used."""
+    """List the files of an archive, or of the tar `inner` at byte `start` of it. ValueError if it cannot be used."""
     name = f"{path}:{inner}" if inner else str(path)
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -88,7 +88,7 @@ def _tar_contents(window: Window, name: str) -> Contents:
     window.seek(0)
     with tarfile.open(fileobj=window, mode="r:", errorlevel=0) as tar:  # type: ignore[call-overload]
         while (info := tar.next()) is not None:
-            tar.members = []  # which would grow with every member
+            tar.members = []  # TarFile would keep every member in memory
             unusable = info.issparse() or info.islnk() or info.issym()
             if unusable and info.name.lower().endswith(SUFFIXES):
                 kind = "sparse" if info.issparse() else "a link"
@@ -115,7 +115,7 @@ def _tar_contents(window: Window, name: str) -> Contents:
 
 
 def _after_zeros(window: Window) -> int | None:
-    """Return the position of the first block that is not zeros, from the current one on; None if there is none."""
+    """Return the position of the first nonzero block at or after the current position; None if there is none."""
     while chunk := window.read(CHUNK):
         if rest := chunk.lstrip(b"\0"):
             at = window.tell() - len(rest)

@@ -1,7 +1,7 @@
-"""A file that several processes need and one of them builds, on local disks and on network file systems alike.
+"""Build a file once for several processes, on local disks and on network file systems.
 
-The lock is a file made with O_EXCL, which NFS and Lustre honour. Its owner touches it while it works; a lock that nobody
-has touched for STALE_S is taken over. That a file is built twice does no harm: it is written whole or not at all.
+The lock is a file created with O_EXCL, which NFS and Lustre support. Its owner updates its time while it works; a lock not
+updated for STALE_S is removed and taken over. Building a file twice is harmless, since it is written atomically.
 """
 
 import errno
@@ -20,11 +20,15 @@ TOUCH_S, STALE_S, POLL_S = 5.0, 60.0, 0.2
 
 
 def build_once(
-    files: Sequence[Path], read: Callable[[Path], T | None], build: Callable[[Path], None], say: Callable[[str], None]
+    files: Sequence[Path],
+    read: Callable[[Path], T | None],
+    build: Callable[[Path], None],
+    progress: Callable[[str], None],
 ) -> tuple[T, Path]:
-    """Return what `read` gives for one of the files, and that file; else build the first whose folder can be written.
+    """Read the first usable one of `files`, else build the first in a writable folder; return its contents and its path.
 
-    `read` returns None for a file that is missing or does not fit any more. ValueError if none can be written.
+    `read` returns None for a file that is missing or outdated. `progress` is called with lines about waiting for another
+    process. ValueError if no folder is writable.
     """
     for file in files:
         if (found := read(file)) is not None:
@@ -33,18 +37,17 @@ def build_once(
         lock = file.with_name(f"{file.name}.lock")
         if not _lockable(lock):
             continue
-        waited, seen = _Wait(lock, say), _time(file)
+        wait, seen = _LockWait(lock, progress), _time(file)
         while True:
             try:
                 with _Lock(lock):
-                    if (found := read(file)) is None:  # another process may have built it meanwhile
+                    if (found := read(file)) is None:  # None: no other process has built it in the meantime
                         build(file)
                         found = read(file)
             except FileExistsError:
-                waited.once()
-                if (
-                    now := _time(file)
-                ) != seen or not lock.exists():  # all that waited read it at once, without the lock
+                wait.once()
+                now = _time(file)
+                if now != seen or not lock.exists():  # read without the lock: the waiting processes read in parallel
                     seen = now
                     if (found := read(file)) is not None:
                         return found, file
@@ -66,7 +69,7 @@ def _time(file: Path) -> int:
 
 
 def _lockable(lock: Path) -> bool:
-    """Return whether files can be made in the folder of the lock, which is made if it is missing."""
+    """Return True if files can be created in the folder of the lock, which is created if it is missing."""
     probe = lock.with_name(f".{lock.name}.{uuid.uuid4().hex}.probe")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def _lockable(lock: Path) -> bool:
 
 
 class _Lock:
-    """The lock file, touched by a thread as long as it is held; FileExistsError if another process holds it."""
+    """Lock file, its time updated by a thread while it is held; FileExistsError if another process holds it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.done = path, threading.Event()
@@ -103,34 +106,34 @@ class _Lock:
                 os.utime(self.path)
 
 
-class _Wait:
-    """The patience of a process that waits for a lock."""
+class _LockWait:
+    """Waiting for a lock: polling, and removal of a lock that its owner left behind."""
 
-    def __init__(self, lock: Path, say: Callable[[str], None]) -> None:
-        self.lock, self.say = lock, say
+    def __init__(self, lock: Path, progress: Callable[[str], None]) -> None:
+        self.lock, self.progress = lock, progress
         self.touched, self.since = 0, time.monotonic()
-        self.said = False
+        self.logged = False
 
     def once(self) -> None:
-        """Wait a little; remove the lock if its owner is gone."""
+        """Wait for POLL_S; remove the lock instead if its owner has ended or it is stale."""
         try:
             owner, touched = self.lock.read_text().split(), self.lock.stat().st_mtime_ns
         except OSError:
-            return  # it has just been let go
-        if touched != self.touched:  # by this process's clock, since those of two machines differ
+            return  # released in the meantime
+        if touched != self.touched:  # timed by this process's clock, since those of two machines differ
             self.touched, self.since = touched, time.monotonic()
         if _gone(owner) or time.monotonic() - self.since > STALE_S:
-            self.say(f"taking over from {' '.join(owner) or 'a process'}, which left {self.lock}")
+            self.progress(f"taking over from {' '.join(owner) or 'a process'}, which left {self.lock}")
             self.lock.unlink(missing_ok=True)
             return
-        if not self.said:
-            self.say(f"waiting for process {' '.join(owner)} to write {self.lock.with_suffix('')}")
-            self.said = True
+        if not self.logged:
+            self.progress(f"waiting for process {' '.join(owner)} to write {self.lock.with_suffix('')}")
+            self.logged = True
         time.sleep(POLL_S)
 
 
 def _gone(owner: Sequence[str]) -> bool:
-    """Return whether the owner was a process of this machine that has ended."""
+    """Return True if the owner was a process of this machine that has ended."""
     if len(owner) != 2 or owner[0] != socket.gethostname():
         return False
     try:

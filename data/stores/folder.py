@@ -1,7 +1,7 @@
-"""ImageFolder trees: ROOT/train/<class>/... and ROOT/val/<class>/..., read the way torchvision orders them.
+"""ImageFolder trees: ROOT/train/<class>/... and ROOT/val/<class>/..., in the order of torchvision.
 
-A `FolderSource` is what loaders read from: labels and, per index, bytes and a name. The paths lie in one bytes object, so
-that forked workers share 1.28 million of them instead of copying them page by page as Python counts references.
+A `FolderSource` gives loaders the labels and, by index, the bytes and the name of each image. Its paths are kept in one
+bytes object: of 1.28 million Python strings, reference counting would copy every page into every forked worker.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-SCAN_THREADS = 16  # class folders listed at a time; waiting for a network file system, not computing
-NAMED = 5  # how many wrong classes an error names
+SCAN_THREADS = 16  # class folders listed in parallel; bound by the latency of network file systems
+NAMED = 5  # names listed in an error
 
 
 class ClassIndexError(ValueError):
@@ -29,7 +29,7 @@ class ClassIndexError(ValueError):
 
 
 class FolderSource:
-    """The images of one split: their labels, and their bytes by index."""
+    """Labels of the images of a folder, and their bytes by index."""
 
     def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
         encoded = [os.fsencode(path) for path in paths]
@@ -45,7 +45,7 @@ class FolderSource:
         return os.path.join(self.root, self.relative(index))  # noqa: PTH118  fast
 
     def relative(self, index: int) -> str:
-        """Return the path of an image below the root."""
+        """Return the path of an image relative to the root."""
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._paths[start : int(self._ends[index])])
 
@@ -55,10 +55,10 @@ class FolderSource:
 
 
 def read_class_index(path: str | Path) -> list[str]:
-    """Return the class folder names in label order, from a file of one of four forms.
+    """Read the class folder names in label order from a file of one of four formats.
 
-    JSON: {"0": ["n01440764", "tench"], ...}, a list of names, or {"name": index, ...}. Text: a name a line. Raises
-    ClassIndexError with the remedy for any other file.
+    JSON: {"0": ["n01440764", "tench"], ...}, a list of names, or {"name": index, ...}. Text: a name a line.
+    ClassIndexError for a missing file, another format, or a class that is not unique.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,6 +81,7 @@ def read_class_index(path: str | Path) -> list[str]:
 
 
 def _names_of_json(tree: object) -> list[str]:
+    """Return the names in label order. ValueError if their indices are not 0 .. n - 1."""
     if isinstance(tree, dict) and tree and all(isinstance(value, int) for value in tree.values()):
         by_index = {value: key for key, value in tree.items()}
     elif isinstance(tree, dict):
@@ -95,7 +96,7 @@ def _names_of_json(tree: object) -> list[str]:
 
 
 def split_folder(root: str | Path, split: str) -> Path:
-    """Return ROOT/split; ValueError says what was looked for and what is there."""
+    """Return ROOT/split; ValueError if it is no folder, with the contents of the nearest one."""
     if not str(root):
         raise ValueError("DATA.PATH is not set; give the folder that holds train/ and val/ (--data-path FOLDER)")
     root = Path(root).expanduser()
@@ -113,7 +114,7 @@ def split_folder(root: str | Path, split: str) -> Path:
 
 
 def val_folder(path: str) -> Path:
-    """Return the folder of --val-path; ValueError says what is there instead."""
+    """Return the folder of --val-path; ValueError if it is none, with the contents of the nearest one."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         parent = next((p for p in folder.parents if p.is_dir()), Path("/"))
@@ -124,7 +125,7 @@ def val_folder(path: str) -> Path:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders of a split; ValueError if its images lie without folders."""
+    """Return the sorted names of the class folders of a split; ValueError if there are none."""
     classes = _folders(folder)
     if classes:
         return classes
@@ -167,25 +168,25 @@ def scan_labelled(folder: Path, labels: Mapping[str, int]) -> FolderSource:
 
 
 def check_classes(
-    where: str | Path, noun: str, present: Sequence[str], classes: Sequence[str], must_hold_all: bool
+    name: str | Path, noun: str, present: Sequence[str], classes: Sequence[str], must_hold_all: bool
 ) -> None:
-    """Raise ValueError for classes present that are not known, and, with `must_hold_all`, for known ones that are not there."""
+    """Raise ValueError for present classes that are not in `classes`, and, with `must_hold_all`, for missing ones."""
     unknown = sorted(set(present) - set(classes))
     if unknown:
         raise ValueError(
-            f"{where} has {len(unknown)} {noun} that are not among the {len(classes)} classes: {some(unknown)}; "
+            f"{name} has {len(unknown)} {noun} that are not among the {len(classes)} classes: {some(unknown)}; "
             f"remove them, or add them to train/ and to DATA.CLASS_INDEX if one is set (the classes are {some(classes)})"
         )
     missing = sorted(set(classes) - set(present))
     if missing and must_hold_all:
         raise ValueError(
-            f"{where} has no {noun.removeprefix('class ').removesuffix('s')} for {len(missing)} of the {len(classes)} classes: "
+            f"{name} has no {noun.removeprefix('class ').removesuffix('s')} for {len(missing)} of the {len(classes)} classes: "
             f"{some(missing)}; add their images, or take them out of DATA.CLASS_INDEX"
         )
 
 
 def _images(folder: Path, name: str) -> list[str]:
-    """List the images below folder/name, relative to folder: folders sorted by path, then files by name."""
+    """List the paths of the images below folder/name, relative to `folder`: sorted by folder, then by file name."""
     found: dict[str, list[str]] = {}
     pending = [name]
     while pending:
@@ -208,10 +209,12 @@ def _folders(folder: Path) -> list[str]:
 
 
 def listing(folder: Path) -> str:
+    """Return the names in a folder, the first few, for a message."""
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
     return some(names) if names else "nothing"
 
 
 def some(names: Sequence[str]) -> str:
+    """Return the first few names and the number of the others, for a message."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -1,4 +1,4 @@
-"""Files that tell the classes of images which lie in no class folder, as the official validation tar has them.
+"""Label files: classes of validation images without class folders, as those of the official tar.
 
     per image   ILSVRC2012_val_00000001.JPEG n01751748    (also "mv FILE CLASS/", the lines of valprep.sh)
                 ILSVRC2012_val_00000001.JPEG 65           0-based, classes sorted by name (Swin's val_map.txt, Caffe's val.txt)
@@ -6,8 +6,9 @@
     by position n01751748                                 a line per image, in the order of their numbers
                 490                                       ILSVRC2012_validation_ground_truth.txt of the development kit
 
-The development kit's numbers are ILSVRC2012_IDs, whose order is not that of the sorted classes: they are translated by the
-kit's meta.mat (or map_clsloc.txt), or read with it out of the kit's archive. What could mean two things is refused.
+The development kit's numbers are ILSVRC2012_IDs, whose order is not that of the sorted classes: they are translated with
+the kit's meta.mat (or map_clsloc.txt), which is read from beside the file or from the kit's archive. Ambiguous files are
+refused.
 """
 
 import re
@@ -34,7 +35,7 @@ Labels = dict[str, str] | dict[str, int]
 
 
 def find_label_file(folder: Path, given: str) -> Path:
-    """Return the file `given`, else the one of a known name in `folder`. ValueError if there is none, or more than one."""
+    """Return the file `given`, else the one with a known name in `folder`. ValueError for none, or more than one."""
     if given:
         path = Path(given).expanduser()
         if not path.exists():
@@ -44,7 +45,7 @@ def find_label_file(folder: Path, given: str) -> Path:
         return path
     found = [folder / name for name in KNOWN if (folder / name).exists()]
     if len(found) == 2 and all(path.name in KITS for path in found):
-        found = found[1:]  # the unpacked one
+        found = found[1:]  # the unpacked kit
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise ValueError(
@@ -67,9 +68,9 @@ def inputs_of(path: Path) -> list[Path]:
 
 
 def read_labels(path: Path, images: Sequence[str]) -> Labels:
-    """Return the class, by name or by number, of each of the image file names.
+    """Read the name or the number of the class of each image, by its file name in `images`.
 
-    ValueError if the file does not tell it for each, or can be understood in more than one way.
+    ValueError if the file lacks one of them, or is ambiguous.
     """
     files = {p.name: p.read_bytes() for p in inputs_of(path)} if path.is_dir() or path.name == GROUND_TRUTH else None
     if "".join(path.suffixes[-2:]) in (".tar.gz", ".tgz") or path.suffix in (".tgz", ".tar"):
@@ -90,18 +91,19 @@ def read_labels(path: Path, images: Sequence[str]) -> Labels:
 
 
 def _fields(line: str) -> list[str]:
-    """Split a line: image and class, class alone, or nothing if it is a heading or prepares folders."""
+    """Split a line into image and class, or class alone; into nothing for a heading or a command that makes folders."""
     fields = line.replace(",", " ").split()
     if not fields or fields[0].startswith("#") or fields[0] in ("ImageId", "mkdir", "wget", "rm"):
         return []
     if fields[0] == "mv":
         return [fields[1], fields[2].rstrip("/")] if len(fields) == 3 else []
-    if len(fields) >= 6 and len(fields) % 5 == 1:  # Kaggle: boxes of a class and four numbers each
+    if len(fields) >= 6 and len(fields) % 5 == 1:  # Kaggle: for each box, a class and four numbers
         return [fields[0], *dict.fromkeys(fields[1::5])]
     return fields
 
 
 def _per_image(rows: list[list[str]], images: Sequence[str], path: Path) -> Labels:
+    """Return the class of each image from lines with image and class."""
     odd = next((row for row in rows if len(row) != 2), None)
     if odd or not rows:
         raise ValueError(
@@ -132,6 +134,7 @@ def _per_image(rows: list[list[str]], images: Sequence[str], path: Path) -> Labe
 
 
 def _by_position(values: Sequence[str], images: Sequence[str], path: Path) -> dict[str, str]:
+    """Return the class of each image from one class for each, in the order of the images' numbers."""
     if len(values) != len(images):
         raise ValueError(f"{path} has {len(values)} lines for {len(images)} images; is it the right file?")
     ordered = sorted(images)
@@ -145,6 +148,7 @@ def _by_position(values: Sequence[str], images: Sequence[str], path: Path) -> di
 
 
 def _kit_labels(files: dict[str, bytes], images: Sequence[str], path: Path) -> dict[str, str]:
+    """Return the class of each image from the development kit's files, by name."""
     if GROUND_TRUTH not in files:
         raise ValueError(f"{path} holds no {GROUND_TRUTH}; give the development kit of ILSVRC2012, tasks 1 and 2")
     if "meta.mat" in files:
@@ -168,7 +172,7 @@ def _kit_labels(files: dict[str, bytes], images: Sequence[str], path: Path) -> d
 
 
 def _unpacked(kit: Path) -> dict[str, bytes]:
-    """Return the files of a development kit's archive that tell classes."""
+    """Read the label files of a development kit's archive, by name."""
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(kit) as tar:

@@ -1,18 +1,18 @@
-"""Which files hold a split of DATA.PATH, and how the names in them tell classes: the one place that decides both.
+"""Locations of the splits of DATA.PATH, and layouts of images in archives: no other module decides either.
 
-A split is looked for in this order; ROOT is DATA.PATH, and val may be called validation:
+A split is searched in this order; ROOT is DATA.PATH, and val may be called validation:
 
     ROOT/<split>/                          class folders, or archives of any kind below
     ROOT/<split>.tar  ROOT/<split>.zip  ROOT/ILSVRC2012_img_<split>.tar
     ROOT/<name>-<split>-000000.tar ...     shards
-    ROOT itself, a tar or zip with <split>/ in it
+    ROOT itself: a tar or zip with <split>/ in it
 
 Archives hold one of four layouts:
 
     shards     KEY.jpg beside KEY.cls or KEY.json: the class's number or name (WebDataset)
     folders    <class>/<file>
     tars       <class>.tar with its files: in a folder, or inside a tar as in ILSVRC2012_img_train.tar
-    flat       files only, whose classes another file tells (label_files.py), as for ILSVRC2012_img_val.tar
+    flat       files only, with their classes in another file (label_files.py), as for ILSVRC2012_img_val.tar
 """
 
 import json
@@ -29,7 +29,7 @@ from data.stores.folder import SUFFIXES, listing, split_folder
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 JSON_KEYS = ("label", "cls", "class", "target", "wnid")
 LABEL_SUFFIXES = (".cls", ".json")
-LABEL_BYTES = 1 << 20  # a longer one is no label
+LABEL_BYTES = 1 << 20  # at most so much of a label file is read
 SHARD_STEM = re.compile(r"(.*[-_.])\d+|\d{4,}")
 EXPECTED = (
     "train/<class>/<image> and val/<class>/<image>; train.tar or train.zip, also as folders of tars; "
@@ -38,51 +38,56 @@ EXPECTED = (
 
 
 class NoSplitError(ValueError):
-    """Nothing below DATA.PATH is named like the split."""
+    """Error of a DATA.PATH without a folder or archive for the split."""
 
 
 @dataclass(frozen=True)
 class SplitLocation:
-    """Where a split lies: a folder of class folders, or archives."""
+    """Location of a split: a folder of class folders, or archives."""
 
     split: str
     root: Path  # DATA.PATH
     folder: Path | None  # of class folders
     archives: tuple[Path, ...] = ()
-    notes: tuple[str, ...] = ()  # what lies beside it and is not read
+    notes: tuple[str, ...] = ()  # archives beside the folder that are not read
 
     @property
     def inside(self) -> bool:
-        """Whether DATA.PATH itself is the archive, of which only what lies below <split>/ belongs to the split."""
+        """Return True if DATA.PATH itself is the archive, and its members below <split>/ are the split."""
         return self.archives == (self.root,)
 
     @property
+    def index_folder(self) -> Path:
+        """Folder of the archives, in which their index and label files lie."""
+        return self.root.parent if self.inside else self.root
+
+    @property
     def name(self) -> str:
-        """What an error calls it."""
+        """Name of the location in messages."""
         if self.folder:
             return str(self.folder)
         return str(self.archives[0]) + (f" and {len(self.archives) - 1} more" if len(self.archives) > 1 else "")
 
 
 class Sample(NamedTuple):
-    """An image in an archive: its class if it is known, and the folders and the name that its class orders it by."""
+    """An image in an archive."""
 
-    label: str | int | None
-    place: str
+    label: str | int | None  # name or number of its class, None if unknown
+    path: str  # relative to the split folder; sorts the images of a class
     member: Member
 
 
 def find_split(root: str | Path, split: str) -> SplitLocation:
-    """Find a split below DATA.PATH. NoSplitError if there is none, ValueError if more than one could be meant."""
+    """Find a split below DATA.PATH. NoSplitError if there is none, ValueError if there are several candidates."""
     if not str(root):
-        split_folder(root, split)  # says that it is not set
+        split_folder(root, split)  # raises: not set
     root = Path(root).expanduser()
     if root.is_file():
         if not _is_archive(root.name):
             raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
         return SplitLocation(split, root, None, (root,))
     if not root.is_dir():
-        split_folder(root, split)  # says what is wrong
+        split_folder(root, split)  # raises: no folder
     names = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     beside = [group for group in _groups(names, split) if group]
     for folder in (root / name for name in SPLIT_NAMES[split]):
@@ -106,9 +111,9 @@ def find_split(root: str | Path, split: str) -> SplitLocation:
 
 
 def has_split(root: str | Path, split: str) -> bool:
-    """Return whether DATA.PATH is a folder with something for the split, or an archive, which may have it.
+    """Return True if DATA.PATH is a folder that holds the split, or an archive, which may hold it.
 
-    ValueError if it cannot be told what the split is.
+    ValueError if there are several candidates.
     """
     try:
         find_split(root, split)
@@ -118,7 +123,7 @@ def has_split(root: str | Path, split: str) -> bool:
 
 
 def _groups(names: Sequence[str], split: str) -> list[list[str]]:
-    """Return the archives for a split among names, a list for each way of naming them."""
+    """Return the names of archives of a split among `names`, a list for each naming pattern."""
     words = "|".join(SPLIT_NAMES[split])
     patterns = [
         rf"({words})\.tar",
@@ -130,6 +135,7 @@ def _groups(names: Sequence[str], split: str) -> list[list[str]]:
 
 
 def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
+    """Return the message of NoSplitError."""
     packed = [name for name in names if name.lower().endswith(COMPRESSED) and split in name]
     if packed:
         return f"DATA.PATH={str(root)!r} holds {packed[0]}; {_remedy(packed[0])}"
@@ -153,9 +159,9 @@ def _is_archive(name: str) -> bool:
 
 
 def of_split(members: Sequence[Member], split: str, inside: bool) -> list[tuple[str, Member]]:
-    """Return (path below the split's folder, member), hidden ones left out.
+    """Return (path relative to the split folder, member) of a split's members without hidden ones.
 
-    A leading <split>/ is taken off; with `inside`, members without it do not belong to the split.
+    A leading <split>/ is removed; with `inside`, members without it belong to no split and are left out.
     """
     found: list[tuple[str, Member]] = []
     for member in members:
@@ -172,9 +178,9 @@ def of_split(members: Sequence[Member], split: str, inside: bool) -> list[tuple[
 
 
 def shard_labels(entries: Sequence[tuple[str, Member]], name: str) -> dict[str, Member]:
-    """Return the members that hold labels, by the keys of the images they belong to; .cls comes before .json.
+    """Return the label members of a shard by the key of their image; .cls comes before .json.
 
-    ValueError if two samples share a key, so that it does not tell which label is whose.
+    ValueError if two samples share a key.
     """
     keys = {_key(path) for path, _ in entries if path.lower().endswith(SUFFIXES)}
     found: dict[str, Member] = {}
@@ -194,7 +200,7 @@ def shard_labels(entries: Sequence[tuple[str, Member]], name: str) -> dict[str, 
 
 
 def parse_label(data: bytes, member: str, name: str) -> str | int:
-    """Return the class that a shard's .cls or .json states: its number, or its name."""
+    """Return the number or name of the class in a shard's .cls or .json. ValueError if it holds neither."""
     text = data.decode("utf-8", errors="replace").strip()
     value: object = text
     if member.lower().endswith(".json"):
@@ -218,7 +224,7 @@ def parse_label(data: bytes, member: str, name: str) -> str | int:
 
 
 def samples_of(entries: Sequence[tuple[str, Member]], labels: dict[str, str | int], name: str) -> list[Sample]:
-    """Return an archive's images with the classes that shard labels or folders tell; ValueError if they lie at odds."""
+    """Return an archive's images with the classes of shard labels or folders. ValueError if only some images have one."""
     images = [(path, member) for path, member in entries if path.lower().endswith(SUFFIXES)]
     if labels:
         bare = [path for path, _ in images if _key(path) not in labels]
@@ -235,19 +241,17 @@ def samples_of(entries: Sequence[tuple[str, Member]], labels: dict[str, str | in
 
 
 def without_shared_folder(samples: list[Sample]) -> list[Sample]:
-    """Take off a leading folder that all images of a split share if there are class folders below it."""
-    while samples and len({sample.place.split("/")[0] for sample in samples}) == 1:
-        if any(sample.place.count("/") < 2 for sample in samples):
+    """Remove leading folders that all images of a split share, as long as there are class folders below them."""
+    while samples and len({sample.path.split("/")[0] for sample in samples}) == 1:
+        if any(sample.path.count("/") < 2 for sample in samples):
             break
-        rest = [sample.place.split("/", 1)[1] for sample in samples]
-        samples = [
-            Sample(place.split("/")[0], place, sample.member) for place, sample in zip(rest, samples, strict=True)
-        ]
+        rest = [sample.path.split("/", 1)[1] for sample in samples]
+        samples = [Sample(path.split("/")[0], path, one.member) for path, one in zip(rest, samples, strict=True)]
     return samples
 
 
 def refuse_shard_names(stems: Sequence[str], name: str) -> None:
-    """Raise ValueError if tars without labels are all named like shards, so that their names cannot be classes."""
+    """Raise ValueError if tars without labels are all named like shards, not after classes."""
     matches = [SHARD_STEM.fullmatch(stem) for stem in stems]
     if all(matches) and len({match.group(1) for match in matches if match}) == 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""As much of MATLAB's MAT-file (level 5) as the meta.mat of ImageNet's development kit takes: structs of numbers and text."""
+"""Read the meta.mat of ImageNet's development kit: a MAT-file of level 5 with structs of numbers and text."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ CELL, STRUCT, CHAR = 1, 2, 4
 def read_mat(data: bytes) -> dict[str, Any]:
     """Return the variables of a MAT-file: structs and cells as flat lists, text as str, numbers as arrays.
 
-    Raises ValueError for anything else.
+    ValueError for any other type, and for a damaged file.
     """
     if len(data) < HEADER or data[126:128] != b"IM" or not data.startswith(b"MATLAB 5.0"):
         raise ValueError("not a little-endian MAT-file of level 5")
@@ -41,7 +41,7 @@ def _elements(data: bytes) -> list[tuple[int, bytes]]:
     at = 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, at)
-        if kind >> 16:  # a small element: size and type share a word, the data the next
+        if kind >> 16:  # a small element: size and type in one word, the data in the next
             found.append((kind & 0xFFFF, data[at + 4 : at + 4 + (kind >> 16)]))
             at += 8
             continue

@@ -1,7 +1,7 @@
 """ReaL, the reassessed labels of ImageNet's validation images (Beyer et al., Are we done with ImageNet?, 2020).
 
-The file is a JSON list: entry i holds the class numbers that are right for ILSVRC2012_val_<i+1>.JPEG, none if nobody could
-tell. An answer is correct if it is among them; images without labels do not count.
+The file is a JSON list: entry i holds the correct class numbers of ILSVRC2012_val_<i+1>.JPEG, none if the annotators found
+no class. A prediction is correct if it is among them; images without labels do not count.
 """
 
 import json
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
 @dataclass(frozen=True)
 class RealAccuracy(TopKCounts):
-    """Counts over the images that have labels."""
+    """Top-1 and top-5 counts over the images that have labels."""
 
     def __str__(self) -> str:
         return f"ReaL {super().__str__()}"
@@ -28,12 +28,12 @@ class RealAccuracy(TopKCounts):
 
 @dataclass(frozen=True)
 class RealLabels:
-    """The right classes of every image of a data set, by its index, in the model's numbers; none if there are none."""
+    """Correct labels of every image of a data set by index, in the model's numbering; an empty set for unlabelled images."""
 
     right: list[frozenset[int]]
 
     def count(self, ranked: np.ndarray) -> RealAccuracy:
-        """Return the accuracy of answers, int64 (n, k), best first, by index; k at most 5."""
+        """Return the accuracy of ranked predictions, int64 (n, k), best first, k at most 5; row i is image i."""
         rows = [(labels, row) for labels, row in zip(self.right, ranked.tolist(), strict=True) if labels]
         correct1 = sum(row[0] in labels for labels, row in rows)
         correct5 = sum(not labels.isdisjoint(row) for labels, row in rows)
@@ -41,10 +41,10 @@ class RealLabels:
 
 
 def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) -> RealLabels:
-    """Read the labels of the images called `files`; `classes` are the model's, in its order.
+    """Read the labels of the images named `files`; `classes` are the model's class names in label order.
 
-    WordNet ids among the classes find the numbers of a model with its own order; other names are right only for a model of
-    1000 classes. Raises ValueError for a file of another form, other image names, or classes that are not ImageNet's.
+    WordNet ids as class names give the labels of a model with its own order; other names are accepted for a model of 1000
+    classes only. ValueError for a file of another format, other image names, or classes that are not ImageNet's.
     """
     table = _read(path)
     to_model = _to_model(path, classes)
@@ -83,7 +83,7 @@ def _read(path: str) -> list[list[int]]:
 
 
 def _to_model(path: str, classes: Sequence[str]) -> dict[int, int]:
-    """Return the model's number of each of ImageNet's that it knows."""
+    """Return the mapping from ImageNet-1k's class numbers to the model's labels, for the classes of the model."""
     standard = {wnid: number for number, wnid in enumerate(imagenet_wnids())}
     if set(classes) <= set(standard):
         return {standard[name]: label for label, name in enumerate(classes)}

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, sealed with a checksum, read without unpickling code.
+"""Checkpoint files: written atomically, with a checksum, read without unpickling code.
 
 A run directory keeps `checkpoints/update-<number>.pt` (everything needed to continue) and `best_raw.safetensors`,
 `best_ema.safetensors` (weights only, with their accuracy in the header). A checkpoint is what torch.save writes: a zip
-archive, whose comment, at the end of the file, holds the SHA-256 of all that precedes it.
+archive; its comment, at the end of the file, holds the SHA-256 of all bytes before it.
 """
 
 import hashlib
@@ -21,27 +21,27 @@ from torch import Tensor
 
 from common.atomic_files import remove_temporary, write_atomically
 
-FORMAT = 2  # raised when a checkpoint of the new form cannot be read by the old code; 1 had no seal
+FORMAT = 2  # increased when old code cannot read a new checkpoint; format 1 had no checksum
 _NAME = re.compile(r"update-(\d{8,})\.pt")
-_SEAL = b"retoken sha256 "  # followed by 64 hexadecimal digits
-_SEAL_LENGTH = len(_SEAL) + 64
+_PREFIX = b"retoken sha256 "  # of the checksum, followed by 64 hexadecimal digits
+_CHECKSUM_LENGTH = len(_PREFIX) + 64
 _NO_COMMENT = bytes(2)  # a zip archive ends with the length of its comment, and the comment
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was written."""
+    """Raised for a checkpoint whose content differs from what was written."""
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a run's whole state (tensors and plain values). Raises OSError, also for what torch makes of one."""
+    """Write a run's whole state (tensors and plain values). Raises OSError, also where torch wraps one in a RuntimeError."""
 
     def write(file: Path) -> None:
         try:
-            with file.open("wb") as stream:
-                sealing = Sealing(stream)
-                torch.save({"format": FORMAT, **state}, cast("IO[bytes]", sealing))
-                sealing.finish()
-        except RuntimeError as error:  # "unexpected pos 704 vs 598": the disk's own words stand behind it
+            with file.open("wb") as raw:
+                writer = ChecksumWriter(raw)
+                torch.save({"format": FORMAT, **state}, cast("IO[bytes]", writer))
+                writer.finish()
+        except RuntimeError as error:  # "unexpected pos 704 vs 598": the OSError is its context
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -50,14 +50,14 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
-    """Read a state that `save_state` wrote, on the CPU; `verify` its checksum, for which all of it is read once more.
+    """Read a state written by `save_state`, on the CPU; `verify` compares its checksum, which reads the file once more.
 
-    Raises DamagedError for a file that is not as it was written or no checkpoint at all; ValueError for a missing, unreadable,
-    foreign or newer one.
+    Raises DamagedError for a file that differs from what was written or is no checkpoint at all; ValueError for a missing,
+    unreadable, foreign or newer one.
     """
-    sealed = False
+    has_checksum = False
     try:
-        sealed = _is_sealed(path, verify)
+        has_checksum = _has_checksum(path, verify)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
@@ -69,26 +69,27 @@ def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
         ) from error
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if sealed or isinstance(error, MemoryError):
+        if has_checksum or isinstance(error, MemoryError):
             raise ValueError(
-                f"{path} is whole but cannot be read here ({first[:160]}): it is of a newer Retoken, or there is too little memory"
+                f"{path} is intact but cannot be read here ({first[:160]}): it is of a newer Retoken, or there is too little memory"
             ) from error
         raise DamagedError(f"{path} cannot be read, it is damaged or no checkpoint ({first[:160]})") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of a run; to start from its weights use --init")
     if state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update Retoken")
-    if state["format"] > 1 and not sealed:
+    if state["format"] > 1 and not has_checksum:
         raise DamagedError(f"{path} is damaged: its checksum is missing")
     return state
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write weights as safetensors, with facts (JSON values) in the header."""
+    """Write weights as safetensors, with metadata (JSON values) in the header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     header = {"retoken": json.dumps({"format": FORMAT, **metadata})}
-    written = save(tensors, header)  # save_file makes a temporary file of its own, which a kill would leave for ever
-    write_atomically(path, lambda file: _write(file, written))
+    # Not save_file, whose own temporary file would remain after a kill.
+    content = save(tensors, header)
+    write_atomically(path, lambda file: _write(file, content))
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -96,7 +97,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the facts in the header of weights that `save_weights` wrote; none for a missing or damaged file."""
+    """Return the metadata in the header of a file of `save_weights`; empty for a missing or damaged file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("retoken", "{}"))
@@ -106,7 +107,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 class CheckpointFolder:
-    """The numbered checkpoints of a run."""
+    """Folder of the numbered checkpoints of a run; `keep` of them are kept."""
 
     def __init__(self, path: Path, keep: int):
         self.path, self.keep = path, keep
@@ -123,14 +124,14 @@ class CheckpointFolder:
         named = [(int(match[1]), path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(named)]
 
-    def of(self, update: int) -> Path:
-        """Return the file of the state after `update` updates."""
+    def path_of(self, update: int) -> Path:
+        """Return the path of the checkpoint after `update` updates."""
         return self.path / f"update-{update:08d}.pt"
 
     def newest_good(
-        self, wanted: Callable[[dict[str, Any]], bool] = lambda state: True
+        self, accept: Callable[[dict[str, Any]], bool] = lambda state: True
     ) -> tuple[Path | None, dict[str, Any], list[DamagedError]]:
-        """Return the newest checkpoint that is whole and wanted, its state, and what is wrong with newer ones.
+        """Return the newest intact checkpoint whose state is accepted, its state, and the errors of damaged newer ones.
 
         Raises ValueError if there are checkpoints and all are damaged.
         """
@@ -142,59 +143,59 @@ class CheckpointFolder:
             except DamagedError as error:
                 damaged.append(error)
                 continue
-            if wanted(state):
+            if accept(state):
                 return path, state, damaged
         if found and len(damaged) == len(found):
             raise ValueError(
-                f"no checkpoint in {self.path} is whole: {damaged[0]}; move the folder away to start afresh"
+                f"no checkpoint in {self.path} is intact: {damaged[0]}; move the folder away to start again"
             )
         return None, {}, damaged
 
     def set_aside(self, damaged: list[DamagedError], newer_than: Path) -> list[Path]:
-        """Rename the checkpoints newer than a good one, if any was found damaged; return the new names."""
+        """Rename all checkpoints newer than a good one if any of them is damaged; return the new paths."""
         if not damaged:
             return []
         newer = [path for path in self.numbered() if path.name > newer_than.name]
         return [path.replace(path.with_name(f"{path.name}.damaged")) for path in newer]
 
     def save(self, update: int, state: Mapping[str, Any], prune: bool = True) -> Path:
-        """Write the state after `update` updates, then remove what is older than the last `keep`, unless told not to."""
+        """Write the state after `update` updates; then, with `prune`, remove all but the newest `keep` checkpoints."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_temporary(self.path)
-        path = self.of(update)
+        path = self.path_of(update)
         save_state(path, state)
         if prune:
             self.prune()
         return path
 
     def prune(self) -> None:
-        """Remove what is older than the last `keep`."""
+        """Remove all but the newest `keep` checkpoints."""
         for old in self.numbered()[: -self.keep]:
             old.unlink(missing_ok=True)
 
     def remove_after(self, last: Path) -> None:
-        """Remove the checkpoints of later updates than a checkpoint's."""
+        """Remove the checkpoints of later updates than `last`."""
         for path in self.numbered():
             if path.name > last.name:
                 path.unlink(missing_ok=True)
 
 
-class Sealing(io.RawIOBase):
-    """A file to write a zip archive to from its first byte to its last; `finish` puts the checksum into its comment.
+class ChecksumWriter(io.RawIOBase):
+    """Sequential writer of a zip archive to a file; `finish` stores the checksum in the archive's comment.
 
-    The checksum is of what was handed over, not of what is read back: the disk may have made something else of it.
+    The checksum is computed from the bytes passed to `write`, not from the file, so that it detects errors of the disk.
     """
 
     def __init__(self, file: IO[bytes]):
         self.file, self.digest = file, hashlib.sha256()
-        self.last = b""  # two bytes, held back: in the archive's the length of the comment
+        self.last = b""  # the last two bytes, held back: at the end of the archive the length of its comment
 
     def writable(self) -> bool:
-        """Return True."""
+        """Return True: torch.save asks for it."""
         return True
 
     def write(self, data: Any) -> int:
-        """Take bytes, all of them."""
+        """Write all bytes but the last two; return the number of bytes passed."""
         view = memoryview(data).cast("B")
         if len(view) < len(_NO_COMMENT):
             held = self.last + bytes(view)
@@ -207,44 +208,44 @@ class Sealing(io.RawIOBase):
         return len(view)
 
     def finish(self) -> None:
-        """Write the comment. The file stays open."""
+        """Write the comment with the checksum. The file stays open."""
         if self.last != _NO_COMMENT:
             raise RuntimeError("torch.save has ended a file in an unknown way")
-        self._put(_SEAL_LENGTH.to_bytes(2, "little"))
-        self.file.write(_SEAL + self.digest.hexdigest().encode())
+        self._put(_CHECKSUM_LENGTH.to_bytes(2, "little"))
+        self.file.write(_PREFIX + self.digest.hexdigest().encode())
 
     def _put(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
         self.file.write(data)
 
 
-def read_seal(path: Path) -> bytes:
-    """Return the checksum that a checkpoint says it has; nothing for one of format 1, a missing or an unreadable one."""
+def read_checksum(path: Path) -> bytes:
+    """Return the checksum stored in a checkpoint; empty for format 1, a missing or an unreadable file."""
     try:
         with path.open("rb") as file:
-            return _end_of(file)
+            return _stored_checksum(file)
     except OSError:
         return b""
 
 
-def _is_sealed(path: Path, verify: bool) -> bool:
-    """Return whether a file has a seal; if asked to `verify` it, raise DamagedError if it is not the file's."""
+def _has_checksum(path: Path, verify: bool) -> bool:
+    """Return True if a file has a checksum; raise DamagedError if `verify` is set and it does not match the content."""
     with path.open("rb") as file:
-        seal = _end_of(file)
-        if seal and verify and seal != _seal_of(file, file.tell() - _SEAL_LENGTH):
+        checksum = _stored_checksum(file)
+        if checksum and verify and checksum != _compute_checksum(file, file.tell() - _CHECKSUM_LENGTH):
             raise DamagedError(f"{path} is damaged: its checksum is not that of what was written")
-    return bool(seal)
+    return bool(checksum)
 
 
-def _end_of(file: IO[bytes]) -> bytes:
-    """Return the seal at the end of a file, or nothing; the file is left at its end."""
-    file.seek(max(file.seek(0, os.SEEK_END) - _SEAL_LENGTH, 0))
-    seal = file.read()
-    return seal if len(seal) == _SEAL_LENGTH and seal.startswith(_SEAL) else b""
+def _stored_checksum(file: IO[bytes]) -> bytes:
+    """Return the checksum at the end of a file, or nothing; leaves the file position at the end."""
+    file.seek(max(file.seek(0, os.SEEK_END) - _CHECKSUM_LENGTH, 0))
+    checksum = file.read()
+    return checksum if len(checksum) == _CHECKSUM_LENGTH and checksum.startswith(_PREFIX) else b""
 
 
-def _seal_of(file: IO[bytes], size: int) -> bytes:
-    """Return the seal of the first `size` bytes; the file is left behind them."""
+def _compute_checksum(file: IO[bytes], size: int) -> bytes:
+    """Return the checksum of the first `size` bytes; leaves the file position after them."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
     file.seek(0)
     while size > 0:
@@ -253,4 +254,4 @@ def _seal_of(file: IO[bytes], size: int) -> bytes:
             raise EOFError("the file has shrunk while it was read")
         digest.update(buffer[:count])
         size -= count
-    return _SEAL + digest.hexdigest().encode()
+    return _PREFIX + digest.hexdigest().encode()

@@ -1,11 +1,11 @@
-"""Who started this process among which others, and how they meet before anything is exchanged.
+"""Detect the launcher of this process, its rank and world size; rendezvous of all processes before the first collective.
 
     torchrun       RANK, WORLD_SIZE, LOCAL_RANK; so does whatever else sets these
     srun           SLURM_PROCID, SLURM_LOCALID and the tasks of the step; MASTER_ADDR and MASTER_PORT, or the step's first
                    host and 20000 + job id % 10000
     plain python   one process; also in the shell of an allocation (sbatch, salloc), which has SLURM_NTASKS but is no step
 
-A process that does not arrive is named by process 0, and through it by all that did.
+Process 0 lists the ranks that did not arrive in the store, so that every process that did arrive names them in its error.
 """
 
 import os
@@ -19,41 +19,41 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-FIRST_PORT, PORTS = 20_000, 10_000  # of a job: the first and the job id modulo their number
-GRACE = 15.0  # seconds that process 0's word may take to the others
+FIRST_PORT, PORTS = 20_000, 10_000  # port of a SLURM job: FIRST_PORT + job id % PORTS
+GRACE_S = 15.0  # that the other processes wait for the list of missing ranks after the timeout
 
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """Where a process stands among those that were started together."""
+    """Rank, world size, launcher and rendezvous address of a process."""
 
     rank: int
     world: int
     local_rank: int
     launcher: str
-    address: str = ""  # of process 0, if there is something to join
+    address: str = ""  # of process 0; empty in a run of one process
     port: int = 0
 
 
 def find_launch(env: Mapping[str, str]) -> LaunchInfo:
-    """Return the place that the environment tells. Raises ValueError if it contradicts itself or lacks something."""
+    """Read the launch from environment variables. Raises ValueError for missing or contradictory ones."""
     if "RANK" in env and "WORLD_SIZE" in env:
         if "LOCAL_RANK" not in env:
             raise ValueError("RANK is set but LOCAL_RANK is not: launch with torchrun, which sets both, or unset RANK")
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "RANK and WORLD_SIZE"
-        return _place(env, "RANK", "WORLD_SIZE", "LOCAL_RANK", launcher)
+        return _read_launch(env, "RANK", "WORLD_SIZE", "LOCAL_RANK", launcher)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-        return _place(env, "SLURM_PROCID", tasks, "SLURM_LOCALID", f"srun, job {env.get('SLURM_JOB_ID', '?')}")
+        return _read_launch(env, "SLURM_PROCID", tasks, "SLURM_LOCALID", f"srun, job {env.get('SLURM_JOB_ID', '?')}")
     inside = f" inside job {env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
     return LaunchInfo(0, 1, 0, f"plain python{inside}")
 
 
-def _place(env: Mapping[str, str], rank_key: str, world_key: str, local_key: str, launcher: str) -> LaunchInfo:
+def _read_launch(env: Mapping[str, str], rank_key: str, world_key: str, local_key: str, launcher: str) -> LaunchInfo:
     rank, world, local_rank = (_number(env, key) for key in (rank_key, world_key, local_key))
     if not 0 <= rank < world:
         raise ValueError(
-            f"{rank_key}={rank} must lie in 0 .. {world - 1}, as {world_key}={world}; unset both or mend one"
+            f"{rank_key}={rank} must lie in 0 .. {world - 1}, as {world_key}={world}; unset both or correct one"
         )
     slurm = rank_key == "SLURM_PROCID"
     if world == 1 and (slurm or "MASTER_ADDR" not in env):
@@ -91,59 +91,59 @@ def _first_host(env: Mapping[str, str]) -> str:
         ) from error
 
 
-def meet(place: LaunchInfo, timeout_s: float) -> dist.Store:
-    """Wait until all processes are there; return the store they share. Raises ValueError, naming those that are missing."""
-    where = f"{place.address}:{place.port}"
-    store = _open_store(place, where, timeout_s)
-    store.set(f"arrived/{place.rank}", "")
-    if place.rank == 0:
-        absent = _absent(store, place.world, time.monotonic() + timeout_s)
-        store.set("absent", " ".join(map(str, absent)))
+def rendezvous(launch: LaunchInfo, timeout_s: float) -> dist.Store:
+    """Wait until all processes have arrived; return their shared store. Raises ValueError, naming those that are missing."""
+    endpoint = f"{launch.address}:{launch.port}"
+    store = _open_store(launch, endpoint, timeout_s)
+    store.set(f"arrived/{launch.rank}", "")
+    if launch.rank == 0:
+        missing = _missing_ranks(store, launch.world, time.monotonic() + timeout_s)
+        store.set("absent", " ".join(map(str, missing)))
     else:
         try:
-            store.wait(["absent"], timedelta(seconds=timeout_s + GRACE))
-            absent = [int(rank) for rank in store.get("absent").split()]
+            store.wait(["absent"], timedelta(seconds=timeout_s + GRACE_S))
+            missing = [int(rank) for rank in store.get("absent").split()]
         except RuntimeError as error:
             raise ValueError(
-                f"process 0 at {where} was there and left before all had arrived; see what it says"
+                f"process 0 at {endpoint} ended before all processes had arrived; its log gives the reason"
             ) from error
-    if absent:
-        if place.rank == 0:
+    if missing:
+        if launch.rank == 0:
             time.sleep(1.0)  # the store ends with this process: let the others read it
         raise ValueError(
-            f"{_named(absent)} of {place.world} did not arrive at {where} within DIST.START_TIMEOUT={timeout_s:g} s; "
+            f"{_format_ranks(missing)} of {launch.world} did not arrive at {endpoint} within DIST.START_TIMEOUT={timeout_s:g} s; "
             "look into their logs, or raise the timeout if they only start slowly"
         )
     return store
 
 
-def _open_store(place: LaunchInfo, where: str, timeout_s: float) -> dist.Store:
+def _open_store(launch: LaunchInfo, endpoint: str, timeout_s: float) -> dist.Store:
     try:
-        socket.getaddrinfo(place.address, place.port)
+        socket.getaddrinfo(launch.address, launch.port)
     except OSError as error:
         raise ValueError(
-            f"MASTER_ADDR={place.address} cannot be resolved on {socket.gethostname()} ({error.strerror}); set it to a name or an "
+            f"MASTER_ADDR={launch.address} cannot be resolved on {socket.gethostname()} ({error.strerror}); set it to a name or an "
             "address of process 0's host that all nodes know"
         ) from error
-    serves = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=timeout_s)
     try:
-        return dist.TCPStore(place.address, place.port, is_master=serves, timeout=limit, wait_for_workers=False)
+        return dist.TCPStore(launch.address, launch.port, is_master=is_server, timeout=limit, wait_for_workers=False)
     except RuntimeError as error:
         first = str(error).splitlines()[0][:200]
-        if serves:
+        if is_server:
             raise ValueError(
-                f"process 0 cannot serve at MASTER_ADDR:MASTER_PORT={where} ({first}); another program may have the port: set "
+                f"process 0 cannot serve at MASTER_ADDR:MASTER_PORT={endpoint} ({first}); another program may have the port: set "
                 "MASTER_PORT to a free one"
             ) from error
         raise ValueError(
-            f"process 0 did not arrive at {where} within DIST.START_TIMEOUT={timeout_s:g} s ({first}); look into its log, and "
+            f"process 0 did not arrive at {endpoint} within DIST.START_TIMEOUT={timeout_s:g} s ({first}); look into its log, and "
             "whether that address can be reached from here"
         ) from error
 
 
-def _absent(store: dist.Store, world: int, deadline: float) -> list[int]:
-    """Return the ranks that have not arrived at the deadline; none as soon as all have."""
+def _missing_ranks(store: dist.Store, world: int, deadline: float) -> list[int]:
+    """Wait for all ranks until the deadline; return those that have not arrived."""
     keys = [f"arrived/{rank}" for rank in range(world)]
     while not store.check(keys):
         if time.monotonic() >= deadline:
@@ -152,6 +152,6 @@ def _absent(store: dist.Store, world: int, deadline: float) -> list[int]:
     return []
 
 
-def _named(ranks: list[int]) -> str:
+def _format_ranks(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:16])) + (f", ... ({len(ranks)} in all)" if len(ranks) > 16 else "")
     return f"process {shown}" if len(ranks) == 1 else f"processes {shown}"

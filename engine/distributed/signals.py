@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and stop. Imports no torch: the handlers stand before it is loaded, which takes seconds."""
+"""Handlers of signals that ask a run to save and stop. Imports no torch: they are installed before its import, which takes seconds."""
 
 import contextlib
 import os
@@ -7,22 +7,22 @@ import threading
 import time
 from types import FrameType
 
-PREEMPTED = os.EX_TEMPFAIL  # 75: stopped early, the same command continues
+PREEMPTED = os.EX_TEMPFAIL  # exit status 75: stopped early, the same command continues
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-APART = 1.0  # seconds; torchrun repeats a terminal's Ctrl-C to its processes at once, a person takes longer
-ENDED = 130  # exit status after the second Ctrl-C, as a shell has it
+REPEAT_S = 1.0  # Ctrl-C within this time is a repeat: torchrun forwards a terminal's Ctrl-C to its processes at once
+ENDED = 130  # exit status after the second Ctrl-C, as in a shell
 
 
 class PreemptedError(Exception):
-    """All processes have agreed to save and stop."""
+    """Raised when all processes have agreed to save and stop."""
 
 
 class StopSignals:
-    """Remembers that a signal asked the run to stop; whoever trains looks at it between updates.
+    """Record of the signals that ask the run to stop; the training loop reads `received` between updates.
 
-    SIGTERM and SIGUSR1 are only remembered, however often they come: launchers and schedulers both send them. So is Ctrl-C
-    once something can be lost (`defer`); another one, a second or more later, ends the process at once. Python's handlers wait
-    until the main thread is back from C++, which may hang in an exchange with a process that is gone: a thread counts Ctrl-C.
+    SIGTERM and SIGUSR1 are only recorded, however often they are received: launchers and schedulers both send them. So is Ctrl-C
+    after `defer`; a second one, REPEAT_S or more later, ends the process at once. Python runs signal handlers in the main
+    thread only after it returns from C++, where it may hang in a collective with a dead process: a thread counts Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -31,21 +31,22 @@ class StopSignals:
         self._first_ctrl_c: float | None = None
 
     def listen(self) -> None:
-        """Take over the signals; in the main thread."""
+        """Install the handlers; must be called in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
-        told, tell = os.pipe()
-        os.set_blocking(tell, False)
-        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_forget_wakeup)  # a loader's worker must not tell of its own signals
-        threading.Thread(target=self._watch, args=(told,), name="signals", daemon=True).start()
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        # A loader's worker must not write its own signals to the pipe.
+        os.register_at_fork(after_in_child=_reset_wakeup)
+        threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
 
     def defer(self) -> None:
-        """Answer Ctrl-C by saving from now on; before, it raises KeyboardInterrupt as ever."""
+        """Save and stop on Ctrl-C from now on; before, it raises KeyboardInterrupt as usual."""
         self.deferring = True
 
     def release(self) -> None:
-        """Ignore what still comes, so that it cannot change the exit status: everything is saved."""
+        """Ignore further signals once everything is saved, so that they cannot change the exit status."""
         if self.deferring and signal.getsignal(signal.SIGTERM) == self._receive:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
@@ -55,9 +56,9 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
 
-    def _watch(self, told: int) -> None:
-        """End the process at the second Ctrl-C, whatever the main thread does; in a thread."""
-        while numbers := os.read(told, 64):
+    def _watch(self, reading: int) -> None:
+        """End the process at the second Ctrl-C, even if the main thread hangs; runs in a thread."""
+        while numbers := os.read(reading, 64):
             if signal.SIGINT in numbers:
                 self._count_ctrl_c()
 
@@ -65,11 +66,11 @@ class StopSignals:
         now = time.monotonic()
         if self._first_ctrl_c is None:
             self._first_ctrl_c = now
-        elif now - self._first_ctrl_c >= APART:
+        elif now - self._first_ctrl_c >= REPEAT_S:
             os.write(2, b"interrupted twice: ended at once; the same command continues from the last checkpoint\n")
             os._exit(ENDED)
 
 
-def _forget_wakeup() -> None:
+def _reset_wakeup() -> None:
     with contextlib.suppress(ValueError):  # forked from another thread than the main one
         signal.set_wakeup_fd(-1)

@@ -1,4 +1,4 @@
-"""The pieces that the live view is put together from: bars, counts, times, numbers, curves of blocks."""
+"""Widgets of the live view: progress bars, counts, times, labelled numbers, sparklines."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 DIM, VALUE, CURVE, GOOD, BAD = "dim", "bold", "cyan", "green", "red"  # styles
 
 
-def fitted(console: Console, what: RenderableType, options: ConsoleOptions) -> Iterator[Segment]:
-    """Render to lines that end where they are wide, whatever the console does with long lines."""
-    lines = console.render_lines(what, options, pad=False)
+def cropped(console: Console, content: RenderableType, options: ConsoleOptions) -> Iterator[Segment]:
+    """Render content to lines no wider than the options allow, also on a console that soft-wraps long lines."""
+    lines = console.render_lines(content, options, pad=False)
     for number, line in enumerate(lines):
         yield from line
         if number < len(lines) - 1:
@@ -25,29 +25,29 @@ def fitted(console: Console, what: RenderableType, options: ConsoleOptions) -> I
 
 
 def bar(done: int, total: int) -> ProgressBar:
-    """Return a bar of the width there is."""
+    """Return a progress bar that fills the available width."""
     return ProgressBar(total=max(total, 1), completed=done, complete_style=CURVE, finished_style=GOOD)
 
 
-def counted(what: str, done: int, total: int) -> Text:
-    """Write a count, as wide throughout as at its end."""
-    return Text.assemble((f"{what} ", DIM), f"{done:>{len(str(total))}}", (f"/{total}", DIM))
+def count(label: str, done: int, total: int) -> Text:
+    """Format a labelled count, padded to its final width."""
+    return Text.assemble((f"{label} ", DIM), f"{done:>{len(str(total))}}", (f"/{total}", DIM))
 
 
 def time_left(seconds: float) -> Text:
-    """Write how long something will take."""
+    """Format a remaining time; an ellipsis if it is not finite."""
     return Text.assemble(duration(max(seconds, 0.0)), (" left", DIM)) if math.isfinite(seconds) else Text("…", DIM)
 
 
-def end_of(seconds: float) -> str:
-    """Write when something will be done that takes so many seconds, with the day unless that is today."""
+def end_time(seconds: float) -> str:
+    """Format the time of day that is so many seconds ahead, with the date unless that is today."""
     now = datetime.now()
     end = now + timedelta(seconds=max(seconds, 0.0))
     return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%a %d %b %H:%M}"
 
 
 def duration(seconds: float) -> str:
-    """Write a duration: 0:07, 1:02:03, 2d 03:04."""
+    """Format a duration: 0:07, 1:02:03, 2d 03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 24:
@@ -55,15 +55,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def fact(label: str, value: str, style: str = VALUE) -> Text:
-    """Write a number with its name."""
+def labelled(label: str, value: str, style: str = VALUE) -> Text:
+    """Format a number with its label."""
     return Text.assemble((f"{label} ", DIM), (value, style))
 
 
-def flow(metadata: Sequence[Text], width: int) -> Text:
-    """Write facts one after the other, a new line where the next does not fit."""
+def flow(items: Sequence[Text], width: int) -> Text:
+    """Join items into lines of at most `width` columns."""
     text, column = Text(no_wrap=True, overflow="ellipsis"), 0
-    for item in metadata:
+    for item in items:
         if column and column + 3 + cell_len(item.plain) > width:
             text.append("\n")
             column = 0
@@ -76,7 +76,7 @@ def flow(metadata: Sequence[Text], width: int) -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw values as blocks from the lowest to the highest; more than fit are averaged over neighbours."""
+    """Draw values as blocks, scaled from their minimum to their maximum; more than `width` are averaged over neighbours."""
     if len(values) > width:
         edges = [i * len(values) // width for i in range(width + 1)]
         values = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -86,5 +86,5 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Leave out the middle of what is too long."""
+    """Shorten a text to `width` columns by an ellipsis in its middle."""
     return text if len(text) <= width else f"{text[: (width - 1) // 2]}…{text[-(width // 2) :]}"

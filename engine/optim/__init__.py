@@ -1,1 +1,1 @@
-"""Optimisers, learning rate schedule, EMA, clipping."""
+"""Optimisers: parameter groups, schedules, EMA, gradient clipping, skipped updates."""

@@ -1,4 +1,4 @@
-"""NVIDIA's apex, where a machine has it: its fused Adam and LAMB, in our terms of skipped updates and stored state."""
+"""Optimisers of NVIDIA's apex, fused Adam and LAMB, adapted to skipped updates and to the stored state of torch and timm."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ BUILD = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation --no-cache-dir ."
 )
 CLASSES = {"adamw": "FusedAdam", "adam": "FusedAdam", "lamb": "FusedLAMB"}
-STORED_AS = {"adamw": "AdamW", "adam": "Adam", "lamb": "Lamb"}  # whose checkpoints these continue, and the reverse
+STORED_AS = {"adamw": "AdamW", "adam": "Adam", "lamb": "Lamb"}  # optimisers with interchangeable checkpoints
 
 
 def apex_optimizer(name: str, groups: Sequence[dict[str, Any]], lr: float, **settings: Any) -> torch.optim.Optimizer:
-    """Return apex's optimiser in place of timm's of that name; `settings` are betas and eps, if given.
+    """Return apex's counterpart of timm's optimiser `name`; `settings` are betas and eps, if given.
 
-    Raises ValueError if apex has none, or is missing: then with the command that builds it.
+    Raises ValueError if apex has no counterpart or is not installed, the latter with the command that builds it.
     """
     if name not in CLASSES:
         raise ValueError(f"OPTIM.BACKEND=apex has {', '.join(CLASSES)}, not OPTIM.NAME={name}; set BACKEND to auto")
@@ -27,8 +27,8 @@ def apex_optimizer(name: str, groups: Sequence[dict[str, Any]], lr: float, **set
         base = getattr(optimizers, CLASSES[name])
         if name == "lamb":
             return _lamb(base)([dict(group) for group in groups], lr=lr, weight_decay=0.0, **settings)
-        made = _adam(base, STORED_AS[name])
-        return made(
+        adam = _adam(base, STORED_AS[name])
+        return adam(
             [dict(group) for group in groups],
             lr=lr,
             weight_decay=0.0,
@@ -43,8 +43,8 @@ def apex_optimizer(name: str, groups: Sequence[dict[str, Any]], lr: float, **set
         ) from error
 
 
-class _Verdict:
-    """What apex asks a loss scaler for: whether to skip, and what to divide gradients by, which is 1 or clips them."""
+class _ScalerInterface:
+    """Interface of a loss scaler as apex reads it: a skip flag, and a divisor of the gradients, 1 or that of clipping."""
 
     def __init__(self, found_inf: Tensor, scale: Tensor | None):
         self.found_inf = found_inf.reshape(1)
@@ -59,10 +59,10 @@ class _Verdict:
 
 def _adam(base: Any, name: str) -> Any:
     class Adam(base):
-        """apex's FusedAdam, `capturable`: rate, step counter and verdict lie on the device, and nothing waits.
+        """apex's FusedAdam, `capturable`: learning rate, step counter and skip flag are on the device, without a wait.
 
-        The groups' rates stay plain numbers, as schedules and checkpoints have them. The counter is our own, one for all
-        groups: apex counts some skipped updates. State is stored as torch's Adam does.
+        The groups' learning rates stay plain numbers, as schedules and checkpoints require. The step counter is kept here,
+        one for all groups: apex counts some skipped updates. State is stored in the format of torch's Adam.
         """
 
         stored_as = name
@@ -86,7 +86,7 @@ def _adam(base: Any, name: str) -> Any:
             for group, rate in zip(self.param_groups, self._rates, strict=True):
                 group["lr"], group["step"] = rate.fill_(group["lr"]), self._done.clone()
             try:
-                super().step(grad_scaler=None if found_inf is None else _Verdict(found_inf, scale))
+                super().step(grad_scaler=None if found_inf is None else _ScalerInterface(found_inf, scale))
             finally:
                 for group, number in zip(self.param_groups, numbers, strict=True):
                     group["lr"] = number
@@ -111,7 +111,7 @@ def _adam(base: Any, name: str) -> Any:
 
 def _lamb(base: Any) -> Any:
     class Lamb(base):
-        """apex's FusedLAMB, with the counter of timm's Lamb in its stored state. It cannot skip an update by itself."""
+        """apex's FusedLAMB, with the step counter of timm's Lamb in its stored state. It cannot skip an update on the device."""
 
         stored_as = STORED_AS["lamb"]
 

@@ -1,4 +1,4 @@
-"""How an optimiser computes its update: in one kernel, in a few over all weights, or weight by weight."""
+"""Backends of an optimiser: fused (one kernel), foreach (a few kernels over all weights) or for-loop (weight by weight)."""
 
 import inspect
 from typing import Any
@@ -10,15 +10,15 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 
 def backend_settings(name: str, backend: str, device: torch.device) -> dict[str, Any]:
-    """Return the arguments with which an optimiser of timm's factory takes a backend other than apex.
+    """Return the arguments that select a backend other than apex in timm's optimiser factory.
 
-    auto is fused where the optimiser has it for the device, else what the optimiser chooses by itself, which is foreach on
-    CUDA where it has it. Raises ValueError, naming what there is, for a backend that the optimiser lacks.
+    auto is fused where the optimiser has it for the device, else the optimiser's own choice, which is foreach on CUDA where
+    it has it. Raises ValueError for a backend that the optimiser lacks; it lists those available.
     """
-    takes = inspect.signature(get_optimizer_info(name).opt_class).parameters
+    parameters = inspect.signature(get_optimizer_info(name).opt_class).parameters
     has = {
-        "fused": "fused" in takes and device.type in _get_fused_kernels_supported_devices(),
-        "foreach": "foreach" in takes,
+        "fused": "fused" in parameters and device.type in _get_fused_kernels_supported_devices(),
+        "foreach": "foreach" in parameters,
         "for-loop": True,
     }
     if backend == "auto":
@@ -29,11 +29,11 @@ def backend_settings(name: str, backend: str, device: torch.device) -> dict[str,
     if backend == "fused":
         return {"fused": True}
     settings: dict[str, Any] = {"foreach": backend == "foreach"} if has["foreach"] else {}
-    return settings | ({"fused": False} if "fused" in takes else {})
+    return settings | ({"fused": False} if "fused" in parameters else {})
 
 
 def backend_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return an optimiser's backend, as a person reads it."""
+    """Return the name of an optimiser's backend, for logs."""
     group = optimizer.param_groups[0]
     if type(optimizer).__module__ == "engine.optim.apex":
         return "apex"
@@ -44,16 +44,16 @@ def backend_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimiser leaves out an update by itself, so that the host need not know (engine/optim/clip_and_step.py)."""
+    """Return True if an optimiser can skip an update on the device, without a read on the host (engine/optim/clip_and_step.py)."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def align_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Bring the state of a new or restored optimiser to the form that fused kernels rely on; return the optimiser.
+    """Give the state of a new or restored optimiser the memory layout that fused kernels need; return the optimiser.
 
-    They walk through weights, gradients and state in the order of memory, so these must have the same strides, which on the
-    CPU nobody checks. And fused SGD takes its momentum from memory that was never written if its first update is skipped;
-    momentum that begins at zero gives the same first update.
+    Fused kernels traverse weights, gradients and state in the order of memory, so these must have the same strides, which is
+    not checked on the CPU. Fused SGD reads uninitialised momentum if its first update is skipped; momentum that begins at zero
+    gives the same first update.
     """
     for group in optimizer.param_groups:
         starts_at_zero = isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]

@@ -1,39 +1,47 @@
-"""A trained model made ready to answer: folded, its weights in the type of its products, on the CPU with oneDNN's fused layers.
+"""Trained models prepared for inference: folded, weights in the type of their products, on the CPU oneDNN's fused layers.
 
-    fold        what is constant is in the weights (models/inference/fold.py)
-    lower       weights of products lie in autocast's type, which would cast them anew for every batch
-    fuse        on the CPU, a product or convolution and the activation after it are one operation, bias included; PyTorch's
-                linear layers first spread the bias over the output, which reads and writes it once more
+    fold        multiply constants into the weights (models/inference/fold.py)
+    lower       store weights of products in autocast's type, which would otherwise cast them for every batch
+    fuse        on the CPU, run a product or convolution and the activation after it as one operation, bias included; PyTorch's
+                linear layers first copy the bias over the output, which reads and writes it once more
 
-The same function, but for rounding; `lower` alone changes no bit under autocast. There are no gradients.
+The function stays the same, but for rounding; `lower` alone changes no bit under autocast. There are no gradients.
+
+A family declares on its classes which of its layers are fused:
+
+    foldable                   on the Backbone itself: True admits it here; not inherited by its subclasses
+    activation_after           names of the layers that the module's `act` follows at once, folded BatchNorms aside
+    gelu_convolution           names of a layer and of the GeluDepthwiseConv after it
+    uncalled                   names of children whose weights the module reads without calling them; they keep their type
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import groupmixformer, sgformer, stvit
 from ..backbone import Backbone
 from ..inference.fold import fold
-from ..layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, Mlp
-from ..sgformer_attention import SelfGuidedAttention
+from ..layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv
 
-FAMILIES = (sgformer.SGFormer, groupmixformer.GroupMixFormer, stvit.STViT)
 ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.Identity: "none"}
 
 
 @torch.no_grad()
 def prepare_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Backbone:
-    """Make a model in evaluation mode ready, in place; return it. `dtype` is that of the autocast it will be called under.
+    """Prepare a model in evaluation mode for inference, in place; return it.
 
-    It fits no checkpoint any more, and where a BatchNorm precedes the classifier, `forward_features` leaves it out. Raises
-    ValueError in training mode, and for a model that is not of our families.
+    dtype: the type of the autocast that it will run under. A prepared model no longer fits checkpoints, and where a BatchNorm
+    precedes the classifier, `forward_features` omits it. Raises ValueError in training mode, and for a model whose class does
+    not declare `foldable`.
     """
-    if not is_known(model):
-        raise ValueError(f"{type(model).__name__} is not of SG-Former, GroupMixFormer or STViT, which alone are folded")
+    if not is_foldable(model):
+        raise ValueError(
+            f"{type(model).__name__} is not of SG-Former, GroupMixFormer or STViT, nor does its class itself declare "
+            "`foldable = True`; leave folding out"
+        )
     fold(model)
     parameter = next(model.parameters())
     fusing = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and dtype in (None, torch.bfloat16)
@@ -44,9 +52,9 @@ def prepare_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Bac
     return model.requires_grad_(False)
 
 
-def is_known(model: nn.Module) -> TypeGuard[Backbone]:
-    """Say whether a model is of our families, and no subclass, which may use its layers in other ways."""
-    return type(model) in FAMILIES
+def is_foldable(model: nn.Module) -> TypeGuard[Backbone]:
+    """Return True if a model's own class declares `foldable`; a subclass may use the layers in other ways."""
+    return isinstance(model, Backbone) and bool(vars(type(model)).get("foldable", False))
 
 
 def lower(model: nn.Module, dtype: torch.dtype) -> None:
@@ -56,19 +64,16 @@ def lower(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def fuse(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Put oneDNN's layers in the place of linear layers and convolutions of type `dtype`, in place; return how many.
+    """Replace linear layers and convolutions of type `dtype` by oneDNN's fused ones, in place; return their number.
 
-    Where this PyTorch has no such operations, this processor does not run them in this type, or they do not compute what
-    PyTorch's own do, the model stays as it is: 0.
+    The model stays unchanged, and the number is 0, where this PyTorch lacks the operations, this processor does not run them
+    in this type, or they do not compute the same as PyTorch's own.
     """
     if not _usable(dtype):
         return 0
     for module in list(model.modules()):
-        _join(module, _FOLLOWED_BY_ACT.get(type(module), ()))
-        if isinstance(module, stvit.ConvMlp):
-            _join_hidden(module, module.conv, "fc1", "conv")
-        elif isinstance(module, sgformer.Mlp):
-            _join_hidden(module, module.depthwise, "depthwise", "depthwise")
+        _fuse_activation(module)
+        _fuse_hidden_gelu(module)
     for module, name, layer in _products(model):
         if isinstance(layer, nn.Linear | Conv1x1):
             setattr(module, name, _fused(layer, "none"))
@@ -76,43 +81,41 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
 
 
 def _products(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d]]:
-    """Give each linear layer and convolution that is called as one, with the module it belongs to and its name there."""
-    guided = [module for module in model.modules() if isinstance(module, SelfGuidedAttention)]
-    others: set[nn.Module] = {run for module in guided for run in module.runs}  # used otherwise, in their own type
-    others |= {
-        module for module in model.modules() if isinstance(module, GeluDepthwiseConv)
-    }  # so do those with a kernel
+    """Yield each linear layer and convolution that is called as such, with its parent module and its name there."""
+    others: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(
+            module, GeluDepthwiseConv
+        ):  # left by `fold`: it runs a kernel, which takes weights in their own type
+            others.add(module)
+        for name in getattr(module, "uncalled", ()):
+            others.update(getattr(module, name).modules())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear | nn.Conv2d) and child not in others:
                 yield module, name, child
 
 
-# Layers that the activation `act` of their module follows at once, where BatchNorms between are folded.
-_FOLLOWED_BY_ACT: dict[type[nn.Module], tuple[str, ...]] = {
-    Mlp: ("fc1",),
-    groupmixformer.Aggregator: ("pointwise",),
-    groupmixformer.Downsample: ("pointwise",),
-    groupmixformer.Stem: ("conv1", "conv2"),
-    stvit.Stem: ("conv1", "conv2", "conv3", "conv4"),
-}
-
-
-def _join(module: nn.Module, names: Sequence[str]) -> None:
+def _fuse_activation(module: nn.Module) -> None:
     """Fuse the activation of a module into the layers before it."""
+    names = getattr(module, "activation_after", ())
     for name in names:
         setattr(module, name, _fused(getattr(module, name), ACTIVATIONS[type(module.act)]))
     if names:
         module.act = nn.Identity()
 
 
-def _join_hidden(mlp: nn.Module, folded: nn.Module, before: str, convolution: str) -> None:
-    """Fuse the GELU beside a folded depthwise convolution into the layer before it, which may be the convolution."""
-    if isinstance(folded, nn.Sequential):  # without a kernel of Triton
-        (gelu,) = (module for module in folded if isinstance(module, nn.GELU))
-        (plain,) = (module for module in folded if module is not gelu)
-        setattr(mlp, convolution, plain)
-        setattr(mlp, before, _fused(getattr(mlp, before), ACTIVATIONS[type(gelu)]))
+def _fuse_hidden_gelu(module: nn.Module) -> None:
+    """Fuse the GELU of a folded GeluDepthwiseConv into the layer before it: the module's layer or the convolution itself."""
+    before, convolution = getattr(module, "gelu_convolution", ("", ""))
+    folded = getattr(module, convolution) if convolution else None
+    if not isinstance(folded, nn.Sequential):  # a kernel computes both
+        return
+    (gelu,) = (layer for layer in folded if isinstance(layer, nn.GELU))
+    (plain,) = (layer for layer in folded if layer is not gelu)
+    setattr(module, convolution, plain)
+    name = before if folded[0] is gelu else convolution
+    setattr(module, name, _fused(getattr(module, name), ACTIVATIONS[type(gelu)]))
 
 
 def _fused(layer: nn.Module, activation: str) -> nn.Module:
@@ -124,7 +127,7 @@ def _fused(layer: nn.Module, activation: str) -> nn.Module:
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer or 1×1 convolution of (..., C) and the activation after it: (..., C')."""
+    """Linear layer or 1×1 convolution of (..., C) and the activation after it: (..., C')."""
 
     def __init__(self, layer: nn.Module, activation: str):
         super().__init__()
@@ -141,7 +144,7 @@ class OneDnnLinear(nn.Module):
 
 
 class OneDnnConv(nn.Module):
-    """A convolution of (B, C, H, W) in channels_last and the activation after it."""
+    """Convolution of (B, C, H, W) in channels_last and the activation after it."""
 
     def __init__(self, layer: nn.Conv2d, activation: str):
         super().__init__()
@@ -160,7 +163,7 @@ class OneDnnConv(nn.Module):
 
 
 class OneDnnDepthwiseConv(OneDnnConv):
-    """The same of (B, H, W, C)."""
+    """Depthwise convolution of (B, H, W, C) and the activation after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -172,15 +175,15 @@ def _algorithm(layer: Any) -> str:
 
 @torch.no_grad()
 def _usable(dtype: torch.dtype) -> bool:
-    """Say whether oneDNN's fused operations are there and compute what PyTorch's do in float32.
+    """Return True if oneDNN's fused operations exist and agree with PyTorch's in float32.
 
-    They are not a public interface, and those in bfloat16 need AVX-512, which PyTorch's own do not.
+    They are no public interface, and those in bfloat16 need AVX-512, unlike PyTorch's own.
     """
     if not torch.backends.mkldnn.is_available():
         return False
     with torch.device("meta"):
         linear, convolution = nn.Linear(8, 16), DepthwiseConv(8, 3)
-    for layer in (linear, convolution):  # no random numbers are drawn from PyTorch's stream
+    for layer in (linear, convolution):  # constant weights: PyTorch's random number generator is not used
         layer.to_empty(device="cpu").float()
         for parameter in layer.parameters():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).to(dtype).view(parameter.shape))

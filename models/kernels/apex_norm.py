@@ -1,4 +1,4 @@
-"""NVIDIA's apex for LayerNorm (MODEL.NORM_BACKEND), where a machine has it."""
+"""LayerNorm of NVIDIA's apex (MODEL.NORM_BACKEND apex)."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ BUILD = (
 
 
 def use_apex_norms(model: nn.Module) -> None:
-    """Put apex's FusedLayerNorm in the place of every plain LayerNorm, with its weights and names.
+    """Replace every plain LayerNorm by apex's FusedLayerNorm, with the same weights and names.
 
-    It computes in float32 under autocast, as what it replaces. Raises ValueError if the model has none, or apex is missing.
+    It computes in float32 under autocast, like LayerNorm. Raises ValueError if the model has none, or apex is missing.
     """
     try:
         from apex.normalization import FusedLayerNorm
@@ -42,7 +42,7 @@ def use_apex_norms(model: nn.Module) -> None:
 
 def _wide(base: Any) -> Any:
     class ApexLayerNorm(base):
-        """apex's FusedLayerNorm in the type of its weights, whatever autocast says."""
+        """FusedLayerNorm of apex in the type of its weights, with autocast off."""
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast(x.device.type, enabled=False):

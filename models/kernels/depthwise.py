@@ -1,8 +1,8 @@
-"""GELU and the residual depthwise 3×3 convolution beside it, in one pass over memory each way. Needs Triton.
+"""GELU and residual depthwise 3×3 convolution fused, one pass over memory in each direction. Needs Triton.
 
-The map is the widest of a block, so that what it costs is the number of times it is read or written: forward 2 times instead
-of 4; backward 3 times (GELU before the convolution) or 6 (after it) instead of 7. Only the input is kept for the backward
-pass, which computes GELU, and what it needs of the convolution, again.
+The map is the widest of a block, so that the number of times it is read or written determines the cost: forward 2 instead of
+4; backward 3 (GELU before the convolution) or 6 (after it) instead of 7. Only the input is kept for the backward pass, which
+computes GELU, and where needed the convolution, again.
 
 Sums are float32, or float64 for float64 maps. Weight gradients are summed within a program of the kernel
 (models/kernels/depthwise_triton.py), then over programs, always in the same order.
@@ -25,7 +25,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"  # the type of the devices where the k
 
 
 class Tile(NamedTuple):
-    """What one program does: strips and channels (powers of 2), columns of a strip, and the warps that share it."""
+    """Tile of one program: strips and channels (powers of 2), columns of a strip, and warps."""
 
     strips: int
     columns: int
@@ -38,9 +38,10 @@ BACKWARD = Tile(strips=4, columns=2, channels=64, warps=4)
 
 
 def gelu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> Tensor:
-    """Convolve, x added, with GELU before that or after: (B, H, W, C) -> same, contiguous, in x's or autocast's type.
+    """Compute x + convolution of x, with GELU before or after: (B, H, W, C) -> same, contiguous, in x's or autocast's type.
 
-    weight (C, 1, 3, 3), bias (C). Weights keep their type under autocast. There is no second derivative.
+    weight (C, 1, 3, 3), bias (C). Weights keep their type under autocast. There is no second derivative. Raises ValueError for
+    other shapes, and for types that differ outside autocast.
     """
     if x.ndim != 4 or weight.shape != (x.shape[3], 1, 3, 3) or bias.shape != x.shape[3:]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
@@ -62,7 +63,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> Tensor:
 
 @torch.library.custom_op("retoken::gelu_depthwise_backward", mutates_args=())
 def _backward(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     if not before:
         through = x.new_empty(x.shape)
         _launch_mix(x, gradient, weight, bias, through, BEFORE=False, AFTER=False, SLOPE=True)
@@ -117,7 +118,7 @@ def _launch_mix(x: Tensor, gradient: Tensor | None, weight: Tensor, bias: Tensor
 
 
 def _launch_unmix(x: Tensor, gradient: Tensor, weight: Tensor, out: Tensor, **mode: bool) -> Tensor:
-    """Fill out; return the sums of each program over its pixels: (programs of a channel, 10, C)."""
+    """Write the gradient of x to `out`; return the sums of each program over its pixels: (programs of a channel, 10, C)."""
     B, H, W, C = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not x.numel():

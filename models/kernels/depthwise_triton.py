@@ -1,4 +1,4 @@
-"""The Triton kernels of GELU and the residual depthwise 3×3 convolution beside it (models/kernels/depthwise.py).
+"""Triton kernels of GELU fused with the residual depthwise 3×3 convolution (models/kernels/depthwise.py).
 
 A program walks down P strips of COLUMNS columns and ROWS rows, CHANNELS channels of each. It holds three rows of a strip
 with a column on either side, and so reads and activates a pixel 1 + 2 / COLUMNS times. Sums are of the type WIDE.
@@ -12,9 +12,9 @@ from triton import language as tl
 
 @triton.jit
 def _normal(x):
-    """Give the normal distribution's cumulative probability of x, and exp(-x² / 2).
+    """Return the normal distribution's cumulative probability of x, and exp(-x² / 2).
 
-    In float32 by Hastings' formula (Abramowitz and Stegun 7.1.26), which is off by 7.5e-8 at most, as float32 is, and takes
+    In float32 by Hastings' formula (Abramowitz and Stegun 7.1.26): its error is at most 7.5e-8, that of float32, and it takes
     half the instructions of the library's erf.
     """
     if x.dtype == tl.float64:
@@ -40,14 +40,14 @@ def _gelu(x):
 
 @triton.jit
 def _slope(x):
-    """Give the derivative of GELU."""
+    """Return the derivative of GELU."""
     cdf, bell = _normal(x)
     return cdf + x * (bell * 0.3989422804014327)
 
 
 @triton.jit
 def _taps(weight, channel, C, WIDE: tl.constexpr):
-    """Read the nine taps of the channels, 1 added to the one in the centre."""
+    """Load the nine taps of the channels, with 1 added to the one in the centre."""
     taps = ()
     for k in tl.static_range(9):
         tap = tl.load(weight + channel * 9 + k, mask=channel < C, other=0.0).to(WIDE)
@@ -57,7 +57,7 @@ def _taps(weight, channel, C, WIDE: tl.constexpr):
 
 @triton.jit
 def _strips(B, H, W, C, P: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Say where this program works: number among those of its channels, image, top row, left column, channel, mask."""
+    """Return this program's number among those of its channels, and image, top row, left column, channel and mask."""
     blocks, across, down = tl.cdiv(C, CHANNELS), tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
     number = tl.program_id(0) // blocks
     channel = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
@@ -71,7 +71,7 @@ def _strips(B, H, W, C, P: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.con
 def _row(
     pixel, row, left, inside, H, W, by_row, by_column, GELU: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr
 ):
-    """Read COUNT columns of a row from `left` on, zero outside the map, through GELU if asked."""
+    """Load COUNT columns of a row from `left` on, zero outside the map, with GELU applied if set."""
     values = ()
     for j in tl.static_range(COUNT):
         seen = inside & (row >= 0) & (row < H) & (left + j >= 0) & (left + j < W)
@@ -86,7 +86,7 @@ def mix(
     BEFORE: tl.constexpr, AFTER: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Convolve: GELU before it, or after it, or after it the slope of GELU times a gradient."""
+    """Convolve, with GELU before it or after it, or followed by the derivative of GELU times a gradient."""
     _, image, top, left, channel, inside = _strips(B, H, W, C, P, CHANNELS, COLUMNS, ROWS)
     taps = _taps(weight, channel, C, WIDE)
     shift = tl.load(bias + channel, mask=channel < C, other=0.0).to(WIDE)
@@ -120,7 +120,7 @@ def unmix(
     BEFORE: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the convolution's output: that of x, and sums for those of the nine taps and the bias."""
+    """Compute from the gradient of the convolution's output that of x, and sums for those of the nine taps and the bias."""
     number, image, top, left, channel, inside = _strips(B, H, W, C, P, CHANNELS, COLUMNS, ROWS)
     taps = _taps(weight, channel, C, WIDE)
     pixel = x + image * x_image + channel
@@ -139,7 +139,7 @@ def unmix(
             if BEFORE:
                 slope = _slope(a)
                 a = _gelu(a)
-            # What tap k read here went into the pixel on the opposite side.
+            # The product of this pixel with tap k contributes to the pixel on the opposite side.
             around = (
                 lower[j + 2], lower[j + 1], lower[j], middle[j + 2], middle[j + 1], middle[j],
                 upper[j + 2], upper[j + 1], upper[j],

@@ -1,6 +1,6 @@
-"""A cell and the eight around it: the sparse neighbourhood of STViT's super tokens, and its adjoint.
+"""3×3 neighbourhoods of the cells of a grid, for STViT's super tokens: gather from them, and the adjoint, add to them.
 
-The two maps are each other's gradient, which autograd alone would build from some fifty small kernels.
+The two linear maps are each other's gradient, which autograd alone would build from some fifty small kernels.
 """
 
 from typing import Any
@@ -11,50 +11,42 @@ from torch.nn import functional as F
 
 
 def unfold_neighbors(x: Tensor) -> Tensor:
-    """Put beside each cell its 3×3 neighbours, row by row, zeros outside the grid: (B, h, w, C) -> (B, h, w, 9, C)."""
-    return _Neighbours.apply(x)
+    """Gather the 3×3 neighbours of each cell, row by row, zeros outside the grid: (B, h, w, C) -> (B, h, w, 9, C)."""
+    return _Neighborhood.apply(x, True)
 
 
 def overlap_add(x: Tensor) -> Tensor:
-    """Add what each cell holds for its 3×3 neighbours where it belongs: (B, h, w, 9, C) -> (B, h, w, C).
+    """Add the nine values of each cell to the 3×3 cells around it: (B, h, w, 9, C) -> (B, h, w, C).
 
-    What is held for cells outside the grid is lost. Adds up in float32 or wider.
+    Values for cells outside the grid are dropped. Adds up in float32 or wider.
     """
-    return _OverlapAdd.apply(x)
+    return _Neighborhood.apply(x, False)
 
 
-def _neighbours(x: Tensor) -> Tensor:
+def _gather(x: Tensor) -> Tensor:
     windows = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)  # (B, h, w, C, 3, 3)
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
 
-def _overlap_add(x: Tensor) -> Tensor:
+def _scatter(x: Tensor) -> Tensor:
     _, h, w, _, _ = x.shape
     padded = F.pad(x, (0, 0, 0, 0, 1, 1, 1, 1))
-    # What a cell holds at 3 * i + j goes i - 1 rows down and j - 1 columns right.
+    # Value 3 * i + j of a cell is for the cell i - 1 rows below and j - 1 columns to the right.
     parts = [padded[:, 2 - i : 2 - i + h, 2 - j : 2 - j + w, 3 * i + j] for i in range(3) for j in range(3)]
     return sum(parts[1:], parts[0].to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
-class _Neighbours(torch.autograd.Function):
-    forward = staticmethod(_neighbours)
+class _Neighborhood(torch.autograd.Function):
+    """Gather or scatter, each with the other one as its gradient."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
+    def forward(x: Tensor, gather: bool) -> Tensor:
+        return _gather(x) if gather else _scatter(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _overlap_add(grad)
-
-
-class _OverlapAdd(torch.autograd.Function):
-    forward = staticmethod(_overlap_add)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        ctx.gather = inputs[1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _neighbours(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (_scatter(grad) if ctx.gather else _gather(grad)), None

@@ -1,4 +1,4 @@
-"""The switch that lets the layers which have a Triton kernel run it."""
+"""Switch from PyTorch's operators to Triton kernels, for layers that have one."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from ..layers import GeluDepthwiseConv
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Run the depthwise kernel of each GeluDepthwiseConv wherever it is on a CUDA device; parameters stay as they are.
+    """Let each GeluDepthwiseConv run the Triton kernel on CUDA devices; parameters are unchanged.
 
     Raises ValueError without Triton and for a model that has no such layer.
     """

@@ -1,4 +1,4 @@
-"""Values over the epochs of a run."""
+"""Timelines: values over the epochs of a run."""
 
 import pytest
 
@@ -17,12 +17,12 @@ def test_ramps_are_linear_and_may_be_followed_by_steps():
     assert [line.at(e) for e in (0, 5, 10, 15, 20, 29, 30, 99)] == [1, 1.5, 2, 1, 0, 0, 5, 5]
 
 
-def test_ramps_of_sizes_go_in_multiples_and_end_where_they_say():
+def test_ramps_of_sizes_go_in_multiples_and_end_at_their_last_value():
     line = parse("0:130 -> 10:230", "KEY", multiple=32)
     assert [line.at(e) for e in (0, 1, 5, 9, 10)] == [130, 128, 192, 224, 230]
 
 
-def test_text_reads_back():
+def test_text_of_a_timeline_parses_to_the_same_timeline():
     for text in ("0:0.4, 260:0.6", "0:1 -> 10:2 -> 20:0, 30:5", "0:0.99996"):
         assert str(parse(text, "KEY")) == text
 

@@ -1,4 +1,4 @@
-"""The schema, its files and flags, and what the errors say."""
+"""The schema, YAML files, options and flags, and the messages of errors."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def message(*args, **kwargs) -> str:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_shipped_config_loads_and_says_how_to_run(path):
+def test_shipped_config_loads_and_states_its_command(path):
     cfg = config.load(str(path))
     assert cfg.is_frozen()
     assert path.stem.split("_")[0] in cfg.MODEL.NAME or path.stem == "demo"
@@ -196,10 +196,10 @@ def test_run_name_follows_model_and_size():
     )
 
 
-def test_error_that_nobody_meant_shows_where_it_comes_from(capsys):
+def test_unexpected_error_is_shown_with_its_traceback(capsys):
     parser = command_line.train_parser()
-    meant = lambda: config.load((), ["TRAIN", "3"])  # noqa: E731
-    for broken, shown in ((meant, False), (lambda: int("x"), True), (lambda: Path("a").relative_to("b"), True)):
+    raised = lambda: config.load((), ["TRAIN", "3"])  # noqa: E731
+    for broken, shown in ((raised, False), (lambda: int("x"), True), (lambda: Path("a").relative_to("b"), True)):
         try:
             broken()
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""build_data and build_eval_data: everything from a config, the class count checked, errors that name keys."""
+"""build_data and build_eval_data: loaders from a config, the check of the class count, errors that name keys."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_training_data_runs_from_file_to_targets(root):
     assert data.notes == []
 
 
-def test_options_reach_what_they_name(root):
+def test_options_reach_their_objects(root):
     opts = "AUG.MIXUP 0 AUG.CUTMIX 0 AUG.LABEL_SMOOTHING 0 AUG.RAND_AUGMENT '' AUG.ERASE_PROB 1 AUG.ERASE_COUNT 2 AUG.HFLIP 0"
     opts += " AUG.ERASE_MODE const AUG.SCALE [1,1] AUG.RATIO [1,1] TRAIN.SEED 5 AUG.REPEATS 2 DATA.MEAN [0,0,0] DATA.STD [1,1,1]"
     opts += " DATA.INTERPOLATION bilinear AUG.ORDER mix_then_erase AUG.ERASE_AREA [0.1,0.2] AUG.MIX_PROB 0.5 AUG.MIX_SWITCH_PROB 0.2"
@@ -115,7 +115,7 @@ def test_evaluation_needs_no_train_folder(tmp_path):
         build_data(cfg_of(tmp_path), 0, 1, "cpu")
 
 
-def test_evaluation_takes_the_classes_of_train_where_it_is(tmp_path):
+def test_evaluation_uses_the_classes_of_train(tmp_path):
     write_folder(tmp_path, train={"ant": 1, "cat": 1, "dog": 1}, val={"dog": 2})
     data = build_eval_data(cfg_of(tmp_path), 0, 1, "cpu")
     assert data.classes == ["ant", "cat", "dog"]
@@ -131,7 +131,7 @@ def test_evaluation_gives_each_image_once(root, world):
     assert sorted(seen) == list(range(7))
 
 
-def test_fingerprint_tells_data_sets_apart(root, tmp_path):
+def test_fingerprint_distinguishes_data_sets(root, tmp_path):
     one = build_data(cfg_of(root), 0, 1, "cpu").fingerprint
     assert (one["train"], one["val"], one["classes"]) == (24, 7, 3)
     assert build_data(cfg_of(root), 0, 1, "cpu").fingerprint == one
@@ -176,7 +176,7 @@ def test_unset_path_names_the_key():
         build_data(cfg_of(""), 0, 1, "cpu")
 
 
-def test_workers_follow_the_cores_and_neighbours(root, monkeypatch):
+def test_default_workers_follow_cores_and_local_world_size(root, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     data = build_eval_data(cfg_of(root, "DATA.WORKERS", "-1"), 0, 1, "cpu")

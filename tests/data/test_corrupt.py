@@ -1,4 +1,4 @@
-"""Bad input: what cannot be read is replaced in training and listed, what is only odd is read, evaluation stops."""
+"""Bad images: unreadable files are replaced and listed in training and end an evaluation; odd files are read."""
 
 import json
 import shutil
@@ -51,13 +51,13 @@ def test_unreadable_file_is_named_with_the_reason(kind):
         ("png bomb", r"3600000000 pixels.*178956970"),
     ],
 )
-def test_reason_says_what_the_file_is(kind, reason):
+def test_reason_describes_the_file(kind, reason):
     with pytest.raises(UnreadableImageError, match=reason):
         decode(as_array(UNREADABLE[kind]), "x")
 
 
 def test_damage_anywhere_is_an_unreadable_image_or_an_image():
-    """Readers of image files meet damage with errors of many kinds; none of them may kill a worker."""
+    """Image readers raise errors of many types on damaged files; none of them may end a worker."""
     rng = np.random.RandomState(0)
     for whole in (JPEG, READABLE["png"], READABLE["gif"], READABLE["progressive"]):
         for _ in range(60):
@@ -87,7 +87,7 @@ def test_exif_rotation_is_not_applied():
 @pytest.mark.parametrize(
     ("kind", "size"), [("1 x 700", (700, 1)), ("progressive", (47, 61)), ("cmyk", (47, 61)), ("huge", (3000, 4000))]
 )
-def test_jpeg_size_is_the_headers(kind, size):
+def test_jpeg_size_is_read_from_the_header(kind, size):
     assert stated_size(as_array(READABLE[kind])) == size
 
 
@@ -100,7 +100,7 @@ def test_jpeg_without_a_frame_has_no_size(data):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """A folder of 40 images in two classes, 6 of them unreadable: two neighbours, the last one, and others."""
+    """Write a folder of 40 images in two classes, 6 of them unreadable: two neighbours, the last one, and others."""
     root = write_folder(tmp_path_factory.mktemp("damaged"), train={"cat": 20, "dog": 20}) / "train"
     kinds = iter(UNREADABLE.values())
     for name in ("cat/003", "cat/004", "cat/019", "dog/007", "dog/019", "cat/011"):
@@ -116,7 +116,7 @@ def loader(source, rank=0, world=1, workers=0):
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 0), (2, 1)])
-def test_training_takes_the_next_readable_image_at_any_number_of_workers(damaged, world, workers):
+def test_training_uses_the_next_readable_image_for_any_number_of_workers(damaged, world, workers):
     order = Sampler(40, 1, 8, 4).order(0)
     batches = {}
     for rank in range(world):
@@ -133,7 +133,7 @@ def test_training_takes_the_next_readable_image_at_any_number_of_workers(damaged
     assert all(one.reason.startswith("cannot be decoded (") for one in bad)
 
 
-def test_pixels_of_a_replacement_are_those_of_the_neighbour_at_the_same_address(damaged):
+def test_pixels_of_a_replacement_are_those_of_the_neighbour_with_the_same_rng_key(damaged):
     transform = TrainTransform(24, 1)
     order = Sampler(40, 1, 8, 4).order(0).tolist()
     images = torch.cat([batch.images for batch in loader(damaged).epoch(0)])
@@ -141,7 +141,7 @@ def test_pixels_of_a_replacement_are_those_of_the_neighbour_at_the_same_address(
     assert torch.equal(images[position], transform(decode(damaged.read(28), "x"), 0, position)[0])
 
 
-def test_batch_keeps_what_was_replaced_on_its_way_to_the_device(damaged):
+def test_batch_keeps_its_bad_images_when_moved_to_the_device(damaged):
     batch = next(batch for batch in loader(damaged).epoch(0) if batch.bad)
     assert batch.to("cpu").bad == batch.bad
 
@@ -164,7 +164,7 @@ def test_missing_file_is_replaced_and_evaluation_stops(tmp_path):
     )
 
 
-def test_storage_that_is_gone_ends_training():
+def test_unreachable_storage_ends_training():
     def load(index):
         raise UnreadableImageError(f"{index}.jpg", "cannot be read (gone)", "")
 
@@ -217,7 +217,7 @@ def test_continued_run_lists_a_file_once(tmp_path):
     assert len(lines) == 3
 
 
-def test_watching_batches_collects_each_file_once(damaged):
+def test_watched_batches_give_each_bad_file_once(damaged):
     found = BadImages(40, 1)
     batches = [batch for epoch in range(2) for batch in found.watch(loader(damaged).epoch(epoch))]
     assert len(batches) == 20
@@ -255,7 +255,7 @@ def test_training_lists_what_it_replaced(bad_run, capsys):
     assert f"{root}/train/blue/003.jpg cannot be decoded" in (out / "log.txt").read_text()
 
 
-def test_training_stops_above_the_share_and_says_where_the_list_is(bad_run, capsys):
+def test_training_stops_above_the_share_and_names_the_list(bad_run, capsys):
     _, out, run = bad_run
     with pytest.raises(SystemExit) as caught:
         run()

@@ -1,4 +1,4 @@
-"""TRAIN.COMPILE: the same numbers and names, no code made anew when rates change, and what a person hears of it."""
+"""TRAIN.COMPILE: the same numbers and names, no recompilation when rates change, and the log lines about it."""
 
 import copy
 import os
@@ -19,8 +19,9 @@ from engine import compilation
 from engine.batch_plan import BatchPlan
 from engine.build import build_compilation, build_state, prepare_model
 from engine.checkpoint.files import load_state
-from engine.compilation import Compilation, VaryingDropPath
+from engine.compilation import Compilation
 from engine.distributed.processes import Processes
+from engine.drop_path import VaryingDropPath
 from engine.precision import Precision
 from models.backbone import Stage
 from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
@@ -31,9 +32,7 @@ ALONE = Processes(0, 1, 0, CPU, "test")
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    folder = (
-        Path(tempfile.gettempdir()) / f"retoken_tests_{os.getuid()}"
-    )  # kept: what the C++ compiler makes takes long
+    folder = Path(tempfile.gettempdir()) / f"retoken_tests_{os.getuid()}"  # kept: the C++ compiler takes long
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
     torch._dynamo.reset()
     counters.clear()
@@ -43,18 +42,18 @@ def _fresh(monkeypatch):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Everything of torch.compile but the machine code, which takes minutes for a model."""
+    """Run everything of torch.compile but the generation of machine code, which takes minutes for a model."""
     monkeypatch.setitem(compilation.MODES, "default", {"backend": "aot_eager_decomp_partition"})
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Only the capture of graphs, which decides what is compiled anew."""
+    """Run only the capture of graphs, which decides what is recompiled."""
     monkeypatch.setitem(compilation.MODES, "default", {"backend": "eager"})
 
 
 class Small(nn.Module):
-    """A block with BatchNorm, drop path and a product of what autocast lowers and what it does not."""
+    """A block with BatchNorm, drop path and a product of tensors in low precision and float32 under autocast."""
 
     def __init__(self, rate=0.5):
         super().__init__()
@@ -67,8 +66,8 @@ class Small(nn.Module):
     def forward(self, x):
         y = self.norm(self.conv(x)).relu()
         y = (y + self.drop(y)).flatten(2)
-        shares = y.float().softmax(-1)
-        return self.out(torch.bmm(y, shares.to(y.dtype).transpose(1, 2)).mean(2))
+        weights = y.float().softmax(-1)
+        return self.out(torch.bmm(y, weights.to(y.dtype).transpose(1, 2)).mean(2))
 
 
 def passes(model, x, autocast, seed=0):
@@ -109,7 +108,7 @@ def test_compiled_blocks_under_checkpointing_are_equal_to_plain_ones(traced):
 
 
 class Residual(nn.Module):
-    """A block with all that a second pass could get wrong."""
+    """A block with everything that a recomputation could change: BatchNorm, dropout, drop path."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +138,7 @@ def test_families_traced_under_autocast_are_equal_to_eager(name, traced):
 
 
 def run(model, *opts):
-    """Return what a run of this config builds: state and compilation."""
+    """Return the state of a run of this config, its models compiled."""
     cfg = config.load((), ["TRAIN.COMPILE", "default", "EMA.DECAY", "0.9", "TRAIN.AMP", "off", *opts])
     model = prepare_model(model, ALONE)
     compiling = build_compilation(cfg, model, ALONE)
@@ -148,7 +147,7 @@ def run(model, *opts):
     return state
 
 
-def test_drop_path_that_changes_and_averaged_weights_are_not_compiled_anew(captured):
+def test_changing_drop_path_and_averaged_weights_are_not_recompiled(captured):
     state = run(Small(), "TIMELINE.DROP_PATH_RATE", "0:0 -> 300:0.5")
     x, rates = images(64, 3, 6, 6), []
     for epoch in range(0, 300, 30):
@@ -165,7 +164,7 @@ def test_drop_path_that_changes_and_averaged_weights_are_not_compiled_anew(captu
 
 
 def test_image_sizes_are_compiled_once_each(captured):
-    sizes = [8 + 2 * i for i in range(12)]  # more than torch.compile would take by itself
+    sizes = [8 + 2 * i for i in range(12)]  # more than torch.compile's own limit
     line = ", ".join(f"{10 * i}:{160 + 32 * i}" for i in range(12))
     state = run(Small(0.0), "TIMELINE.IMG_SIZE", line)
     for size in (*sizes, *sizes):
@@ -184,18 +183,18 @@ def test_varying_drop_path_drops_at_its_rate_and_keeps_the_mean():
     assert layer.eval()(y) is y
 
 
-def test_what_is_said_and_where_code_is_kept(monkeypatch, tmp_path):
+def test_log_lines_and_cache_folder_of_compilation(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    said = []
+    lines = []
     own = Compilation("max-autotune")
     assert own.folder == tmp_path / "retoken" / "inductor"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(own.folder)
     for _ in range(2):
-        own.begin(said.append)
-        own.after_update(said.append)
-        own.after_update(said.append)
-    assert [text.split(":")[0] for text in said] == ["compiling the model (TRAIN.COMPILE max-autotune)", "compiled"]
+        own.begin(lines.append)
+        own.after_update(lines.append)
+        own.after_update(lines.append)
+    assert [text.split(":")[0] for text in lines] == ["compiling the model (TRAIN.COMPILE max-autotune)", "compiled"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     assert str(Compilation("default").folder) == "elsewhere"
 
@@ -208,7 +207,7 @@ def test_what_is_said_and_where_code_is_kept(monkeypatch, tmp_path):
         (("EVAL.FLIP", "true"), "cuda", "does not go with EVAL.FLIP"),
     ],
 )
-def test_cuda_graphs_are_refused_where_they_are_not_sound(opts, device, parts):
+def test_cuda_graphs_are_refused_where_they_cannot_work(opts, device, parts):
     processes = Processes(0, 1, 0, torch.device(device), "test")
     with pytest.raises(ValueError, match=parts):
         build_compilation(config.load((), ["TRAIN.COMPILE", "reduce-overhead", *opts]), Small(), processes)
@@ -244,15 +243,15 @@ def test_a_compiled_model_is_copied_and_pickled_as_a_plain_one(captured):
         again(images(2, 3, 6, 6))
 
 
-def test_run_with_compiled_models_is_equal_and_says_when_it_compiles(small_cfg, tmp_path, captured, capsys):
+def test_run_with_compiled_models_is_equal_and_logs_the_compilation(small_cfg, tmp_path, captured, capsys):
     stored = []
     for mode in ("off", "default"):
         opts = ("--opts", "TRAIN.EPOCHS", "1", "TRAIN.COMPILE", mode)
         assert train_script.main(["--cfg", str(small_cfg), "--output", str(tmp_path / mode), *opts]) == 0
         stored.append(load_state(tmp_path / mode / "small/checkpoints/update-00000006.pt"))
-        said = capsys.readouterr().out
-        assert said.count("compiling the model (TRAIN.COMPILE default)") == (mode == "default")
-        assert said.count("compiled: the first update took") == (mode == "default")
+        out = capsys.readouterr().out
+        assert out.count("compiling the model (TRAIN.COMPILE default)") == (mode == "default")
+        assert out.count("compiled: the first update took") == (mode == "default")
     assert counters["stats"]["unique_graphs"] >= 2
     for part in ("model", "ema"):
         torch.testing.assert_close(stored[1][part], stored[0][part], rtol=0, atol=0)

@@ -1,11 +1,9 @@
-"""The pieces of the loop: running statistics, precision, evaluation, loss scaling, logging."""
+"""Parts of the training loop: running statistics, precision, evaluation, loss scaling, logging."""
 
-import copy
 import io
 import json
 import re
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import timm
@@ -21,53 +19,16 @@ from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state, prepare_model
-from engine.checkpoint.run_directory import differences
-from engine.distributed import processes as distributed
-from engine.distributed.processes import Processes
+from engine.checkpoint.run_directory import config_differences
+from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
 from engine.loop import StepMetrics
-from engine.optim.ema import views_of_one
+from engine.optim.ema import scalar_with_views
 from engine.precision import Precision
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, 0, CPU, "test")
-
-
-def test_running_statistics_move_once_by_the_mean_over_micro_batches():
-    norm, plain = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    pieces = [torch.randn(5, 3) + i for i in range(4)]
-    statistics = RunningStatistics(norm, 4, ALONE)
-    statistics.begin()
-    for piece in pieces:
-        norm(piece)
-        statistics.after_micro_batch()
-    statistics.end(torch.tensor(True))
-    mean = torch.stack([p.mean(0) for p in pieces]).mean(0)
-    var = torch.stack([p.var(0) for p in pieces]).mean(0)
-    torch.testing.assert_close(norm.running_mean, 0.1 * mean)
-    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * var)
-    assert norm.num_batches_tracked == 1
-    one = RunningStatistics(plain, 1, ALONE)
-    one.begin()
-    plain(pieces[0])
-    one.after_micro_batch()
-    one.end(torch.tensor(True))
-    torch.testing.assert_close(plain.running_mean, 0.1 * pieces[0].mean(0))
-
-
-def test_sync_batch_norm_keeps_fused_activations():
-    model = timm.create_model("test_efficientnet", num_classes=3)
-    processes = Processes(0, 2, 0, torch.device("cuda", 0), "test")
-    with mock.patch.object(nn.Module, "to", lambda self, *_, **__: self):
-        prepared = prepare_model(copy.deepcopy(model), processes, sync_batch_norm=True)
-    kinds = {type(m) for m in prepared.modules()}
-    assert any(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
-    assert not any(issubclass(kind, nn.BatchNorm2d) for kind in kinds)
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(prepared.eval()(x), model.eval()(x))
-    with pytest.raises(ValueError, match="SYNC_BN"):
-        prepare_model(model, replace(processes, device=CPU), sync_batch_norm=True)
 
 
 def test_gradients_have_the_memory_layout_of_their_weights():
@@ -78,22 +39,22 @@ def test_gradients_have_the_memory_layout_of_their_weights():
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_average_moves_by_a_number_in_views_of_any_form(single):
+def test_average_moves_by_one_number_in_views_of_any_layout(single):
     torch.manual_seed(0)
     new = [torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(6, 2).t(), torch.randn(())]
     own = [torch.empty_like(t).normal_() for t in new]
     wanted = [a + 0.25 * (b - a) for a, b in zip(own, new, strict=True)]
-    number, views = views_of_one(own, single)
+    number, views = scalar_with_views(own, single)
     number.fill_(0.25)
     torch._foreach_lerp_(own, new, views)
     torch.testing.assert_close(own, wanted)
     assert [view.stride() == t.stride() for view, t in zip(views, own, strict=True)][:2] == [not single] * 2
 
 
-def test_seed_depends_on_every_part_of_the_address():
+def test_seed_depends_on_every_part_of_the_rng_key():
     draws = set()
-    for address in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        seed_default_generators(*address)
+    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        seed_default_generators(*key)
         draws.add(torch.rand(()).item())
     assert len(draws) == 4
     torch.manual_seed(0)
@@ -179,7 +140,7 @@ def test_fp16_scaler_skips_an_overflowing_update_and_lowers_the_scale():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_report_covers_the_updates_since_the_last_one():
+def test_step_metrics_cover_the_updates_since_the_last_logging_step():
     state, loop = loop_of([], nn.Linear(6, 3))
     steps = []
     replace(loop, log_every=2).train_epoch(state, data_of(40, 4), steps.append, lambda: None)
@@ -277,11 +238,11 @@ def test_other_processes_are_silent(tmp_path, capsys):
 
 def test_differences_name_keys_and_leave_out_the_free_ones():
     old, new = {"A": {"B": 1, "C": 2}, "D": 3}, {"A": {"B": 1, "C": 5}, "D": 4}
-    assert differences(old, new, ("D",)) == ["A.C: 2 -> 5"]
-    assert differences(old, new, ("A",)) == ["D: 3 -> 4"]
+    assert config_differences(old, new, ("D",)) == ["A.C: 2 -> 5"]
+    assert config_differences(old, new, ("A",)) == ["D: 3 -> 4"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_missing_cuda_is_named():
     with pytest.raises(ValueError, match="DEVICE=cuda"):
-        distributed.start("cuda")
+        init_processes("cuda")

@@ -1,6 +1,5 @@
-"""Distillation: DeiT's formulas, what the teacher sees and keeps, and runs of train.py with one."""
+"""Distillation: DeiT's formulas, input and state of the teacher, checks of its config and file."""
 
-import json
 import math
 import random
 
@@ -14,16 +13,13 @@ from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
-import train as train_script
-from data.augment.device_stage import DeviceStage
 from engine.build import build_loop, wrap_teacher
-from engine.checkpoint.files import load_state, save_weights
 from engine.distributed.processes import Processes
-from engine.logging.log import Log
 from engine.loss import DistillationLoss, Teacher, hard_distance, soft_distance
 from engine.precision import Precision
 from models.build import build_teacher
 from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
+from tests.helpers.teachers import store
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, 0, CPU, "test")
@@ -183,23 +179,13 @@ def cfg_for(path, teacher="test_efficientnet", *more):
     return config.load((), [str(o) for o in opts])
 
 
-def store(path, name="test_efficientnet", metadata=None, seed=0, **arguments):
-    torch.manual_seed(seed)
-    model = scrambled(timm.create_model(name, **{"num_classes": 3, **arguments}), seed).eval()
-    if path.suffix == ".safetensors":
-        save_weights(path, model.state_dict(), metadata or {})
-    else:
-        torch.save(model.state_dict(), path)
-    return model
-
-
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", *SMALLEST])
 def test_any_model_teaches_from_a_file(tmp_path, name):
     stored = store(tmp_path / "t.pt", name)
     cfg = cfg_for(tmp_path / "t.pt", name)
-    model, said = build_teacher(cfg, CLASSES)
+    model, description = build_teacher(cfg, CLASSES)
     teacher, x = wrap_teacher(cfg, model, ALONE), images(2, 3, 32, 32)
-    assert "t.pt" in said
+    assert "t.pt" in description
     seen = x
     if name == "test_vit":  # 160 pixels, normalised to -1..1
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
@@ -208,7 +194,7 @@ def test_any_model_teaches_from_a_file(tmp_path, name):
     torch.testing.assert_close(teacher(x), stored(seen), rtol=1e-4, atol=1e-4)
 
 
-def test_file_of_a_run_says_what_images_its_model_knows(tmp_path):
+def test_file_of_a_run_gives_size_and_normalisation_of_the_teacher(tmp_path):
     metadata = {"mean": [0.4, 0.5, 0.6], "std": HALF, "img_size": 48, "classes": CLASSES, "model": "test_vit"}
     stored = store(tmp_path / "t.safetensors", "test_vit", metadata, img_size=48)
     cfg = cfg_for(tmp_path / "t.safetensors", "test_vit", "DATA.MEAN", "[0.4, 0.5, 0.6]", "DATA.STD", list(HALF))
@@ -219,7 +205,7 @@ def test_file_of_a_run_says_what_images_its_model_knows(tmp_path):
     assert torch.equal(teacher(x), stored(x))
 
 
-def test_teacher_construction_leaves_the_random_streams_alone(tmp_path):
+def test_teacher_construction_leaves_random_generators_unchanged(tmp_path):
     store(tmp_path / "t.pt")
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
@@ -280,148 +266,6 @@ def test_pretrained_weights_that_do_not_exist_are_refused():
         build_teacher(cfg_for("pretrained", "stvit_small"), [str(i) for i in range(1000)])
 
 
-def test_teacher_of_other_classes_is_said(tmp_path):
+def test_teacher_of_other_classes_is_reported(tmp_path):
     store(tmp_path / "t.safetensors", metadata={"classes": ["cat", "dog", "owl"]})
     assert "other classes" in build_teacher(cfg_for(tmp_path / "t.safetensors"), CLASSES)[1]
-
-
-# Runs.
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A config of 2 epochs of 2 updates on synthetic images, and a teacher's file beside it."""
-    folder = tmp_path_factory.mktemp("distill")
-    store(folder / "teacher.pt")
-    (folder / "small.yaml").write_text("""
-NAME: small
-DEVICE: cpu
-MODEL: {NAME: test_efficientnet, DROP_PATH_RATE: 0.2}
-DATA: {LOADER: synthetic, IMG_SIZE: 32, SYNTHETIC_TRAIN: 16, SYNTHETIC_VAL: 4, SYNTHETIC_CLASSES: 3}
-TRAIN: {EPOCHS: 2, GLOBAL_BATCH: 8, MICRO_BATCH: 4, AMP: "off"}
-SCHEDULE: {WARMUP_EPOCHS: 0}
-EMA: {DECAY: 0.9}
-LOG: {EVERY: 1, TENSORBOARD: false}
-""")
-    return folder
-
-
-def distil(kind, folder, *more):
-    teacher = ("DISTILL.TEACHER", "test_efficientnet", "DISTILL.TEACHER_WEIGHTS", folder / "teacher.pt")
-    return ("--opts", "DISTILL.TYPE", kind, *teacher, *more)
-
-
-def train(folder, output, *more):
-    return train_script.main(["--cfg", str(folder / "small.yaml"), "--output", str(output), *map(str, more)])
-
-
-def last(output):
-    return load_state(max((output / "small/checkpoints").iterdir()))
-
-
-def losses(output):
-    rows = [json.loads(line) for line in (output / "small/metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["kind"] == "train"]
-
-
-@pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
-    """An uninterrupted run with soft distillation."""
-    output = tmp_path_factory.mktemp("whole")
-    assert train(small, output, *distil("soft", small, "CHECKPOINT.EVERY_UPDATES", 1)) == 0
-    return output
-
-
-def test_checkpoint_and_averages_hold_the_student_only(whole):
-    state = last(whole)
-    names = set(timm.create_model("test_efficientnet", num_classes=3).state_dict())
-    assert set(state["model"]) == set(state["ema"]) == names
-    assert len(state["facts"]["teacher"]["digest"]) == 16
-
-
-@pytest.fixture(scope="module")
-def plain(small, tmp_path_factory):
-    """The same run without distillation."""
-    output = tmp_path_factory.mktemp("plain")
-    assert train(small, output) == 0
-    return output
-
-
-def test_alpha_zero_is_bitwise_no_distillation(small, whole, plain, tmp_path, capsys):
-    assert train(small, tmp_path, *distil("soft", small, "DISTILL.ALPHA", 0)) == 0
-    assert "DISTILL.ALPHA=0" in capsys.readouterr().out
-    for part in ("model", "ema"):
-        torch.testing.assert_close(last(plain)[part], last(tmp_path)[part], rtol=0, atol=0)
-    assert losses(plain) == losses(tmp_path) != losses(whole)
-
-
-def test_first_loss_is_that_of_the_student_without_a_teacher_and_of_its_distance(small, whole, plain, tmp_path):
-    assert train(small, tmp_path, *distil("soft", small, "DISTILL.ALPHA", 1, "TRAIN.EPOCHS", 1)) == 0
-    assert losses(whole)[0] == pytest.approx((losses(tmp_path)[0] + losses(plain)[0]) / 2, rel=1e-5)
-
-
-def test_interrupted_distillation_resumes_bitwise(small, whole, tmp_path, monkeypatch, capsys):
-    def interrupt(self):
-        self.updates = getattr(self, "updates", 0) + 1
-        if self.updates == 2:
-            raise KeyboardInterrupt
-
-    argv = distil("soft", small, "CHECKPOINT.EVERY_UPDATES", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Log, "advance", interrupt)
-        assert train(small, tmp_path, *argv) == 130
-    assert last(tmp_path)["update"] == 1
-    moved = tmp_path / "moved.pt"
-    moved.write_bytes((small / "teacher.pt").read_bytes())
-    store(tmp_path / "other.pt", seed=1)
-    with pytest.raises(SystemExit):
-        train(small, tmp_path, *argv, "DISTILL.TEACHER_WEIGHTS", tmp_path / "other.pt")
-    assert "has changed since" in capsys.readouterr().err
-    assert train(small, tmp_path, *argv, "DISTILL.TEACHER_WEIGHTS", moved) == 0
-    for part in ("model", "ema"):
-        torch.testing.assert_close(last(whole)[part], last(tmp_path)[part], rtol=0, atol=0)
-    assert losses(whole) == losses(tmp_path)
-
-
-def test_evaluation_needs_no_teacher(small, whole, capsys):
-    argv = distil("soft", small, "CHECKPOINT.EVERY_UPDATES", 1, "DISTILL.TEACHER_WEIGHTS", "gone.pt")
-    assert train(small, whole, "--eval", *argv) == 0
-    assert "top-1" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", SMALLEST)
-def test_every_family_learns_from_a_teacher(small, tmp_path, monkeypatch, name, capsys):
-    asked = []
-    forward = Teacher.forward
-    monkeypatch.setattr(Teacher, "forward", lambda self, x: asked.append(tuple(x.shape)) or forward(self, x))
-    once = ("TRAIN.EPOCHS", 1, "DATA.SYNTHETIC_TRAIN", 4, "TRAIN.GLOBAL_BATCH", 4, "TRAIN.MICRO_BATCH", 4)
-    assert train(small, tmp_path, *distil("soft", small, "MODEL.NAME", name, *once, "EMA.DECAY", 0)) == 0
-    assert "distilling (soft)" in capsys.readouterr().out
-    assert asked == [(4, 3, 32, 32)]
-    assert last(tmp_path)["update"] == 1
-    assert all(tensor.isfinite().all() for tensor in last(tmp_path)["model"].values())
-
-
-def test_teacher_sees_the_mixed_and_erased_images(small, tmp_path, monkeypatch):
-    seen, prepared = [], []
-    forward, prepare = Teacher.forward, DeviceStage.train
-
-    def record(self, *address):
-        images, targets = prepare(self, *address)
-        prepared.append(images.clone())
-        assert ((targets > 0.1).sum(1) == 2).any()
-        return images, targets
-
-    monkeypatch.setattr(DeviceStage, "train", record)
-    monkeypatch.setattr(Teacher, "forward", lambda self, x: seen.append(x.clone()) or forward(self, x))
-    assert train(small, tmp_path, *distil("hard", small, "TRAIN.EPOCHS", 1)) == 0
-    assert len(seen) == 4
-    assert all(torch.equal(a, b) for a, b in zip(seen, prepared, strict=True))
-
-
-@pytest.mark.slow
-def test_two_processes_distil_to_the_weights_of_one(small, tmp_path, run_script):
-    argv = ("train.py", "--cfg", str(small / "small.yaml"), *map(str, distil("hard", small, "OPTIM.EPS", 1e-3)))
-    for name, processes in (("one", 0), ("two", 2)):
-        run_script(*argv, "--output", str(tmp_path / name), processes=processes)
-    torch.testing.assert_close(last(tmp_path / "one")["model"], last(tmp_path / "two")["model"], rtol=1e-3, atol=5e-6)

@@ -1,4 +1,4 @@
-"""engine.malloc: memory that is freed is used again."""
+"""engine.malloc: reuse of freed memory."""
 
 import platform
 import subprocess
@@ -39,9 +39,9 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert 5 * faults["keep"] < faults["leave"]  # where pages are huge, both are few
 
 
-@pytest.mark.parametrize(("largest", "said"), [(2**30, True), (2**25, True), (0, False)])
-def test_limits_are_those_that_the_c_library_takes(largest, said, monkeypatch):
-    """Before glibc 2.35 blocks of 32 MiB are the largest; what limits trimming ends their growth."""
+@pytest.mark.parametrize(("largest", "kept"), [(2**30, True), (2**25, True), (0, False)])
+def test_limits_are_those_that_the_c_library_accepts(largest, kept, monkeypatch):
+    """glibc before 2.35 refuses blocks above 32 MiB; setting the trim threshold ends their automatic growth."""
     asked = []
 
     class Library:
@@ -52,6 +52,6 @@ def test_limits_are_those_that_the_c_library_takes(largest, said, monkeypatch):
 
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: Library)
     monkeypatch.setattr(malloc.platform, "libc_ver", lambda: ("glibc", "2.28"))
-    assert malloc.keep_freed_memory() == said
+    assert malloc.keep_freed_memory() == kept
     blocks = [malloc.M_MMAP_THRESHOLD] * (1 if largest > 2**25 else 2)
-    assert asked == [*blocks, *[malloc.M_TRIM_THRESHOLD] * said]
+    assert asked == [*blocks, *[malloc.M_TRIM_THRESHOLD] * kept]

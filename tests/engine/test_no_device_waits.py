@@ -1,7 +1,7 @@
-"""An update never waits for the device: nothing of it is read on the host, and what is sent to it is sent without waiting.
+"""An update never waits for the device: the host reads nothing from it, and copies to it are non-blocking.
 
-Without a GPU this is seen on meta tensors, which raise when their values are asked for, and in the operations that reads are
-made of. What only CUDA does is watched by CUDA itself, in a test that needs it.
+Without a GPU this is tested on meta tensors, which raise when their values are read, and by watching the operators that read
+values. CUDA's own synchronisation check is used in a test that needs a GPU.
 """
 
 import sys
@@ -36,7 +36,7 @@ MODELS = (*SMALLEST, "test_efficientnet", "test_vit")
 
 
 class Watch(TorchDispatchMode):
-    """Notes what is read from tensors other than `counters`, and what passes between devices."""
+    """Recorder of reads from tensors other than `counters`, and of copies between devices."""
 
     def __init__(self, counters=()):
         super().__init__()
@@ -56,7 +56,7 @@ class Watch(TorchDispatchMode):
 
 
 class Uploads(TorchFunctionMode):
-    """Notes tensors that are made of the host's numbers on another device: CUDA would wait for that copy."""
+    """Recorder of tensors created from host numbers on another device: CUDA would wait for that copy."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ def parts(model, device=CPU, order="erase_then_mix", erase="pixel", opts=(), bui
     state = build_state(cfg, model, BatchPlan(8, 4, 0, 1, 50, 300), Precision(cfg.TRAIN.AMP, build_on))
     stage = DeviceStage(Mixup(10), [0.5] * 3, [0.2] * 3, 0, build_on, erase, order)
     loop = build_loop(cfg, model, stage.train, Precision(cfg.TRAIN.AMP, device), processes)
-    state.sums, state.skips = state.sums.to(device), state.skips.to(device)
+    state.move_counts(device)
     if device != build_on:
         stage.device, stage.mean, stage.std = device, stage.mean.to(device), stage.std.to(device)
         model.to(device)
@@ -102,26 +102,26 @@ def built(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("order", "erase"), [("erase_then_mix", "pixel"), ("mix_then_erase", "rand")])
-def test_update_of_tensors_without_values_asks_for_none(name, order, erase, monkeypatch):
-    known = torch.is_autocast_enabled  # which does not know meta
+def test_update_of_tensors_without_values_reads_none(name, order, erase, monkeypatch):
+    known = torch.is_autocast_enabled  # raises for meta
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cuda": known("cuda" if kind == "meta" else kind))
     loop, state, statistics = parts(built(name), META, order, erase, build_on=CPU)
-    verdicts = []
+    devices = []
 
     def step(self):  # fused kernels have no meta form
-        verdicts.append(self.found_inf.device)
+        devices.append(self.found_inf.device)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    stream = batches(160 if name == "test_vit" else 64)
-    loop._train_update(state, stream, statistics)
+    iterator = batches(160 if name == "test_vit" else 64)
+    loop._train_update(state, iterator, statistics)
     with Watch() as watch, Uploads() as uploads:
-        loop._train_update(state, stream, statistics)
-    assert verdicts == [META, META]
+        loop._train_update(state, iterator, statistics)
+    assert devices == [META, META]
     assert watch.read == uploads.made == []
     assert watch.passed == [("_to_copy", True)] * 8  # images, labels, indices and boxes of two micro-batches
 
 
-def test_meta_tensors_and_the_watch_would_tell():
+def test_meta_tensors_and_the_watch_detect_reads():
     with pytest.raises(RuntimeError, match="meta"):
         bool(torch.ones((), device=META) > 0)
     with Watch() as watch, Uploads() as uploads:
@@ -155,12 +155,12 @@ def test_update_with_every_option_reads_nothing(opts, bad):
         ("lion", "auto", 1),
     ],
 )
-def test_update_of_each_backend_reads_the_verdict_or_nothing(name, backend, reads, bad):
+def test_update_of_each_backend_reads_is_finite_or_nothing(name, backend, reads, bad):
     check(name, backend, reads, bad)
 
 
 def check(name, backend, reads, bad, opts=()):
-    """Count what an update reads besides the optimiser's counters, which are the host's own."""
+    """Check the number of reads of an update, without the optimiser's step counters, which are on the host."""
     own = ("OPTIM.NAME", name, "OPTIM.BACKEND", "auto" if backend == "apex" else backend)
     loop, state, statistics = parts(built("test_efficientnet"), opts=(*opts, *own))
     if backend == "apex":
@@ -168,15 +168,15 @@ def check(name, backend, reads, bad, opts=()):
         with mock.patch.dict(sys.modules, fake_apex.modules()):
             state.optimizer = apex_optimizer(name, groups, 1e-3)
         state.schedule.learning_rate.scheduler.optimizer = state.optimizer
-    stream, good = batches(), loop.criterion
-    loop._train_update(state, stream, statistics)
+    iterator, good = batches(), loop.criterion
+    loop._train_update(state, iterator, statistics)
     if bad:
         loop.criterion = lambda *args: good(*args) * float("nan")
     holders = [*state.optimizer.state.values(), *state.optimizer.param_groups]
     watch = Watch([held["step"] for held in holders if isinstance(held.get("step"), Tensor)])
     with watch:
-        loop._train_update(state, stream, statistics)
-    assert state.skips.tolist() == [bad, bad, 0]
+        loop._train_update(state, iterator, statistics)
+    assert state.skips.tensor.tolist() == [bad, bad, 0]
     assert watch.read == ["_local_scalar_dense"] * reads
 
 

@@ -1,4 +1,4 @@
-"""Flips, restricted answers and every image's answers against hand computations; the files they are written to."""
+"""Flip averaging, restricted classes and predictions of every image against direct computations; result files."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ OFF = Precision("off", CPU)
 
 
 class Lopsided(nn.Module):
-    """Logits that depend on left and right."""
+    """Linear classifier whose logits depend on left and right."""
 
     def __init__(self, classes):
         super().__init__()
@@ -137,7 +137,7 @@ def test_csv_reads_back_and_leaves_no_temporary_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
 
 
-def test_json_holds_no_number_that_json_does_not_know(tmp_path):
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
     write_json(tmp_path / "a.json", {"loss": math.nan, "more": [math.inf, 1.5], "name": "a\udcff"})
     found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert found == {"loss": None, "more": [None, 1.5], "name": "a\udcff"}

@@ -1,4 +1,4 @@
-"""The same pictures in every kind of store, written from a folder train/<class>/*.jpg, val/<class>/*.jpg."""
+"""Write the same images in every kind of store, from a folder train/<class>/*.jpg, val/<class>/*.jpg."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.stores.store import Store, open_store
+from data.stores.split import Split, open_split
 from tests.helpers.data_doubles import write_folder
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
@@ -16,7 +16,7 @@ SPLITS = ("train", "val")
 
 
 def imagenet_like(root: Path) -> Path:
-    """Write three ImageNet classes with names as there: <wnid>_<number> in train, numbered files in val."""
+    """Write three ImageNet classes with ImageNet's file names: <wnid>_<number> in train, numbered files in val."""
     write_folder(root, train=dict.fromkeys(WNIDS, 16), val=dict.fromkeys(WNIDS, 3))
     for path in sorted(root.glob("train/*/*.jpg")):
         number = int(path.stem)
@@ -27,10 +27,10 @@ def imagenet_like(root: Path) -> Path:
     return root
 
 
-def heard(root: Path, split: str = "train", **options) -> tuple[Store, list[str]]:
-    """Open a store; return it and what it said."""
-    said: list[str] = []
-    return open_store(root, split, say=said.append, **options), said
+def open_logged(root: Path, split: str = "train", **options) -> tuple[Split, list[str]]:
+    """Open a split; return it and the lines that it logged."""
+    logged: list[str] = []
+    return open_split(root, split, progress=logged.append, **options), logged
 
 
 def files_of(folder: Path, split: str) -> list[tuple[str, str, bytes]]:
@@ -66,7 +66,7 @@ def as_one_tar(folder: Path, root: Path) -> Path:
     return write_tar(root / "pictures.tar", files)
 
 
-def as_shards(folder: Path, root: Path, label: str = "cls", names: bool = False, place: str = "") -> Path:
+def as_shards(folder: Path, root: Path, label: str = "cls", names: bool = False, subfolder: str = "") -> Path:
     for split in SPLITS:
         files = files_of(folder, split)
         classes = sorted({cls for cls, _, _ in files_of(folder, "train")})
@@ -77,12 +77,12 @@ def as_shards(folder: Path, root: Path, label: str = "cls", names: bool = False,
                 key, value = name.removesuffix(".jpg"), cls if names else classes.index(cls)
                 text = json.dumps({"label": value, "width": 9}) if label == "json" else f"{value}\n"
                 members += [(f"{key}.jpg", data), (f"{key}.{label}", text.encode())]
-            write_tar(root / place.format(split=split) / f"imagenet-{split}-{shard:06d}.tar", members)
+            write_tar(root / subfolder.format(split=split) / f"imagenet-{split}-{shard:06d}.tar", members)
     return root
 
 
 def tars_of_classes(folder: Path, split: str) -> list[tuple[str, bytes]]:
-    """Return (<class>.tar, its bytes), as ILSVRC2012_img_train.tar holds them."""
+    """Return (<class>.tar, its bytes), the members of ILSVRC2012_img_train.tar."""
     found: dict[str, list[tuple[str, bytes]]] = {}
     for cls, name, data in files_of(folder, split):
         found.setdefault(cls, []).append((name, data))
@@ -97,7 +97,7 @@ def tars_of_classes(folder: Path, split: str) -> list[tuple[str, bytes]]:
 
 
 def as_official(folder: Path, root: Path) -> Path:
-    """Write the train tar of tars and the flat val tar, without the file that tells val's classes."""
+    """Write the train tar of tars and the flat val tar, without a label file for val."""
     write_tar(root / "ILSVRC2012_img_train.tar", tars_of_classes(folder, "train"))
     files = [(name, data) for _, name, data in files_of(folder, "val")]
     write_tar(root / "ILSVRC2012_img_val.tar", files)

@@ -1,7 +1,7 @@
-"""What the documentation says: the blocks of its pages, the shell commands in them, the links.
+"""Parser of the documentation: the fenced and indented blocks of a page, the shell commands in them, the links.
 
-A fenced block has a language. An indented block, as a fenced one of the language bash, holds shell commands and nothing else. In
-prose and tables, `code` that begins like a command counts as one. A comment says what the commands of the next block need:
+A fenced block has a language. An indented block, like a fenced one of the language bash, holds shell commands only. In prose and
+tables, inline `code` that starts like a command counts as one. A comment before a block states what its commands need:
 
     <!-- needs: 8 GPUs -->
 """
@@ -10,6 +10,8 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,10 +23,12 @@ COMMAND = re.compile(r"([A-Z_]+=\S+ )*(python|torchrun|make|pytest|sbatch|\$EVAL
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"#{1,6} (.+)")
 
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
 
 @dataclass
 class Block:
-    """Lines of a page that are not prose, from line `first` on."""
+    """Code block of a page, starting at line `first`."""
 
     first: int
     language: str
@@ -39,7 +43,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """A command as the shell splits it, variables put in. `whole`: of a block or a $VARIABLE, not named in passing."""
+    """Command split as by the shell, variables substituted. `whole`: from a block or a $VARIABLE, not mentioned in passing."""
 
     line: int
     words: tuple[str, ...]
@@ -97,19 +101,19 @@ def commands(page: Path) -> list[Command]:
 
 
 def fragments(page: Path) -> list[list[str]]:
-    """Return the keys and values that prose says to append to a command: `--opts KEY VALUE`, also a key alone."""
+    """Return the keys and values of each `--opts KEY VALUE` in prose; also of a key without a value."""
     codes = [code for _, line in read(page)[1] for code in INLINE.findall(line)]
     return [shlex.split(code)[1:] for code in codes if code.startswith("--opts ")]
 
 
 def links(page: Path) -> list[str]:
-    """Return the targets of the links in prose that lead to files, with their anchors."""
+    """Return the targets of the links in prose that point to files, with their anchors."""
     found = [target for _, line in read(page)[1] for target in LINK.findall(INLINE.sub("", line))]
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the names of a page's headings, as GitHub and MkDocs make them."""
+    """Return the anchors of a page's headings, as GitHub and MkDocs form them."""
     headings = [found[1] for _, line in read(page)[1] if (found := HEADING.match(line))]
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
@@ -127,7 +131,7 @@ def _of_block(block: Block, variables: dict[str, str]) -> list[Command]:
 
 
 def _split(text: str, variables: dict[str, str]) -> list[tuple[str, ...]]:
-    """Split a line into simple commands; note assignments in `variables`, put in those that are known."""
+    """Split a line into simple commands; store assignments in `variables` and substitute the known ones."""
     for name, value in variables.items():
         text = text.replace(f"${name}", value)
     lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|")

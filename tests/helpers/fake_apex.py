@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's apex on the CPU: what its constructors and `step` take and keep, computed in plain PyTorch."""
+"""Fake of NVIDIA's apex for the CPU: its interfaces and stored state, computed in plain PyTorch."""
 
 import types
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """As apex's: with `capturable` the rates are tensors, and a loss scaler tells whether to skip."""
+    """Fake of apex's FusedAdam: with `capturable` learning rates are tensors, and a loss scaler holds the skip flag."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0, capturable=False
@@ -20,7 +20,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int, device=self.param_groups[0]["params"][0].device)
 
     def zero_grad(self):
-        raise AssertionError("apex's takes no set_to_none")
+        raise AssertionError("apex's zero_grad has no set_to_none")
 
     @torch.no_grad()
     def step(self, closure=None, grad_scaler=None):
@@ -49,14 +49,14 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class FusedLAMB(torch.optim.Optimizer):
-    """As apex's: counts in its groups and cannot skip. It moves by the sign of the mean, which is enough to tell a state."""
+    """Fake of apex's FusedLAMB: counts steps in its groups and cannot skip. It moves by the sign of the mean gradient only."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, max_grad_norm=1.0):
         kept = {"betas": betas, "eps": eps, "bias_correction": True, "grad_averaging": True}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, **kept})
 
     def zero_grad(self):
-        raise AssertionError("apex's takes no set_to_none")
+        raise AssertionError("apex's zero_grad has no set_to_none")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -72,7 +72,7 @@ class FusedLAMB(torch.optim.Optimizer):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """As apex's, which computes in the type of its input, and casts under autocast."""
+    """Fake of apex's FusedLayerNorm, which computes in the type of its input, and casts under autocast."""
 
     def forward(self, x):
         assert x.dtype == self.weight.dtype
@@ -81,7 +81,7 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 def modules():
-    """Return what stands in for apex in sys.modules."""
+    """Return the fake modules by name, for sys.modules."""
     apex = types.ModuleType("apex")
     apex.optimizers, apex.normalization = types.ModuleType("apex.optimizers"), types.ModuleType("apex.normalization")
     apex.optimizers.FusedAdam, apex.optimizers.FusedLAMB = FusedAdam, FusedLAMB

@@ -1,9 +1,10 @@
-"""Runs of train.py that are killed again and again; started by test_faults.py as a process of its own.
+"""Runs of train.py that are killed repeatedly; started by test_faults.py as a separate process.
 
     python -m tests.helpers.fault_server CONFIG FOLDER SEEDS
 
 One process imports torch and forks for each start, because importing takes longer than the run. It writes FOLDER/whole, the
-uninterrupted run; FOLDER/<seed>, the same run, killed with SIGKILL a few times and continued; FOLDER/kills.json, where.
+uninterrupted run; FOLDER/<seed>, the same run, killed with SIGKILL a few times and continued; FOLDER/kills.json, the phases of
+the kills by seed.
 """
 
 import json
@@ -22,6 +23,7 @@ import torch
 
 import engine.checkpoint.files
 import train
+import trainer.epochs
 from engine.checkpoint.files import CheckpointFolder, load_state
 from engine.loop import Loop
 
@@ -30,8 +32,8 @@ KILLS = 3  # of each run, at most
 DEADLINE_S = 120  # of each start
 
 
-class Whereabouts:
-    """What a child tells its parent: how often it entered each phase, and the seconds it spent there."""
+class PhaseRecord:
+    """Shared memory of a child and its parent: number of entries into each phase, and the seconds spent in it."""
 
     ENTRY = struct.Struct("qd")
 
@@ -45,8 +47,10 @@ class Whereabouts:
         return self.ENTRY.unpack_from(self.memory, self.ENTRY.size * PHASES.index(phase))
 
     def add(self, phase, entries, seconds):
-        known = self[phase]
-        self.ENTRY.pack_into(self.memory, self.ENTRY.size * PHASES.index(phase), known[0] + entries, known[1] + seconds)
+        before = self[phase]
+        self.ENTRY.pack_into(
+            self.memory, self.ENTRY.size * PHASES.index(phase), before[0] + entries, before[1] + seconds
+        )
 
     @contextmanager
     def inside(self, phase):
@@ -65,9 +69,9 @@ class Whereabouts:
         return wrapped
 
 
-def start(argv, folder, where):
-    """Fork a child that trains; return its number. Its exit status is train.main's, 99 for damage a kill left behind."""
-    where.clear()
+def start(argv, folder, phases):
+    """Fork a child that trains; return its pid. Its exit status is that of train.main, or 99 for a damaged checkpoint."""
+    phases.clear()
     child = os.fork()
     if child:
         return child
@@ -75,18 +79,18 @@ def start(argv, folder, where):
     try:
         signal.alarm(DEADLINE_S)
         folder.mkdir(exist_ok=True)
-        with (folder / "said.txt").open("a") as said, redirect_stdout(said), redirect_stderr(said):
+        with (folder / "output.txt").open("a") as output, redirect_stdout(output), redirect_stderr(output):
             try:
                 if latest := CheckpointFolder(folder / "small/checkpoints", 1).latest():
-                    load_state(latest)  # whole, whenever the kill came
+                    load_state(latest)  # must be intact whenever the kill came
             except ValueError:
                 traceback.print_exc()
                 os._exit(99)
-            engine.checkpoint.files.write_atomically = where.wrap(
+            engine.checkpoint.files.write_atomically = phases.wrap(
                 "checkpoint", engine.checkpoint.files.write_atomically
             )
-            train.evaluate_all = where.wrap("evaluation", train.evaluate_all)
-            Loop._train_update = where.wrap("training", Loop._train_update)
+            trainer.epochs.evaluate_raw_and_ema = phases.wrap("evaluation", trainer.epochs.evaluate_raw_and_ema)
+            Loop._train_update = phases.wrap("training", Loop._train_update)
             try:
                 status = train.main([*argv, "--output", str(folder)])
             except SystemExit as error:
@@ -98,14 +102,14 @@ def start(argv, folder, where):
 
 
 def finish(child):
-    """Wait for a child that nobody kills."""
+    """Wait for a child to end; return its exit status."""
     _, code = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(code)
 
 
-def kill_inside(child, where, phase, entry, delay):
-    """Kill a child `delay` seconds after it enters a phase for the nth time; return its exit status, -9 if that came to be."""
-    while where[phase][0] < entry:
+def kill_inside(child, phases, phase, entry, delay):
+    """Kill a child `delay` seconds after its nth entry into a phase; return its exit status, -9 if it did not end before."""
+    while phases[phase][0] < entry:
         ended, code = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(code)
@@ -117,23 +121,23 @@ def kill_inside(child, where, phase, entry, delay):
 
 def main(config, folder, seeds):
     torch.set_num_threads(1)
-    where, argv, kills = Whereabouts(), ["--cfg", config], {}
-    assert finish(start(argv, folder / "whole", where)) == 0, (folder / "whole/said.txt").read_text()
-    usual = {phase: where[phase] for phase in PHASES}
+    phases, argv, kills = PhaseRecord(), ["--cfg", config], {}
+    assert finish(start(argv, folder / "whole", phases)) == 0, (folder / "whole/output.txt").read_text()
+    usual = {phase: phases[phase] for phase in PHASES}
     for seed in range(seeds):
         rng, kills[seed] = random.Random(seed), []
         for _ in range(KILLS):
             phase = rng.choice(PHASES)
             entries, seconds = usual[phase]
             entry, delay = rng.randint(1, max(1, entries // 2)), rng.uniform(0, 1.5 * seconds / entries)
-            child = start(argv, folder / str(seed), where)
-            status = kill_inside(child, where, phase, entry, delay)
+            child = start(argv, folder / str(seed), phases)
+            status = kill_inside(child, phases, phase, entry, delay)
             if status != -signal.SIGKILL:
                 break
             kills[seed].append(phase)
         else:
-            status = finish(start(argv, folder / str(seed), where))
-        assert status == 0, f"seed {seed}, {kills[seed]}: {status}\n{(folder / str(seed) / 'said.txt').read_text()}"
+            status = finish(start(argv, folder / str(seed), phases))
+        assert status == 0, f"seed {seed}, {kills[seed]}: {status}\n{(folder / str(seed) / 'output.txt').read_text()}"
     (folder / "kills.json").write_text(json.dumps(kills))
 
 

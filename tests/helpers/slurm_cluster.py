@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: loopback only, without systemd, cgroups or accounting, up in about a second."""
+"""Real SLURM cluster of two nodes on this machine: loopback only, without systemd, cgroups or accounting; starts in a second."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "sinfo")
-PLACES = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 SLURM_CONF = """
 ClusterName=test
@@ -50,25 +50,27 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
 
 def missing() -> list[str]:
     """Return the programs of SLURM and munge that this machine lacks."""
-    return [name for name in PROGRAMS if not shutil.which(name, path=PLACES)]
+    return [name for name in PROGRAMS if not shutil.which(name, path=SEARCH_PATH)]
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float) -> None:
-    """Wait until the condition holds; TimeoutError names what was waited for."""
+def wait_for(condition: Callable[[], object], expected: str, seconds: float) -> None:
+    """Wait until the condition holds. Raises TimeoutError naming what was expected."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s for {what}")
+            raise TimeoutError(f"waited {seconds:g} s for {expected}")
         time.sleep(0.02)
 
 
 class SlurmCluster:
-    """munged, slurmctld and two slurmd as children of this process; a context manager."""
+    """Daemons munged, slurmctld and two slurmd as children of this process; a context manager."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # a socket's path ends at 108 characters
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="slurm", dir="/tmp")
+        )  # the path of a socket is limited to 108 characters
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-        self.env = inherited | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PLACES}
+        self.env = inherited | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH_PATH}
         self.daemons: list[subprocess.Popen] = []
 
     def __enter__(self):
@@ -96,7 +98,7 @@ class SlurmCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *argv: str, check: bool = True, **env: str) -> str:
-        """Run a command of SLURM's and return what it printed."""
+        """Run a command of SLURM; return its output."""
         done = subprocess.run(argv, env=self.env | env, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -106,16 +108,16 @@ class SlurmCluster:
         return self.run("sbatch", "--parsable", *argv, **env)
 
     def state(self, job: str) -> str:
-        """Return a job's state, as COMPLETED, PENDING or RUNNING."""
-        return self.fact(job, "JobState")
+        """Return the state of a job, such as COMPLETED, PENDING or RUNNING."""
+        return self.job_field(job, "JobState")
 
-    def fact(self, job: str, key: str) -> str:
-        """Return a value of `scontrol show job`."""
+    def job_field(self, job: str, key: str) -> str:
+        """Return a field of `scontrol show job`."""
         pairs = (word.partition("=") for word in self.run("scontrol", "show", "job", job).split())
         return next(value for name, _, value in pairs if name == key)
 
     def logs(self) -> str:
-        """Return the ends of the daemons' logs, for the message of a test that failed."""
+        """Return the last lines of the daemons' logs, for the message of a failed test."""
         return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
 
     def _configure(self):
@@ -129,12 +131,12 @@ class SlurmCluster:
         (self.folder / "state").mkdir()
         for node in ("node1", "node2"):
             (self.folder / f"spool.{node}").mkdir()
-        metadata = {"host": socket.gethostname().split(".")[0], "user": pwd.getpwuid(os.getuid()).pw_name}
-        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**metadata, ports=ports, folder=self.folder))
+        values = {"host": socket.gethostname().split(".")[0], "user": pwd.getpwuid(os.getuid()).pw_name}
+        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**values, ports=ports, folder=self.folder))
         numbers = tuple(map(int, self.run("slurmctld", "-V").split()[1].split(".")[:2]))
         cgroup = "CgroupPlugin=disabled\n" if numbers >= (23, 11) else "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
         (self.folder / "cgroup.conf").write_text(cgroup)
-        gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # any device file will do
+        gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # stand-ins: any device file works
         (self.folder / "gres.conf").write_text(gpus)
         key = self.folder / "m/key"
         key.write_bytes(os.urandom(128))
@@ -158,7 +160,7 @@ class SlurmCluster:
 
     def _daemon(self, *argv: str):
         quiet = subprocess.DEVNULL
-        program = shutil.which(argv[0], path=PLACES)
+        program = shutil.which(argv[0], path=SEARCH_PATH)
         self.daemons.append(
             subprocess.Popen([program, *argv[1:]], env=self.env, stdin=quiet, stdout=quiet, stderr=quiet)
         )

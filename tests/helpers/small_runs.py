@@ -1,8 +1,15 @@
-"""Runs of train.py in the test's own process, and what a run wrote."""
+"""Runs of train.py and eval.py in the test's own process, and comparison of their files."""
 
 import json
 
+import pytest
+import torch
+
+import eval as eval_script
 import train as train_script
+from engine.checkpoint.files import load_state
+
+LAST = "checkpoints/update-00000018.pt"  # of a run of small_cfg
 
 
 def run_here(cfg, output, *opts) -> int:
@@ -11,7 +18,39 @@ def run_here(cfg, output, *opts) -> int:
 
 
 def rows(run):
-    """Return the metrics of a run, without what depends on the time."""
+    """Return the rows of a run's metrics.jsonl, without measured times."""
     timed = ("images_per_s", "data_share", "seconds")
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in timed} for row in found]
+
+
+def train(cfg, output, *more) -> int:
+    """Train with flags; return the exit status."""
+    return train_script.main(["--cfg", str(cfg), "--output", str(output), *map(str, more)])
+
+
+def evaluate(cfg, checkpoint, *more) -> int:
+    """Evaluate a checkpoint with flags; return the exit status."""
+    return eval_script.main(["--cfg", str(cfg), "--checkpoint", str(checkpoint), *map(str, more)])
+
+
+def fails(call, capsys, status=2) -> str:
+    """Check that a call exits with the status; return its stderr."""
+    with pytest.raises(SystemExit) as caught:
+        call()
+    assert caught.value.code == status
+    return capsys.readouterr().err
+
+
+def assert_same_state(a, b, exact=True, best=True):
+    """Check that two checkpoint files hold the same state: bitwise, or closely where `exact` is false."""
+    a, b = load_state(a), load_state(b)
+    assert a["update"] == b["update"]
+    if exact:
+        assert a["best"] == b["best"] or not best
+        assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 5e-6}
+    for part in ("model", "ema") if a["ema"] else ("model",):
+        torch.testing.assert_close(a[part], b[part], **close)
+    if exact:
+        torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], **close)

@@ -1,4 +1,4 @@
-"""The launch scripts check their arguments, say what they start, and start it."""
+"""Launch scripts: checks of arguments, the command that they print and run, staging and requeues."""
 
 import os
 import shlex
@@ -47,7 +47,7 @@ def test_help_is_printed(script, flag):
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "stage.sh"])
-def test_config_that_is_missing_is_named(script):
+def test_missing_config_is_an_error(script):
     needed = ("-n", "1:2", "-a", "localhost") if script == "elastic.sh" else ()
     for argv, hint in (((), "no CONFIG"), (("nothing.yaml",), "nothing.yaml does not exist")):
         done = run(script, *needed, *argv)
@@ -77,13 +77,13 @@ def test_config_that_is_missing_is_named(script):
         ("slurm_srun.sbatch", (CONFIG,), "submit it with sbatch"),
     ],
 )
-def test_wrong_arguments_are_named(script, argv, hint):
+def test_wrong_arguments_are_errors(script, argv, hint):
     done = run(script, *argv)
     assert done.returncode == 2
     assert hint in done.stderr
 
 
-def test_head_node_that_does_not_resolve_is_named_at_once():
+def test_head_node_that_does_not_resolve_is_an_error_at_once():
     done = run("torchrun.sh", "-n", "2", "-r", "0", "-a", "no-such-host.invalid", CONFIG)
     assert done.returncode == 1
     assert "no-such-host.invalid, does not resolve" in done.stderr
@@ -103,24 +103,24 @@ def test_head_node_that_does_not_resolve_is_named_at_once():
         (("-n", 2, "-r", 1, "-a", "localhost"), {"SLURM_JOB_ID": 123456}, "--master_port 23456 "),
     ],
 )
-def test_torchrun_command_is_printed_and_is_what_runs(argv, env, expected):
+def test_torchrun_command_is_printed_and_run(argv, env, expected):
     done = run("torchrun.sh", *argv, CONFIG, "--tag", "two words", PYTHON="/bin/echo", **env)
-    said, ran = done.stdout.splitlines()
-    assert expected in said
-    assert said.endswith(r"--tag two\ words ")
-    assert ran == said.removeprefix("/bin/echo ").replace("\\", "").rstrip()
+    printed, ran = done.stdout.splitlines()
+    assert expected in printed
+    assert printed.endswith(r"--tag two\ words ")
+    assert ran == printed.removeprefix("/bin/echo ").replace("\\", "").rstrip()
 
 
-def test_elastic_command_keeps_restarts_apart_and_loses_dead_nodes_soon():
+def test_elastic_command_separates_restarts_and_drops_dead_nodes_soon():
     done = run("elastic.sh", "-n", "1:4", "-a", "localhost", "-g", 2, CONFIG, PYTHON="/bin/echo")
-    said = done.stdout.splitlines()[0]
+    printed = done.stdout.splitlines()[0]
     environment = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 RETOKEN_MEETING=localhost:29500"
-    assert said.startswith(f"{environment} /bin/echo -m torch.distributed.run --nnodes 1:4 ")
-    assert "--rdzv_id demo" in said
+    assert printed.startswith(f"{environment} /bin/echo -m torch.distributed.run --nnodes 1:4 ")
+    assert "--rdzv_id demo" in printed
     job = run("elastic.sh", "-n", "1:4", "-a", "localhost", CONFIG, PYTHON="/bin/echo", SLURM_JOB_ID=123456)
     assert "RETOKEN_MEETING=localhost:23456" in job.stdout
     assert "--rdzv_endpoint localhost:23456" in job.stdout
-    assert "keep_alive_interval=1" in said
+    assert "keep_alive_interval=1" in printed
 
 
 def shell(command) -> str:
@@ -129,7 +129,7 @@ def shell(command) -> str:
     return done.stdout.strip()
 
 
-def test_port_follows_from_the_job_and_avoids_one_in_use():
+def test_port_follows_from_the_job_and_is_not_in_use():
     with socket.socket() as taken:
         job = next(job for job in range(7000, 9000) if bound(taken, 20000 + job))
         taken.listen()
@@ -156,15 +156,15 @@ def test_run_directory_is_that_of_train_and_needs_no_torch(small_cfg):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_staging_copies_once_and_starts_anew_after_a_cut(tmp_path, packed):
+def test_staging_copies_once_and_repeats_an_interrupted_copy(tmp_path, packed):
     source, target = tmp_path / "images", tmp_path / "local/images"
     (source / "train").mkdir(parents=True)
     (source / "train/a.jpg").write_text("pixels")
     if packed:
         shutil.make_archive(str(source), "tar", source)
     (tmp_path / "local/images.part").mkdir(parents=True)
-    (tmp_path / "local/images.part/half").write_text("of a copy that was cut off")
-    target.mkdir()  # empty: nobody's
+    (tmp_path / "local/images.part/half").write_text("of an interrupted copy")
+    target.mkdir()  # empty
     origin = f"{source}.tar" if packed else source
     first = run("stage.sh", origin, f"{target}/")
     assert first.returncode == 0, first.stderr
@@ -175,7 +175,7 @@ def test_staging_copies_once_and_starts_anew_after_a_cut(tmp_path, packed):
     assert (again.returncode, "is complete" in again.stdout) == (0, True)
 
 
-def test_staging_copies_folders_that_may_only_be_read(tmp_path):
+def test_staging_copies_read_only_folders(tmp_path):
     source, target, begun = tmp_path / "images", tmp_path / "target", tmp_path / "target.part/train"
     for folder in (source / "train", begun):
         folder.mkdir(parents=True)
@@ -186,14 +186,14 @@ def test_staging_copies_folders_that_may_only_be_read(tmp_path):
     if bound and not shutil.which(bound[0]):
         pytest.skip("root may write everywhere; setpriv not installed: apt-get install util-linux")
     command = [*bound, "launch_scripts/stage.sh", f"{source}/", target]
-    for said in ("is ready", "is complete"):
+    for message in ("is ready", "is complete"):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, said in done.stdout) == (0, True), done.stderr
+        assert (done.returncode, message in done.stdout) == (0, True), done.stderr
         command[-2] = str(command[-2]).rstrip("/")  # the same
     assert {path.name for path in target.rglob("*")} == {"train", "a.jpg", ".complete"}
 
 
-def test_staging_keeps_off_folders_that_are_not_its_copy(tmp_path):
+def test_staging_refuses_folders_that_are_not_its_copy(tmp_path):
     source, other, target = (tmp_path / name for name in ("source", "other", "target"))
     for folder in (source, other, target):
         folder.mkdir()
@@ -206,7 +206,7 @@ def test_staging_keeps_off_folders_that_are_not_its_copy(tmp_path):
     assert (refused.returncode, f"is a copy of {source}, not of {other}" in refused.stderr) == (1, True)
 
 
-def test_job_that_comes_back_without_progress_stays_out_of_the_queue_in_the_end(tmp_path):
+def test_job_without_progress_is_requeued_five_times(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     stubs = f"run={tmp_path}; SLURM_JOB_ID=7; scontrol() {{ echo queued; }}; sleep() {{ :; }}"
 
@@ -216,17 +216,17 @@ def test_job_that_comes_back_without_progress_stays_out_of_the_queue_in_the_end(
 
     assert times(3).count("queued") == 3
     (tmp_path / "checkpoints/update-00000012.pt").touch()
-    said = times(7)
-    assert said.count("queued") == 5
-    assert said.count("has come back 5 times and saved nothing since") == 2
-    assert "update-00000012.pt: it stays out of the queue" in said
+    output = times(7)
+    assert output.count("queued") == 5
+    assert output.count("has come back 5 times and saved nothing since") == 2
+    assert "update-00000012.pt: it stays out of the queue" in output
     assert times(1, job=8).count("queued") == 1  # submitted again by hand
     (tmp_path / "done").touch()
     shell(f"{stubs}; termed=0; end_job 0")
     assert not (tmp_path / "requeues").exists()
 
 
-def test_cancelled_job_stays_out_of_the_queue_though_its_steps_end_first(tmp_path):
+def test_cancelled_job_is_not_requeued_though_its_steps_end_first(tmp_path):
     (tmp_path / "preempted").touch()
     stubs = f"run={tmp_path}; SLURM_JOB_ID=7 SLURM_NNODES=1 stage=true termed=0; trap 'termed=1' TERM; srun() {{ return 143; }}"
     stubs += "; scontrol() { echo queued; }; stop() { echo stopped; exit 0; }"
@@ -236,7 +236,7 @@ def test_cancelled_job_stays_out_of_the_queue_though_its_steps_end_first(tmp_pat
 
 
 def documented(start):
-    """Return the commands in docs/clusters.md and the README that begin so."""
+    """Return the commands in docs/clusters.md and the README that begin with `start`."""
     lines = (ROOT / "docs/clusters.md").read_text().splitlines() + (ROOT / "README.md").read_text().splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"    {start}")]
 

@@ -1,4 +1,4 @@
-"""The batch scripts on a real SLURM: what interrupts a job brings it back, and the run ends as if nothing had happened."""
+"""Batch scripts on a real SLURM: interrupted jobs are requeued, and the run ends with the result of an uninterrupted one."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 OPTS = ("TRAIN.EPOCHS", "20", "EVAL.EVERY", "5", "LOG.EVERY", "1", "CHECKPOINT.EVERY_UPDATES", "5")
 LAST = "checkpoints/update-00000120.pt"
 
-# Stands in for python where only the script is tested: notes its arguments; its first start waits for a signal.
+# Replaces python where only the script is tested: records its arguments; the first start waits for a signal.
 FAKE_PYTHON = """#!{python}
 import os, pathlib, signal, sys, time
 run = pathlib.Path("{run}")
@@ -58,7 +58,7 @@ def slurm():
 
 
 def make_fake(folder):
-    """Return a stand-in for the interpreter, and the run directory it knows."""
+    """Create a replacement of the interpreter; return it and the run directory that it reports."""
     run = folder / "run"
     run.mkdir()
     python = folder / "python"
@@ -69,13 +69,13 @@ def make_fake(folder):
 
 @pytest.fixture
 def fake(tmp_path):
-    """See make_fake."""
+    """Replacement of the interpreter and its run directory (make_fake)."""
     return make_fake(tmp_path)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm, tmp_path_factory):
-    """A job that is warned of its time limit while the tests before the last run beside it."""
+    """Job that receives the warning before its time limit; it runs while the other tests do."""
     folder = tmp_path_factory.mktemp("limited")
     python, run = make_fake(folder)
     early = ("--time=1", "--signal=USR1@58")
@@ -84,14 +84,14 @@ def limited(slurm, tmp_path_factory):
 
 
 def submit(slurm, output, *argv, python=sys.executable, options=()):
-    """Submit a project's script from the repository, as docs/clusters.md says it."""
+    """Submit a script of the project from the repository, as in docs/clusters.md."""
     env = {"MASTER_ADDR": "127.0.0.1", "PYTHON": str(python), "OMP_NUM_THREADS": "1", "SLURM_SUBMIT_DIR": str(ROOT)}
-    place = ("--chdir", str(ROOT), "--output", str(output))
-    return slurm.submit(*place, "-N", "2", *options, *map(str, argv), **env)
+    options_of_all = ("--chdir", str(ROOT), "--output", str(output))
+    return slurm.submit(*options_of_all, "-N", "2", *options, *map(str, argv), **env)
 
 
 def explain(slurm, output, run):
-    """Return all that was said, for the message of a failure."""
+    """Return the output of the job and its nodes, and the logs of SLURM, for the message of a failed test."""
     files = [output, *sorted(run.glob("logs/*/*"))]
     return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.exists()) + slurm.logs()
 
@@ -104,7 +104,7 @@ def wait_for_end(slurm, job, output, run, expected="COMPLETED", seconds=240):
 
 def wait_for_start(slurm, job, restarts, ready):
     def started():
-        return int(slurm.fact(job, "Restarts")) == restarts and slurm.state(job) == "RUNNING" and ready()
+        return int(slurm.job_field(job, "Restarts")) == restarts and slurm.state(job) == "RUNNING" and ready()
 
     wait_for(started, f"start {restarts} of the job", 60)
 
@@ -116,31 +116,31 @@ def reached(run, update):
 
 @pytest.fixture(scope="module")
 def whole(small_cfg, tmp_path_factory, run_script):
-    """The uninterrupted run on two processes of one machine."""
+    """Run directory of the uninterrupted run on two processes of one machine."""
     output = tmp_path_factory.mktemp("whole")
     run_script("train.py", "--cfg", str(small_cfg), "--output", str(output), "--opts", *OPTS, processes=2)
     return output / "small"
 
 
 @pytest.mark.slow
-def test_run_that_is_requeued_twice_ends_as_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
+def test_run_that_is_requeued_twice_equals_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
     run, output = tmp_path / "small", tmp_path / "job.out"
     argv = ("launch_scripts/slurm.sbatch", small_cfg, "--output", tmp_path, "--opts", *OPTS)
     job = submit(slurm, output, *argv)
     try:
         wait_for(reached(run, 12), "update 12", 120)
         slurm.run("scancel", "--signal=USR1", job)  # what SLURM sends before the time limit
-        wait_for(lambda: slurm.fact(job, "Restarts") == "1", "the requeue after USR1", 60)
+        wait_for(lambda: slurm.job_field(job, "Restarts") == "1", "the requeue after USR1", 60)
         wait_for(reached(run, 50), "update 50", 120)
-        slurm.run("scontrol", "requeue", job)  # what an administrator, or a preempting partition, does
+        slurm.run("scontrol", "requeue", job)  # as an administrator or a preempting partition does
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{explain(slurm, output, run)}") from error
     wait_for_end(slurm, job, output, run)
-    assert_ended_as_if_nothing_had_happened(slurm, job, whole, run, requeues=2)
+    assert_equals_the_uninterrupted_run(slurm, job, whole, run, requeues=2)
 
 
 @pytest.mark.slow
-def test_run_without_torchrun_is_requeued_and_ends_as_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
+def test_run_without_torchrun_is_requeued_and_equals_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
     run, output = tmp_path / "small", tmp_path / "job.out"
     argv = ("launch_scripts/slurm_srun.sbatch", small_cfg, "--output", tmp_path, "--opts", *OPTS)
     job = submit(slurm, output, *argv)
@@ -150,11 +150,11 @@ def test_run_without_torchrun_is_requeued_and_ends_as_the_uninterrupted_one(slur
         raise AssertionError(f"{error}\n{explain(slurm, output, run)}") from error
     slurm.run("scancel", "--signal=USR1", job)
     wait_for_end(slurm, job, output, run)
-    assert_ended_as_if_nothing_had_happened(slurm, job, whole, run, requeues=1)
+    assert_equals_the_uninterrupted_run(slurm, job, whole, run, requeues=1)
 
 
-def assert_ended_as_if_nothing_had_happened(slurm, job, whole, run, requeues):
-    assert slurm.fact(job, "Restarts") == str(requeues)
+def assert_equals_the_uninterrupted_run(slurm, job, whole, run, requeues):
+    assert slurm.job_field(job, "Restarts") == str(requeues)
     starts = [start["update"] for start in json.loads((run / "manifest.json").read_text())["starts"]]
     assert starts == sorted(set(starts))
     assert len(starts) == 1 + requeues
@@ -180,18 +180,18 @@ def test_job_that_is_cancelled_stays_cancelled(slurm, fake, tmp_path, script):
     wait_for((run / "up-1").exists, "the second task", 30)
     slurm.run("scancel", job)
     wait_for_end(slurm, job, output, run, "CANCELLED", 60)
-    assert (run / "preempted").exists()  # saved, all the same
-    assert slurm.fact(job, "Restarts") == "0"
+    assert (run / "preempted").exists()  # saved before it ended
+    assert slurm.job_field(job, "Restarts") == "0"
 
 
-def test_failure_is_the_jobs_and_is_not_repeated(slurm, fake, tmp_path):
+def test_failure_fails_the_job_without_a_requeue(slurm, fake, tmp_path):
     python, run = fake
     (run / "fail").touch()
     output = tmp_path / "job.out"
     job = submit(slurm, output, "launch_scripts/slurm.sbatch", "configs/demo.yaml", python=python)
     wait_for_end(slurm, job, output, run, "FAILED", 60)
-    assert slurm.fact(job, "ExitCode") == "3:0"
-    assert slurm.fact(job, "Restarts") == "0"
+    assert slurm.job_field(job, "ExitCode") == "3:0"
+    assert slurm.job_field(job, "Restarts") == "0"
 
 
 def test_staging_runs_once_on_each_node_before_training(slurm, fake, tmp_path):
@@ -213,7 +213,7 @@ def test_staging_runs_once_on_each_node_before_training(slurm, fake, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["USR1", "TERM"])
-def test_warning_while_data_are_staged_brings_the_job_back(slurm, fake, tmp_path, number):
+def test_warning_while_data_are_staged_requeues_the_job(slurm, fake, tmp_path, number):
     python, run = fake
     (run / "fail").touch()
     output = tmp_path / "job.out"
@@ -223,12 +223,12 @@ def test_warning_while_data_are_staged_brings_the_job_back(slurm, fake, tmp_path
     steps = () if number == "USR1" else (f"{job}.0",)  # as preemption with a grace time does
     slurm.run("scancel", f"--signal={number}", *(steps or (job,)))
     wait_for_end(slurm, job, output, run, "FAILED", 60)
-    assert slurm.fact(job, "Restarts") == "1"
+    assert slurm.job_field(job, "Restarts") == "1"
     assert "interrupted while it staged its data" in output.read_text()
     assert "start 1 of" in (run / "starts-0").read_text()
 
 
-# A cluster's numbers, brought down to those of the two nodes here.
+# Options for a cluster, reduced to the two nodes of the tests.
 SMALLER = {"-N": "2", "--gpus-per-node": "2", "--ntasks-per-node": "2", "--cpus-per-task": "1"}
 
 
@@ -250,7 +250,7 @@ def test_documented_command_uses_every_gpu_of_its_nodes(slurm, fake, tmp_path, l
     assert all("--data-path" in start for start in starts)
 
 
-def test_two_jobs_on_one_node_meet_at_different_ports(slurm, fake, tmp_path):
+def test_two_jobs_on_one_node_use_different_ports(slurm, fake, tmp_path):
     python, run = fake
     output = tmp_path / "job.out"
     one_core = ("-N", "1", "--nodelist", "node1")
@@ -266,10 +266,10 @@ def test_two_jobs_on_one_node_meet_at_different_ports(slurm, fake, tmp_path):
         wait_for_end(slurm, job, output, run, "CANCELLED", 60)
 
 
-def test_warning_before_the_time_limit_brings_the_job_back(slurm, limited):
+def test_warning_before_the_time_limit_requeues_the_job(slurm, limited):
     job, output, run = limited
     wait_for_end(slurm, job, output, run, seconds=120)
-    assert slurm.fact(job, "Restarts") == "1"
+    assert slurm.job_field(job, "Restarts") == "1"
     assert "goes back into the queue" in output.read_text()
     first, second = (run / "starts-0").read_text().splitlines()
     assert f"--rdzv_id {job}-0 " in first

@@ -1,24 +1,30 @@
-"""models.attention_hooks: maps that are what the attentions do, from a forward pass that is as it was."""
+"""models.attention_maps: maps agree with the attentions' outputs, and the forward pass is unchanged."""
 
 import pytest
 import timm
 import torch
 
-from models.attention_hooks import all_blocks, attention_maps, has_maps, last_blocks
-from models.attention_maps import merge_plan, read, super_tokens
+from models.attention_maps import all_blocks, attention_maps, has_maps, last_blocks
 from models.groupmixformer import GroupMixAttention
-from models.sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention, run_tokens, sort_tokens
-from models.stvit import SuperTokenAttention, affinity, to_cells
+from models.sgformer_attention import (
+    HybridScaleAttention,
+    PlainAttention,
+    SelfGuidedAttention,
+    merge_plan,
+    run_tokens,
+    sort_tokens,
+)
+from models.stvit import SuperTokenAttention, neighbor_affinity, super_tokens, to_cells
 from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
 
-PLACE = (0.4, 0.7)
+POINT = (0.4, 0.7)
 
 
 def double(*shape, seed=3):
     return images(*shape, seed=seed, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("at", [None, PLACE], ids=["received", "query"])
+@pytest.mark.parametrize("at", [None, POINT], ids=["received", "query"])
 @pytest.mark.parametrize("name", SMALLEST)
 def test_logits_are_bitwise_the_same_and_hooks_are_gone(name, at):
     model, x = scrambled(shrunken(name)).eval(), images(2, 3, 50, 70)
@@ -62,7 +68,7 @@ def test_merge_plan_gives_the_published_number_of_tokens():
 def test_merged_regions_are_the_runs_that_become_one_token():
     torch.manual_seed(0)
     attention, x, significance = SelfGuidedAttention(8, 2, 4).double(), double(2, 9, 12, 8), double(2, 9, 12)
-    (reading,) = read(attention, x, significance, None)
+    (reading,) = attention.attention_maps(x, significance, None)
     tokens = run_tokens(sort_tokens(x, significance), [(run.weight, run.bias) for run in attention.runs])
     # A token moves the merged token of its own region, and no other.
     for row, column in ((0, 0), (8, 11), (4, 5)):
@@ -80,8 +86,8 @@ def test_query_of_self_guided_attention_gives_what_its_merged_tokens_get():
     tokens = run_tokens(sort_tokens(x, significance), [(run.weight, run.bias) for run in attention.runs])
     q, k = attention.q(x[:, 2, 3]).view(2, 4), attention.kv(tokens)[0, :, :8].view(-1, 2, 4)
     p = torch.einsum("kd,mkd->km", q, k).div(2).softmax(1).mean(0)
-    (reading,) = read(attention, x, significance, (2, 3))
-    (regions,) = read(attention, x, significance, None)
+    (reading,) = attention.attention_maps(x, significance, (2, 3))
+    (regions,) = attention.attention_maps(x, significance, None)
     got = torch.zeros(len(p), dtype=torch.float64).index_add(
         0, regions.values.flatten(), reading.values.flatten() / 108
     )
@@ -93,16 +99,16 @@ def test_plain_attention_of_a_query_is_its_softmax():
     attention, x = PlainAttention(8, 2).double(), double(2, 3, 5, 8)
     q, k, _ = attention.qkv(x).view(2, 15, 3, 2, 4).unbind(2)
     p = torch.einsum("bnkd,bmkd->bknm", q, k).div(2).softmax(-1).mean(1)  # (B, N, N)
-    (reading,) = read(attention, x, None, (1, 2))
+    (reading,) = attention.attention_maps(x, None, (1, 2))
     torch.testing.assert_close(reading.values, 15 * p[:, 7].view(2, 3, 5))
-    (received,) = read(attention, x, None, None)
+    (received,) = attention.attention_maps(x, None, None)
     torch.testing.assert_close(received.values, 15 * p.mean(1).view(2, 3, 5))
 
 
 def test_hybrid_attention_of_a_query_stays_in_its_window_and_sums_to_one():
     torch.manual_seed(0)
     attention, x = HybridScaleAttention(8, 4, 4, guides=True).double(), double(2, 9, 15, 8)
-    far, near = read(attention, x, None, (8, 13))
+    far, near = attention.attention_maps(x, None, (8, 13))
     for reading in (far, near):
         torch.testing.assert_close(reading.values.mean((1, 2)), torch.ones(2, dtype=torch.float64))
     inside = torch.zeros(9, 15, dtype=torch.bool)
@@ -114,7 +120,7 @@ def test_hybrid_attention_of_a_query_stays_in_its_window_and_sums_to_one():
 
 
 def identity_values(attention):
-    """Make STViT's attention put out what it takes in, weighted."""
+    """Give STViT's attention identity values and projection: its output is the weighted mean of its input."""
     dim = attention.proj.in_channels
     with torch.no_grad():
         attention.qkv.weight[2 * dim :] = torch.eye(dim)[:, :, None, None]
@@ -130,23 +136,23 @@ def test_attention_through_super_tokens_weighs_the_pixels_as_the_output_does(ite
     attention, x = identity_values(SuperTokenAttention(6, 1, 4, iterations).double()), double(2, 12, 16, 6)
     output = attention(x)
     for row, column in ((0, 0), (5, 9), (11, 15)):
-        (reading,) = read(attention, x, None, (row, column))
+        (reading,) = attention.attention_maps(x, None, (row, column))
         got = torch.einsum("bhw,bhwc->bc", reading.values / (12 * 16), x)
         torch.testing.assert_close(got, output[:, row, column])
-    *_, received = read(attention, x, None, None)
+    *_, received = attention.attention_maps(x, None, None)
     torch.testing.assert_close(torch.einsum("bhw,bhwc->bc", received.values / 192, x), output.mean((1, 2)))
 
 
-def test_super_token_of_a_pixel_is_the_one_it_has_its_largest_share_in():
+def test_super_token_of_a_pixel_is_the_one_of_its_largest_affinity():
     x, cell = double(1, 8, 12, 5), 4
     cells = to_cells(x, cell)
-    shares = affinity(cells, cells.mean(3))
-    found = super_tokens(shares, cell, 8, 12)[0]
+    affinity = neighbor_affinity(cells, cells.mean(3))
+    found = super_tokens(affinity, cell, 8, 12)[0]
     means = cells.mean(3)[0]
     for row in range(8):
         for column in range(12):
             around = [(i, j) for i in range(2) for j in range(3) if abs(i - row // 4) < 2 and abs(j - column // 4) < 2]
-            best = max(around, key=lambda place: float(x[0, row, column] @ means[place]))
+            best = max(around, key=lambda token: float(x[0, row, column] @ means[token]))
             assert int(found[row, column]) == 3 * best[0] + best[1]
 
 
@@ -154,7 +160,7 @@ def test_groups_of_group_mix_attention_weigh_values_as_the_output_does():
     torch.manual_seed(0)
     attention, x = GroupMixAttention(20, 4).double().eval(), double(2, 4, 6, 20)  # a head a group
     q, k, v, _ = (part.flatten(1, 2) for part in attention.mix(x))
-    readings = list(read(attention, x, None, (1, 2)))
+    readings = list(attention.attention_maps(x, None, (1, 2)))
     assert [reading.part for reading in readings] == ["1×1 group", "3×3 group", "5×5 group", "7×7 group"]
     for group, reading in enumerate(readings):
         own = slice(4 * group, 4 * group + 4)
@@ -162,12 +168,12 @@ def test_groups_of_group_mix_attention_weigh_values_as_the_output_does():
         want = (20 / 4) ** -0.5 * q[:, 8, own][:, None] @ context
         got = reading.values.flatten(1)[:, None] / 24 @ v[..., own]
         torch.testing.assert_close(got, want)
-    for group, reading in enumerate(read(attention, x, None, None)):
+    for group, reading in enumerate(attention.attention_maps(x, None, None)):
         want = 24 * k[..., 4 * group : 4 * group + 4].softmax(1).mean(2).view(2, 4, 6)
         torch.testing.assert_close(reading.values, want)
 
 
-def test_place_is_the_token_that_covers_it():
+def test_point_is_the_token_that_covers_it():
     model, x = scrambled(shrunken("stvit_small")).eval(), images(1, 3, 40, 100)
     _, maps = attention_maps(
         model, x, (0.65, 0.5), [(4, 1)]
@@ -177,7 +183,7 @@ def test_place_is_the_token_that_covers_it():
     hook = attention.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0]))
     model(x)
     hook.remove()
-    (want,) = read(attention, taken[0], None, (0, 2))
+    (want,) = attention.attention_maps(taken[0], None, (0, 2))
     torch.testing.assert_close(maps[0].reading.values, want.values)
 
 
@@ -212,7 +218,7 @@ def test_group_of_several_heads_has_the_mean_of_their_weights():
     torch.manual_seed(0)
     attention, x = GroupMixAttention(40, 8).double().eval(), double(1, 3, 5, 40)  # two heads of 4 channels a group
     q, k, _, _ = (part.flatten(1, 2)[0] for part in attention.mix(x))
-    for group, reading in enumerate(read(attention, x, None, (2, 1))):
+    for group, reading in enumerate(attention.attention_maps(x, None, (2, 1))):
         heads = [slice(8 * group + 4 * i, 8 * group + 4 * i + 4) for i in range(2)]
         weights = [(40 / 8) ** -0.5 * k[:, own].softmax(0) @ q[11, own] for own in heads]
         torch.testing.assert_close(reading.values[0].flatten() / 15, (weights[0] + weights[1]) / 2)

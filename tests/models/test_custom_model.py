@@ -1,4 +1,4 @@
-"""MODEL.MODULE: models of one's own, from files and modules outside the repository."""
+"""MODEL.MODULE: custom models from files and modules outside the repository."""
 
 import json
 

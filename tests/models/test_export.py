@@ -19,7 +19,7 @@ BATCH = ({0: torch.export.Dim.DYNAMIC},)
 
 
 def small(name, **arguments):
-    """A model of a block a stage, of two where SG-Former has a second kind: every operation, and soon traced."""
+    """Build a model with one block a stage, two where SG-Former has a second kind: every operation, traced quickly."""
     return shrunken(name, depths=(2 if name.startswith("sgformer") else 1, 1, 1, 1), **arguments)
 
 

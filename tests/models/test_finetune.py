@@ -66,7 +66,7 @@ def test_384_recipe_starts_from_smaller_weights(family, layout, pictures, tmp_pa
 
 @pytest.mark.parametrize("family", SMALLEST)
 def test_classes_of_ones_own_train_from_a_thousand(family, pictures, tmp_path, capsys):
-    """Three classes: fewer than the five that top-5 looks at."""
+    """Three classes: fewer than the five of top-5 accuracy."""
     source = tmp_path / "start.safetensors"
     start_weights(family, source, 1000, "ours")
     recipe = f"{ROOT}/configs/{family}/{SMALLEST[family]}_64.yaml"

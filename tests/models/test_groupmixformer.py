@@ -1,4 +1,4 @@
-"""GroupMixFormer against plain loops, and what its variants are."""
+"""GroupMixFormer against plain loops, and the properties of its variants."""
 
 import math
 
@@ -73,7 +73,7 @@ def reference_attention(w, x, heads):
 
 @pytest.fixture(scope="module")
 def attention():
-    """A small attention in a whole model's place, float64, with the published names of its entries."""
+    """Return a small float64 model and its attention."""
     model = scrambled(shrunken("groupmixformer_mobile", depths=(1, 1, 1, 1), dims=(20, 20, 20, 20)).double())
     return model, model.stages[0].blocks[0].attn
 

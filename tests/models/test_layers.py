@@ -1,4 +1,4 @@
-"""The layers that families share, against PyTorch's own."""
+"""Layers shared by the families, against PyTorch's own."""
 
 import pytest
 import torch

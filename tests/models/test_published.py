@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.backbone import STRIDES, Backbone, Stage
-from models.published import Rule, from_published, is_published, to_published
+from models.published import Rule, constants, from_published, is_published, to_published
 from tests.helpers.small_models import NAMES, scrambled, shrunken
 
 
@@ -36,12 +36,20 @@ def test_load_state_dict_accepts_published_names(name):
     assert all(torch.equal(target.state_dict()[key], tensor) for key, tensor in source.state_dict().items())
 
 
-def test_batch_counters_and_identity_kernels_may_come_or_not(model):
-    theirs = to_published(model, model.state_dict())
+def test_batch_counters_and_identity_kernels_may_come_or_not():
+    own = scrambled(shrunken("stvit_small"))
+    theirs = to_published(own, own.state_dict())
     few = {key: tensor for key, tensor in theirs.items() if not key.endswith("num_batches_tracked")}
     assert len(few) < len(theirs)
     few["layers.0.unfold.weights"] = few["layers.0.fold.weights"] = torch.eye(9)
-    shrunken("groupmixformer_mobile").load_state_dict(few)
+    shrunken("stvit_small").load_state_dict(few)
+
+
+def test_constants_are_dropped_for_the_family_that_declares_them_only(model):
+    theirs = to_published(model, model.state_dict())
+    assert constants(model, theirs) == {}
+    with pytest.raises(ValueError, match=r"1 unexpected: layers\.0\.unfold\.weights"):
+        from_published(model, {**theirs, "layers.0.unfold.weights": torch.eye(9)})
 
 
 def test_missing_entry_is_named(model):

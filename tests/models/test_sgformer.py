@@ -1,4 +1,4 @@
-"""SG-Former against plain loops, and what its variants are."""
+"""SG-Former against plain loops, and the properties of its variants."""
 
 import itertools
 import math

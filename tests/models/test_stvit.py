@@ -1,4 +1,4 @@
-"""STViT against plain loops, and what its variants are."""
+"""STViT against plain loops, and the properties of its variants."""
 
 import math
 
@@ -14,10 +14,10 @@ from models.stvit import (
     Attention,
     Block,
     SuperTokenAttention,
-    affinity,
     average,
     from_cells,
     lowered,
+    neighbor_affinity,
     to_cells,
 )
 from tests.helpers.small_models import images, scrambled, shrunken
@@ -46,23 +46,23 @@ def reference_attention(attn, x):
     return torch.stack(rows) @ attn.proj.weight[:, :, 0, 0].T + attn.proj.bias
 
 
-def share_out(pixels, tokens, side):
-    """Give, by pixel and cell, the shares of the nine cells around each pixel."""
-    shares = {}
+def reference_affinity(pixels, tokens, side):
+    """Return, by pixel and cell, the affinity of each pixel to the nine cells around it."""
+    affinity = {}
     for (i, j), p in pixels.items():
         around = [(i // side + di, j // side + dj) for di, dj in AROUND]
         logits = [p @ tokens.get(cell, torch.zeros_like(p)) * len(p) ** -0.5 for cell in around]
-        shares.update({((i, j), cell): a for cell, a in zip(around, torch.stack(logits).softmax(0), strict=True)})
-    return shares
+        affinity.update({((i, j), cell): a for cell, a in zip(around, torch.stack(logits).softmax(0), strict=True)})
+    return affinity
 
 
-def collect(pixels, shares, cell):
-    """Average the pixels that have a share in a cell."""
-    given = [(p, shares[at, cell]) for at, p in pixels.items() if (at, cell) in shares]
+def reference_average(pixels, affinity, cell):
+    """Average the pixels around a cell, weighted by their affinity to it."""
+    given = [(p, affinity[at, cell]) for at, p in pixels.items() if (at, cell) in affinity]
     return sum(a * p for p, a in given) / (sum(a for _, a in given) + 1e-12)
 
 
-def reference_image(attn, image, through_shares, through_iterations):
+def reference_image(attn, image, through_affinity, through_iterations):
     """Super-token attention of one (H, W, C) map."""
     H, W, C = image.shape
     side = attn.cell
@@ -75,23 +75,23 @@ def reference_image(attn, image, through_shares, through_iterations):
     for _ in range(attn.num_iters):
         if not through_iterations:
             tokens = {cell: token.detach() for cell, token in tokens.items()}
-        shares = share_out(pixels, tokens, side)
-        if not through_shares:
-            shares = {key: a.detach() for key, a in shares.items()}
-        tokens = {cell: collect(pixels, shares, cell) for cell in tokens}
+        affinity = reference_affinity(pixels, tokens, side)
+        if not through_affinity:
+            affinity = {key: a.detach() for key, a in affinity.items()}
+        tokens = {cell: reference_average(pixels, affinity, cell) for cell in tokens}
     refined = reference_attention(attn, torch.stack(list(tokens.values())))
     tokens = dict(zip(tokens, refined, strict=True))
     left = [(i, j) for i in range(H) for j in range(W)]
-    y = [sum(shares[at, cell] * token for cell, token in tokens.items() if (at, cell) in shares) for at in left]
+    y = [sum(affinity[at, cell] * token for cell, token in tokens.items() if (at, cell) in affinity) for at in left]
     return torch.stack(y).view(H, W, C)
 
 
-def reference_super_tokens(attn, x, through_shares=False, through_iterations=False):
+def reference_super_tokens(attn, x, through_affinity=False, through_iterations=False):
     """Super-token attention of a (B, H, W, C) map, one pixel and neighbour at a time.
 
     The flags let gradients through where the model lets none, to show that a test would notice.
     """
-    return torch.stack([reference_image(attn, image, through_shares, through_iterations) for image in x])
+    return torch.stack([reference_image(attn, image, through_affinity, through_iterations) for image in x])
 
 
 def small_attention(cell, num_iters=1):
@@ -112,8 +112,8 @@ def test_super_token_attention_equals_plain_loops(cell, size, num_iters):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("flags", [{"through_shares": True}, {"through_shares": True, "through_iterations": True}])
-def test_no_gradient_passes_through_association_or_earlier_iterations(flags):
+@pytest.mark.parametrize("flags", [{"through_affinity": True}, {"through_affinity": True, "through_iterations": True}])
+def test_no_gradient_passes_through_affinity_or_earlier_iterations(flags):
     attn, x = small_attention(cell=2, num_iters=2), 2 * doubles(1, 4, 4, 8).requires_grad_()
     y, other = attn(x), reference_super_tokens(attn, x, **flags)
     torch.testing.assert_close(y, other, rtol=1e-11, atol=1e-13)
@@ -148,28 +148,28 @@ def test_attention_equals_plain_loops():
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_neighbour_outside_the_grid_takes_its_share():
+def test_neighbour_outside_the_grid_takes_part_in_the_softmax():
     cells, tokens = doubles(1, 1, 1, 4, 8), doubles(1, 1, 1, 8, seed=2)
-    shares = affinity(cells, tokens)[0, 0, 0]  # (9, M)
+    affinity = neighbor_affinity(cells, tokens)[0, 0, 0]  # (9, M)
     own = (cells[0, 0, 0] @ tokens[0, 0, 0] * 8**-0.5).exp()
-    torch.testing.assert_close(shares[4], own / (own + 8))
-    torch.testing.assert_close(shares[0], 1 / (own + 8))
+    torch.testing.assert_close(affinity[4], own / (own + 8))
+    torch.testing.assert_close(affinity[0], 1 / (own + 8))
 
 
-def test_average_of_faint_shares_survives_float16():
+def test_average_of_faint_affinity_survives_float16():
     cells = images(1, 2, 2, 16, 8).half()
-    shares = images(1, 2, 2, 9, 16, seed=2).exp()
-    shares[:, 0, 1, 3] = shares[:, 1, 0, 1] = shares[:, 1, 1, 0] = 1e-9  # all that cell (0, 0) gets from others
-    shares[:, 0, 0, 4] *= 1e-9
-    got = average(cells, shares)
+    affinity = images(1, 2, 2, 9, 16, seed=2).exp()
+    affinity[:, 0, 1, 3] = affinity[:, 1, 0, 1] = affinity[:, 1, 1, 0] = 1e-9  # all that cell (0, 0) gets from others
+    affinity[:, 0, 0, 4] *= 1e-9
+    got = average(cells, affinity)
     assert got.dtype == torch.float16
-    torch.testing.assert_close(got.double(), average(cells.double(), shares.double()), rtol=0, atol=4e-3)
+    torch.testing.assert_close(got.double(), average(cells.double(), affinity.double()), rtol=0, atol=4e-3)
 
 
-def test_token_that_no_pixel_joins_is_zero():
-    shares = images(1, 2, 2, 9, 16).exp()
-    shares[:, 0, 1, 3] = shares[:, 1, 0, 1] = shares[:, 1, 1, 0] = shares[:, 0, 0, 4] = 0
-    tokens = average(images(1, 2, 2, 16, 8), shares)
+def test_token_without_affinity_is_zero():
+    affinity = images(1, 2, 2, 9, 16).exp()
+    affinity[:, 0, 1, 3] = affinity[:, 1, 0, 1] = affinity[:, 1, 1, 0] = affinity[:, 0, 0, 4] = 0
+    tokens = average(images(1, 2, 2, 16, 8), affinity)
     assert not tokens[0, 0, 0].any()
     assert tokens.isfinite().all()
 
@@ -199,7 +199,7 @@ def test_overlap_add_adds_in_float32():
 
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 9), (1, 1)], ids=str)
-def test_cells_are_cut_and_put_together(size):
+def test_from_cells_inverts_to_cells(size):
     x = doubles(2, *size, 3)
     cells = to_cells(x, 4)
     assert cells.shape == (2, math.ceil(size[0] / 4), math.ceil(size[1] / 4), 16, 3)

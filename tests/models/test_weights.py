@@ -9,7 +9,7 @@ from models.weights import fit, load_warm_start, load_weights
 from tests.helpers.damaged_files import damaged_file
 
 
-def test_weights_and_facts_survive_safetensors(tmp_path):
+def test_weights_and_metadata_survive_safetensors(tmp_path):
     weights = {"a": torch.randn(2, 3).to(memory_format=torch.contiguous_format), "n": torch.tensor(3)}
     save_weights(tmp_path / "w.safetensors", weights, {"model": "m", "classes": ["x", "y"]})
     read, metadata = load_weights(tmp_path / "w.safetensors")

@@ -130,7 +130,7 @@ def test_every_variant_is_identified_and_converted_bit_by_bit(name):
         if t.is_floating_point()
     }
     theirs = to_published(model, ours)
-    theirs |= constants(theirs)
+    theirs |= constants(model, theirs)
     assert (identify(ours).name, identify(ours).share) == (name, 1)
     there = convert(theirs, {}, None, published=False, source="file")
     assert there.metadata["model"] == name

@@ -8,8 +8,7 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -r requirements.txt")
 
 from data.augment.transforms import EvalTransform
-from models.attention_hooks import AttentionMap
-from models.attention_maps import AttentionReading
+from models.attention_maps import AttentionMap, AttentionReading
 from tools import visualize
 from tools.visualize import main, parse_point
 from trainer.figures.figure import arranged, as_pixels, save, sheet, single
@@ -30,9 +29,9 @@ def test_box_is_what_the_evaluation_crop_takes():
     found = photo()  # 60 x 100 to 40 x 66, cropped at 4, 17
     np.testing.assert_allclose(found.box, (17 * 100 / 66, 4 * 1.5, 49 * 100 / 66, 36 * 1.5))
     assert found.seen == (26, 6, 74, 54)
-    assert found.place(50, 30) == pytest.approx((0.5, 0.5), abs=0.01)
+    assert found.fractions(50, 30) == pytest.approx((0.5, 0.5), abs=0.01)
     with pytest.raises(ValueError, match=r"p.jpg: the model does not see pixel 10,30; it sees x from 26 to 73"):
-        found.place(10, 30)
+        found.fractions(10, 30)
 
 
 def test_border_sticks_out_of_the_photograph():
@@ -40,19 +39,19 @@ def test_border_sticks_out_of_the_photograph():
     assert found.box[1] < 0 < found.box[0] + 1
     assert found.seen[1] == 0
     assert found.seen[3] == 60
-    laid = found.lay(np.arange(4, dtype=np.float32).reshape(2, 2), 20)
-    assert laid.shape == (60, 100)
-    assert laid[0, 0] == 0
-    assert laid[-1, -1] == 3
+    enlarged = found.enlarge(np.arange(4, dtype=np.float32).reshape(2, 2), 20)
+    assert enlarged.shape == (60, 100)
+    assert enlarged[0, 0] == 0
+    assert enlarged[-1, -1] == 3
 
 
 def test_map_is_laid_token_by_token():
     found = Photograph(np.zeros((8, 12, 3), np.uint8), (2, 0, 10, 8), 16)
-    laid = found.lay(np.array([[1, 2], [3, 4]]), 8)
-    np.testing.assert_array_equal(laid, np.repeat(np.repeat([[1, 2], [3, 4]], 4, 0), 4, 1))
+    enlarged = found.enlarge(np.array([[1, 2], [3, 4]]), 8)
+    np.testing.assert_array_equal(enlarged, np.repeat(np.repeat([[1, 2], [3, 4]], 4, 0), 4, 1))
     cut = Photograph(np.zeros((8, 12, 3), np.uint8), (2, 0, 10, 8), 12)  # the second token is half outside
-    np.testing.assert_array_equal(cut.lay(np.array([[1, 2], [3, 4]]), 8)[0], [1] * 5 + [2] * 3)
-    smooth = found.lay(np.array([[0.0, 1.0]], dtype=np.float32).repeat(2, 0), 8, smooth=True)
+    np.testing.assert_array_equal(cut.enlarge(np.array([[1, 2], [3, 4]]), 8)[0], [1] * 5 + [2] * 3)
+    smooth = found.enlarge(np.array([[0.0, 1.0]], dtype=np.float32).repeat(2, 0), 8, smooth=True)
     assert 0 < smooth[0, 3] < smooth[0, 4] < 1.01
 
 

@@ -14,11 +14,12 @@ from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
-from data.build import _eval_transform
+from data.augment.build import build_eval_transform
 from data.loaders.sampler import Sampler
-from engine.build import build_learning_rate, build_optimizer, build_plan, build_state
-from engine.checkpoint.run_directory import differences
+from engine.build import build_plan, build_state
+from engine.checkpoint.run_directory import config_differences
 from engine.distributed.processes import Processes
+from engine.optim.build import build_learning_rate, build_optimizer
 from engine.precision import Precision
 from models.build import build_model
 
@@ -219,7 +220,7 @@ def test_evaluation_crops_are_the_published_ones(family):
         "sgformer": ((248, 224), (426, 384)), "groupmixformer": ((256, 224), (438, 384)), "stvit": ((256, 224), (384, 384)),
     }  # fmt: skip
     for size, (resize, crop) in zip((224, 384), sizes[family], strict=True):
-        transform = _eval_transform(recipe(family, FAMILIES[family][0], size))
+        transform = build_eval_transform(recipe(family, FAMILIES[family][0], size))
         assert (transform.crop, transform.interpolation, transform.mode) == (crop, "bicubic", "center")
         (height, width), (top, left, *_) = transform.geometry(500, 375)
         assert (height, width) == (int(resize * 500 / 375), resize)
@@ -272,7 +273,7 @@ def test_stvit_large_raises_drop_path_at_epoch_260():
 
 
 def table_of_differences():
-    """Return {(family or variant, key): (corrected, published)} as docs/recipes.md says."""
+    """Return {(family or variant, key): (corrected, published)} of the table in docs/recipes.md."""
     text = (ROOT / "docs/recipes.md").read_text()
     section = text[text.index("## What differs between the modes") :].split("\n## ")[0]
     cells = [
@@ -283,14 +284,14 @@ def table_of_differences():
 
 def test_differences_between_the_modes_are_those_in_the_docs():
     names = {"sgformer": "SG-Former", "groupmixformer": "GroupMixFormer", "stvit": "STViT"}
-    said, found = table_of_differences(), {}
+    documented, found = table_of_differences(), {}
     for family, variant in VARIANTS:
         for size in (224, 384):
             if size == 384 and family != "stvit":
                 with pytest.raises(ValueError, match="nobody published"):
                     recipe(family, variant, size, "published")
                 continue
-            changes = differences(
+            changes = config_differences(
                 recipe(family, variant, size), recipe(family, variant, size, "published"), ("RECIPE.MODE",)
             )
             for change in changes:
@@ -298,10 +299,10 @@ def test_differences_between_the_modes_are_those_in_the_docs():
                 old, new = (yaml.safe_load(value) for value in values.split(" -> "))
                 who = "all" if key == "TRAIN.AMP" else "STViT-L" if "DROP_PATH" in key else names[family]
                 found[who, key] = (str(old).lower(), str(new).lower() or "constant")
-    assert {key: tuple(v.lower() for v in values) for key, values in said.items()} == found
+    assert {key: tuple(v.lower() for v in values) for key, values in documented.items()} == found
 
 
-def test_mode_is_merged_before_what_the_command_line_says():
+def test_mode_is_merged_before_the_options_of_the_command_line():
     cfg = recipe("stvit", "small", 224, "published", "SCHEDULE.DELAY", 3)
     assert (cfg.SCHEDULE.DELAY, cfg.TRAIN.AMP, cfg.RECIPE.MODE) == (3, "fp16", "published")
     assert recipe("stvit", "small").SCHEDULE.DELAY == 0

@@ -1,4 +1,4 @@
-"""The start-up report and --dry-run."""
+"""The summary at the start of a run, --dry-run, and the estimate of memory."""
 
 import io
 from contextlib import redirect_stdout
@@ -9,12 +9,10 @@ import timm
 import torch
 from torch import nn
 
-import config
 import models  # noqa: F401  registers the families
 import train as train_script
 from common.byte_size import format_bytes
 from engine.memory import Alive, activations, estimate, optimizer_share
-from trainer import summary
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("[!_]*/*_[23]*4.yaml"))
@@ -32,7 +30,7 @@ def test_there_are_two_recipes_for_each_variant():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_dry_run_reports_every_recipe_and_writes_nothing(path, tmp_path, monkeypatch):
+def test_dry_run_summarizes_every_recipe_and_writes_nothing(path, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.summary.estimate", lambda *_: estimate(nn.Linear(1, 1), lambda m: torch.optim.SGD(m.parameters()),
                         False, (1, 1, 1, 1), torch.no_grad))  # fmt: skip
     text = dry_run(path, tmp_path)
@@ -60,15 +58,15 @@ def test_dry_run_shows_what_the_published_mode_changes(tmp_path):
     assert "memory      about " in text
 
 
-def test_run_says_the_same_report(small_cfg, tmp_path, capsys):
+def test_run_logs_the_same_summary(small_cfg, tmp_path, capsys):
     assert train_script.main(["--cfg", str(small_cfg), "--output", str(tmp_path), "--opts", "TRAIN.EPOCHS", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "8 = 4 images x 1 processes x 2 accumulation; fits 1, 2 processes" in said
-    assert "weight decay 0.05: 18 tensors" in said
-    assert "drop path 0.2" in said
+    out = capsys.readouterr().out
+    assert "8 = 4 images x 1 processes x 2 accumulation; fits 1, 2 processes" in out
+    assert "weight decay 0.05: 18 tensors" in out
+    assert "drop path 0.2" in out
 
 
-def test_clipping_of_the_optimiser_itself_is_said(tmp_path):
+def test_clipping_of_the_optimiser_itself_is_shown(tmp_path):
     text = dry_run(
         ROOT / "configs/groupmixformer/mobile_64.yaml", tmp_path, "OPTIM.NAME", "lamb", "TRAIN.CLIP_GRAD", "0"
     )
@@ -92,52 +90,7 @@ def test_dry_run_and_eval_exclude_each_other(tmp_path, capsys):
     assert "--dry-run and --eval exclude each other" in capsys.readouterr().err
 
 
-def inert(*opts):
-    cfg = config.load((), list(opts))
-    return list(summary.inert(cfg, timm.create_model("test_efficientnet"), 1))
-
-
-def test_nothing_is_inert_by_default():
-    assert inert() == []
-
-
-@pytest.mark.parametrize(
-    ("opts", "said"),
-    [
-        (("MODEL.SYNC_BN", "true"), "MODEL.SYNC_BN: there is one process"),
-        (("TRAIN.EVAL_MODE", "true", "MODEL.DROP_PATH_RATE", "0.1"), "MODEL.DROP_PATH_RATE 0.1: TRAIN.EVAL_MODE keeps"),
-        (("OPTIM.NAME", "sgd", "OPTIM.EPS", "1e-6"), "OPTIM.EPS 1e-06: OPTIM.NAME sgd has none"),
-        (("DIST.COMPRESS", "bf16"), "DIST.COMPRESS bf16: there is one process"),
-        (("OPTIM.MOMENTUM", "0.8"), "OPTIM.MOMENTUM 0.8: OPTIM.NAME adamw has none"),
-        (("SCHEDULE.NAME", "step", "SCHEDULE.MIN_LR", "0.0001"), "SCHEDULE.MIN_LR 0.0001: SCHEDULE.NAME step"),
-        (("AUG.MIX_PROB", "0", "AUG.MIXUP", "0.5"), "AUG.MIXUP 0.5: AUG.MIX_PROB is 0"),
-        (
-            ("AUG.CUTMIX", "0", "AUG.MIX_SWITCH_PROB", "0.7"),
-            "AUG.MIX_SWITCH_PROB 0.7: only one of mixup and cutmix is on",
-        ),
-        (
-            ("TIMELINE.DROP_PATH_RATE", "0:0, 300:0.4"),
-            "TIMELINE.DROP_PATH_RATE 0:0, 300:0.4: the run ends before epoch 300",
-        ),
-        (
-            ("AUG.MIXUP", "0", "AUG.CUTMIX", "0", "TIMELINE.MIX_PROB", "0:1, 9:0"),
-            "TIMELINE.MIX_PROB 0:1, 9:0: AUG.MIXUP and",
-        ),
-        (("MODEL.INIT_WEIGHTS", "ema"), "MODEL.INIT_WEIGHTS ema: MODEL.INIT is not set"),
-        (("DISTILL.ALPHA", "0.3"), "DISTILL.ALPHA 0.3: DISTILL.TYPE is none"),
-        (("EVAL.CROP_PCT", "0.9", "DATA.EVAL_RESIZE", "230"), "DATA.EVAL_RESIZE 230: EVAL.CROP_PCT sets the size"),
-        (("AUG.ERASE_PROB", "0", "AUG.ERASE_MODE", "rand"), "AUG.ERASE_MODE rand: AUG.ERASE_PROB is 0"),
-        (
-            ("AUG.MIX_PROB", "0.5", "TIMELINE.MIX_PROB", "0:1, 5:0"),
-            "AUG.MIX_PROB 0.5: TIMELINE.MIX_PROB takes its place",
-        ),
-    ],
-)
-def test_inert_options_are_named_with_the_reason(opts, said):
-    assert any(text.startswith(said) for text in inert(*opts)), inert(*opts)
-
-
-def test_activations_are_those_that_a_real_forward_pass_keeps():
+def test_activations_equal_those_of_a_real_forward_pass():
     model = timm.create_model("groupmixformer_mobile", drop_path_rate=0.1).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     counted = activations(model, (2, 3, 64, 64), torch.enable_grad)
@@ -157,7 +110,7 @@ def test_activations_are_those_that_a_real_forward_pass_keeps():
 
 
 @pytest.mark.parametrize("name", ["groupmixformer_mobile", "test_vit"])
-def test_activations_under_checkpointing_are_the_most_that_both_passes_hold(name):
+def test_activations_under_checkpointing_are_the_peak_of_both_passes(name):
     small = {} if name == "test_vit" else {"depths": (2, 1, 1, 1)}
     model = timm.create_model(name, drop_path_rate=0.1, **small).train()
     shape = (4, 3, 160, 160) if name == "test_vit" else (8, 3, 64, 64)
@@ -174,7 +127,7 @@ def test_activations_under_checkpointing_are_the_most_that_both_passes_hold(name
     assert counted < 0.8 * without
 
 
-def test_report_says_what_speeds_up_and_estimates_with_it(tmp_path):
+def test_summary_shows_backend_compilation_and_checkpointing(tmp_path):
     opts = ("OPTIM.BACKEND", "foreach", "TRAIN.COMPILE", "max-autotune")
     path = ROOT / "configs/groupmixformer/mobile_64.yaml"
     some = dry_run(path, tmp_path, *opts, "TRAIN.CHECKPOINT_BLOCKS", "3")
@@ -188,12 +141,12 @@ def test_report_says_what_speeds_up_and_estimates_with_it(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "share"), [("adamw", 2), ("lion", 1), ("sgd", 1)])
-def test_optimiser_keeps_what_it_keeps(name, share):
+def test_optimiser_state_per_parameter_is_measured(name, share):
     make = lambda layer: timm.optim.create_optimizer_v2(layer.parameters(), name, lr=0.1, momentum=0.9)  # noqa: E731
     if name != "sgd":
         make = lambda layer: timm.optim.create_optimizer_v2(layer.parameters(), name, lr=0.1)  # noqa: E731
     assert optimizer_share(make) == pytest.approx(share, rel=0.01)
 
 
-def test_bytes_are_written_for_a_person():
+def test_bytes_are_formatted_with_units():
     assert (format_bytes(3 * 2**30), format_bytes(5 * 2**20)) == ("3.0 GiB", "5 MiB")

@@ -1,1 +1,1 @@
-"""Pictures of what a model looks at, for papers and for watching a run: maps laid over photographs."""
+"""Figures of attention maps drawn over photographs, for papers and for watching a run."""

@@ -1,4 +1,4 @@
-"""Figures of panels: one at the photograph's own resolution, or many on a sheet."""
+"""Figures of panels: a single one at the photograph's resolution, or a contact sheet of many."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -39,13 +39,13 @@ STYLE = {
 
 
 def single(panel: Panel, caption: str = "") -> Figure:
-    """Return a figure of one panel; in a PNG a pixel of the photograph is one pixel, or k×k if it is a small one."""
+    """Return a figure of one panel; in a PNG a pixel of the photograph is one pixel, of a small photograph k×k."""
     width = panel.pixels.shape[1]
     return _grid([[panel]], [caption], width * max(1, ceil(SMALL / width)) / WIDTH, inf)
 
 
 def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
-    """Return a contact sheet: for each photograph a caption, itself, and beside it the panels, stage by stage."""
+    """Return a contact sheet: for each photograph a caption, the photograph, and beside it the panels, stage by stage."""
     lines: list[list[Panel | None]] = []
     heads: list[str] = []
     for panels, caption in zip(rows, captions, strict=True):
@@ -57,7 +57,7 @@ def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
 
 
 def arranged(panels: Sequence[Panel]) -> list[list[Panel]]:
-    """Break panels into lines, in as many columns as leave the fewest places empty; stages share a line if they fit whole."""
+    """Arrange panels in lines, with the number of columns that leaves the fewest cells empty; stages that fit whole share a line."""
     stages = [list(group) for _, group in groupby(panels, lambda panel: panel.stage)]
     found = []
     for columns in range(min(3, len(panels)), COLUMNS + 1):
@@ -74,7 +74,7 @@ def arranged(panels: Sequence[Panel]) -> list[list[Panel]]:
 
 
 def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi: float, tall: float) -> Figure:
-    """Place panels line by line, a caption above those lines that have one; none is higher than `tall` times its width."""
+    """Draw panels line by line, with captions above the lines; panels are at most `tall` times as high as wide."""
     columns = max(len(line) for line in lines)
     heads = [HEAD if caption else 0.0 for caption in captions]
     sizes = [_sizes([panel for panel in line if panel], tall) for line in lines]
@@ -96,14 +96,14 @@ def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi:
                 x = MARGIN + i * (WIDTH + MARGIN)
                 draw(figure.add_axes((x / across, y / down, WIDTH / across, height / down)), panel)
                 if panel.scale:
-                    place = (x + 0.42 * WIDTH) / across, (y - 0.14) / down, 0.4 * WIDTH / across, 0.08 / down
-                    _scale(figure, figure.add_axes(place), panel)
+                    area = (x + 0.42 * WIDTH) / across, (y - 0.14) / down, 0.4 * WIDTH / across, 0.08 / down
+                    _scale(figure, figure.add_axes(area), panel)
             y -= strip
         return figure
 
 
 def _sizes(line: Sequence[Panel], tall: float) -> tuple[float, float]:
-    """Return the height in inches of a line of panels, and of what goes below them."""
+    """Return the height in inches of a line of panels, and of the strip below them."""
     height = WIDTH * min(max(panel.pixels.shape[0] / panel.pixels.shape[1] for panel in line), tall)
     return height, STRIP if any(panel.scale or panel.legend for panel in line) else MARGIN
 
@@ -151,12 +151,12 @@ def _scale(figure: Figure, axes: Axes, panel: Panel) -> None:
     bar.locator = MaxNLocator(3)
     bar.update_ticks()
     bar.ax.tick_params(labelsize=7, length=2, width=0.4, pad=1.5)
-    place = -0.1 if scale.beyond in ("min", "both") else -0.05  # left of the arrow
-    axes.text(place, 0.5, scale.label, transform=axes.transAxes, ha="right", va="center", size=7)
+    left = -0.1 if scale.beyond in ("min", "both") else -0.05  # left of the arrow
+    axes.text(left, 0.5, scale.label, transform=axes.transAxes, ha="right", va="center", size=7)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the file's suffix; the same figure gives the same bytes."""
+    """Write a figure in the format of the file's suffix, reproducibly to the byte."""
     dates = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     with mpl.rc_context({**STYLE, "svg.hashsalt": "retoken"}):
         figure.savefig(path, metadata=dates[path.suffix])

@@ -1,4 +1,4 @@
-"""One map laid over one photograph: the panels that figures are made of."""
+"""Panels of a figure: one attention map drawn over one photograph."""
 
 from dataclasses import dataclass, field
 
@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Colormap
 
-from models.attention_hooks import AttentionMap
+from models.attention_maps import AttentionMap
 from trainer.figures.photograph import Photograph
 
-SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both can be told apart by the colour-blind, the first in grey, too
+SEQUENTIAL, SIGNED = "viridis", "PuOr_r"  # both legible to the colour-blind, the first also in grey
 STRENGTH = 0.4, 0.75  # of the lowest and highest colour over the grey photograph
-FADE = 0.65  # how far what the model does not see goes to white
-TOP = 99.5  # percentile of the values at which colours end: single tokens would leave all others dark
+FADE = 0.65  # blending towards white outside the part that the model sees
+TOP = 99.5  # percentile of the values at which colours end: with the maximum single tokens would darken all others
 LEVELS = 256  # of a colour map
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 KINDS = {
@@ -20,24 +20,24 @@ KINDS = {
     "keys": "key weight, 1 is even",
     "attention": "attention, 1 is even",
 }
-SIGNED_LABEL = "weight of each token"  # it does not sum to 1, so nothing is even
+SIGNED_LABEL = "weight of each token"  # weights do not sum to 1, so there is no even one
 TITLES = {"keys": "key weight"}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What colours stand for."""
+    """Colour scale of a map."""
 
     colours: Colormap
     low: float
     high: float
     label: str
-    beyond: str = "neither"  # which ends have values past them: neither, min, max, both
+    beyond: str = "neither"  # ends with values beyond them: neither, min, max, both
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture of a photograph's size with what is drawn over it."""
+    """Picture of a photograph's size, and the lines, frame, mark and legend drawn over it."""
 
     name: str  # for a file
     stage: int  # counted from 1; 0 for the photograph
@@ -58,7 +58,7 @@ def original(photo: Photograph, mark: tuple[float, float] | None = None) -> Pane
 def panels(
     found: AttentionMap, index: int, photo: Photograph, mark: tuple[float, float] | None = None, smooth: bool = False
 ) -> list[Panel]:
-    """Return what shows a map of image `index` of the batch: two panels for regions, one for the rest."""
+    """Return the panels of a map of image `index` of the batch: two for a map of regions, one for other maps."""
     reading = found.reading
     values = reading.values[index].cpu().numpy()
     where = f"stage {found.stage}, block {found.block}"
@@ -72,8 +72,10 @@ def panels(
     title = f"{where}: {received}{TITLES.get(reading.kind, reading.kind)}{part}"
     values = values.astype(np.float32)
     scale = _scale(values, SIGNED_LABEL if reading.signed else KINDS[reading.kind], reading.signed)
-    laid = photo.lay(values, found.patch, smooth)
-    return [Panel(found.name, found.stage, title, _over(photo, laid, scale), scale=scale, mark=mark, seen=photo.seen)]
+    enlarged = photo.enlarge(values, found.patch, smooth)
+    return [
+        Panel(found.name, found.stage, title, _over(photo, enlarged, scale), scale=scale, mark=mark, seen=photo.seen)
+    ]
 
 
 def _scale(values: np.ndarray, label: str, signed: bool) -> Scale:
@@ -88,19 +90,19 @@ def _scale(values: np.ndarray, label: str, signed: bool) -> Scale:
     return Scale(colormaps[SEQUENTIAL], low, max(top, low + 1e-12), label, "max" if values.max() > top else "neither")
 
 
-def _over(photo: Photograph, laid: np.ndarray, scale: Scale) -> np.ndarray:
+def _over(photo: Photograph, enlarged: np.ndarray, scale: Scale) -> np.ndarray:
     """Blend a map's colours with the grey photograph."""
     pixels, window = _faded(photo), photo.window()
     levels = np.linspace(0, 1, LEVELS)
-    far = np.abs(2 * levels - 1) if scale.low < 0 else levels  # from what is nothing special
-    share = np.clip((laid - np.float32(scale.low)) / np.float32(scale.high - scale.low), 0, 1)
+    far = np.abs(2 * levels - 1) if scale.low < 0 else levels  # distance from the neutral value
+    share = np.clip((enlarged - np.float32(scale.low)) / np.float32(scale.high - scale.low), 0, 1)
     numbers = np.round((LEVELS - 1) * share).astype(np.uint8)
     pixels[window] = _blend(photo.pixels[window], numbers, scale.colours(levels)[:, :3], far)
     return pixels
 
 
 def _blend(pixels: np.ndarray, numbers: np.ndarray, colours: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Lay over grey pixels the colours (n, 3), 0 to 1, that they are numbered with, the stronger the larger its share (n,)."""
+    """Blend grey pixels with colours (n, 3), 0 to 1, chosen by number; the strength of each rises with its share (n,)."""
     strength = (STRENGTH[0] + (STRENGTH[1] - STRENGTH[0]) * share)[:, None]
     kept, added = (1 - strength).astype(np.float32), (strength * 255 * colours).astype(np.float32)
     return np.round(kept[numbers] * (pixels @ GREY)[..., None] + added[numbers]).astype(np.uint8)
@@ -109,9 +111,9 @@ def _blend(pixels: np.ndarray, numbers: np.ndarray, colours: np.ndarray, share: 
 def _merged(found: AttentionMap, values: np.ndarray, level: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
     lengths = sorted(np.unique(level).tolist(), reverse=True)
     colours = colormaps[SEQUENTIAL](np.linspace(0.0, 1.0, max(len(lengths), 2)))[: len(lengths), :3]
-    laid = photo.lay(np.searchsorted(-np.array(lengths), -level), found.patch)
+    enlarged = photo.enlarge(np.searchsorted(-np.array(lengths), -level), found.patch)
     pixels, window = _faded(photo), photo.window()
-    pixels[window] = _blend(photo.pixels[window], laid, colours, np.full(len(colours), 0.5))
+    pixels[window] = _blend(photo.pixels[window], enlarged, colours, np.full(len(colours), 0.5))
     counts = [(level == length).sum() for length in lengths]
     legend = tuple(
         (f"{length} tokens become 1" if length > 1 else "kept as they are", tuple(colour))
@@ -133,7 +135,7 @@ def _merged(found: AttentionMap, values: np.ndarray, level: np.ndarray, photo: P
             f"{found.name}_means",
             found.stage,
             f"{where}: mean colour of each merged token",
-            _mean_colours(photo, photo.lay(values, found.patch)),
+            _mean_colours(photo, photo.enlarge(values, found.patch)),
             seen=photo.seen,
         ),
     ]
@@ -142,7 +144,7 @@ def _merged(found: AttentionMap, values: np.ndarray, level: np.ndarray, photo: P
 def _super_tokens(found: AttentionMap, values: np.ndarray, photo: Photograph, where: str) -> list[Panel]:
     lines = boundaries(values, photo, found.patch)
     count = len(np.unique(values))
-    means = _mean_colours(photo, photo.lay(values, found.patch))
+    means = _mean_colours(photo, photo.enlarge(values, found.patch))
     return [
         Panel(found.name, found.stage, f"{where}: {count} super tokens", _faded(photo), lines, seen=photo.seen),
         Panel(
@@ -156,13 +158,13 @@ def _super_tokens(found: AttentionMap, values: np.ndarray, photo: Photograph, wh
     ]
 
 
-def _mean_colours(photo: Photograph, laid: np.ndarray) -> np.ndarray:
+def _mean_colours(photo: Photograph, enlarged: np.ndarray) -> np.ndarray:
     """Fill each region with the mean colour of its pixels."""
     pixels, window = _faded(photo), photo.window()
-    flat = laid.ravel()
+    flat = enlarged.ravel()
     counts = np.maximum(np.bincount(flat), 1)
     channels = [np.bincount(flat, photo.pixels[window][..., c].ravel()) / counts for c in range(3)]
-    pixels[window] = np.round(np.stack(channels, 1))[laid].astype(np.uint8)
+    pixels[window] = np.round(np.stack(channels, 1))[enlarged].astype(np.uint8)
     return pixels
 
 
@@ -174,7 +176,7 @@ def boundaries(regions: np.ndarray, photo: Photograph, patch: int) -> np.ndarray
 
 
 def _edges(regions: np.ndarray) -> list[np.ndarray]:
-    """Return the vertical lines between columns, ends as x and y in tokens; neighbouring ones are joined."""
+    """Return the vertical lines between columns, ends as x and y in tokens, neighbouring ones joined."""
     found = []
     for x in range(1, regions.shape[1]):
         differs = np.flatnonzero(np.diff(np.r_[False, regions[:, x - 1] != regions[:, x], False]))

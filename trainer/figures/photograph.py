@@ -1,4 +1,4 @@
-"""A photograph and the part of it that a model sees, so that maps can be laid where they belong."""
+"""Photographs and the part of them that a model sees: coordinates of pixels, of tokens and of the model's input."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ RESAMPLING = {True: Image.Resampling.BICUBIC, False: Image.Resampling.NEAREST}
 
 @dataclass(frozen=True)
 class Photograph:
-    """Pixels as they were taken, and where the square lies that the model was given.
+    """Pixels of a photograph, and the square of it that is the model's input.
 
-    `box` is its left, top, right and bottom in pixels of the photograph; it may stick out (evaluation in border mode).
-    `side` is its size in pixels of the model's input.
+    `box` is its left, top, right and bottom in pixels of the photograph; it may exceed the photograph (evaluation in border
+    mode). `side` is its size in pixels of the model's input.
     """
 
     pixels: np.ndarray  # uint8 (H, W, 3)
@@ -48,10 +48,11 @@ class Photograph:
         left, top, right, bottom = self.seen
         return slice(top, bottom), slice(left, right)
 
-    def lay(self, values: np.ndarray, patch: int, smooth: bool = False) -> np.ndarray:
+    def enlarge(self, values: np.ndarray, patch: int, smooth: bool = False) -> np.ndarray:
         """Enlarge a map (h, w), of tokens of patch × patch input pixels, to the pixels that the model sees.
 
-        smooth: bicubic between the tokens' centres; else every pixel has its token's value. Gives float32, or int32 for numbers.
+        smooth: bicubic between the tokens' centres; else every pixel has its token's value. Returns float32, or int32 for a map
+        of integers.
         """
         kind = np.int32 if values.dtype.kind == "i" else np.float32
         left, top, right, bottom = self.seen
@@ -62,13 +63,13 @@ class Photograph:
         return np.asarray(image.resize((right - left, bottom - top), RESAMPLING[smooth], box=area))
 
     def tokens(self, x: float, y: float, patch: int) -> tuple[float, float]:
-        """Return a place of the photograph in tokens of the model's grid, from left and top."""
+        """Convert pixel coordinates to tokens of the model's grid, from left and top."""
         left, top, right, bottom = self.box
         across, down = self.side / patch / (right - left), self.side / patch / (bottom - top)
         return (x - left) * across, (y - top) * down
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Return a place of the photograph as fractions of what the model sees; ValueError if it lies outside."""
+    def fractions(self, x: float, y: float) -> tuple[float, float]:
+        """Convert pixel coordinates to fractions of the model's input. Raises ValueError outside the part that the model sees."""
         left, top, right, bottom = self.seen
         if not (left <= x < right and top <= y < bottom):
             raise ValueError(
@@ -79,7 +80,7 @@ class Photograph:
         return (x - a) / (c - a), (y - b) / (d - b)
 
     def from_tokens(self, points: np.ndarray, patch: int) -> np.ndarray:
-        """Return points (..., 2), given as x and y in tokens, in pixels of the photograph."""
+        """Convert points (..., 2), x and y in tokens, to pixels of the photograph."""
         left, top, right, bottom = self.box
         scale = np.array([(right - left), (bottom - top)]) * patch / self.side
         return points * scale + np.array([left, top])

@@ -8,8 +8,8 @@ import torch
 from timm.data import create_transform
 
 import config
+from data.augment.build import build_eval_transform
 from data.augment.transforms import EvalTransform, longer_side_size
-from data.build import _eval_transform
 from tests.helpers.data_doubles import picture
 
 
@@ -43,7 +43,7 @@ def test_crop_equals_timms(size, mode, crop_pct, interpolation):
 
 
 def _transform(*opts):
-    return _eval_transform(cfg_of(*opts))
+    return build_eval_transform(cfg_of(*opts))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -8,6 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as tvf_pil
 
+import config
 from common.rng import keyed_generator
 from data.augment.rand_augment import apply, parse_policy
 from data.augment.random_erasing import RandomErasing
@@ -134,8 +135,8 @@ def test_evaluation_without_resize_takes_the_whole_image():
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match=r"DATA.INTERPOLATION='nearest' must be bicubic, bilinear or random"):
-        TrainTransform(32, 0, interpolation="nearest")
+    with pytest.raises(ValueError, match=r"DATA.INTERPOLATION must be one of bicubic, bilinear, random, got 'nearest'"):
+        config.load(opts=["DATA.INTERPOLATION", "nearest"])
     with pytest.raises(ValueError, match=r"DATA.EVAL_INTERPOLATION='random' must be bicubic or bilinear"):
         EvalTransform(32, 0, "random")
     with pytest.raises(ValueError, match=r"DATA.EVAL_RESIZE=31 must be 0 or at least the crop DATA.IMG_SIZE=32"):

@@ -1,4 +1,4 @@
-"""The index of archives: built once, by one of many processes, kept where it can be, built again when it no longer fits."""
+"""Index of archives: built once by one of many processes, kept in a writable folder, rebuilt when it is outdated."""
 
 import os
 import threading
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from data.stores.store import open_store
+from data.stores.split import open_split
 from tests.helpers.archives import (
     as_one_tar,
     as_shards,
     as_tar,
-    heard,
     imagenet_like,
+    open_logged,
     write_tar,
 )
 
@@ -24,30 +24,30 @@ def folder(tmp_path_factory):
     return imagenet_like(tmp_path_factory.mktemp("folder"))
 
 
-def test_index_is_built_once_and_said(folder, tmp_path):
+def test_index_is_built_once_and_logged(folder, tmp_path):
     root = as_tar(folder, tmp_path)
-    store, said = heard(root)
-    assert said == [
+    store, logged = open_logged(root)
+    assert logged == [
         f"indexing train of {root} (1 archives)",
         f"indexed 48 images; the index is kept in {root}/retoken-index-train.npz",
     ]
-    assert store.file == root / "retoken-index-train.npz"
+    assert store.index_file == root / "retoken-index-train.npz"
     assert sorted(p.name for p in root.iterdir()) == ["retoken-index-train.npz", "train.tar", "val.tar"]
-    assert heard(root)[1] == []
+    assert open_logged(root)[1] == []
 
 
 def test_index_of_a_single_archive_lies_beside_it(folder, tmp_path):
     archive = as_one_tar(folder, tmp_path)
-    heard(archive)
-    heard(archive, "val")
+    open_logged(archive)
+    open_logged(archive, "val")
     names = ["pictures.tar", "pictures.tar.retoken-index-train.npz", "pictures.tar.retoken-index-val.npz"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("change", ["time", "size", "another shard", "garbage", "cut off"])
-def test_index_that_does_not_fit_is_built_again_and_said(folder, tmp_path, change):
+def test_outdated_index_is_rebuilt_and_logged(folder, tmp_path, change):
     root = as_shards(folder, tmp_path)
-    index = heard(root)[0].file
+    index = open_logged(root)[0].index_file
     shard = root / "imagenet-train-000001.tar"
     if change == "time":
         os.utime(shard, (1, 1))
@@ -60,14 +60,14 @@ def test_index_that_does_not_fit_is_built_again_and_said(folder, tmp_path, chang
         write_tar(root / "imagenet-train-000003.tar", [("n01440764_9.jpg", b"x"), ("n01440764_9.cls", b"0")])
     else:
         index.write_bytes(b"PK\x03\x04 what" if change == "garbage" else index.read_bytes()[:700])
-    store, said = heard(root)
+    store, logged = open_logged(root)
     again = " again: its files have changed" if change not in ("garbage", "cut off") else ""
-    assert said[0] == f"indexing train of {root} ({4 if change == 'another shard' else 3} archives){again}"
+    assert logged[0] == f"indexing train of {root} ({4 if change == 'another shard' else 3} archives){again}"
     assert len(store.index) == (49 if change == "another shard" else 48)
-    assert heard(root)[1] == []
+    assert open_logged(root)[1] == []
 
 
-def test_read_only_folder_keeps_its_index_in_the_cache(folder, tmp_path, monkeypatch):
+def test_index_of_a_read_only_folder_lies_in_the_cache(folder, tmp_path, monkeypatch):
     root = as_tar(folder, tmp_path / "store")
     real = Path.touch
 
@@ -76,32 +76,33 @@ def test_read_only_folder_keeps_its_index_in_the_cache(folder, tmp_path, monkeyp
             raise OSError(30, "Read-only file system")
         real(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "touch", touch)  # the owner of everything cannot be stopped by permissions
-    store, said = heard(root)
-    assert store.file.parent == tmp_path / "cache" / "retoken"
-    assert said[-1].endswith(f"the index is kept in {store.file} because {root} cannot be written")
-    assert heard(root)[1] == []
+    monkeypatch.setattr(Path, "touch", touch)  # permissions do not stop root
+    store, logged = open_logged(root)
+    assert store.index_file.parent == tmp_path / "cache" / "retoken"
+    assert logged[-1].endswith(f"the index is kept in {store.index_file} because {root} cannot be written")
+    assert open_logged(root)[1] == []
     assert sorted(p.name for p in root.iterdir()) == ["train.tar", "val.tar"]
     monkeypatch.setattr(
         Path, "touch", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
     )
     os.utime(root / "train.tar", (1, 1))
     with pytest.raises(ValueError, match=r"neither .*/store nor .*/cache/retoken can be written.*set XDG_CACHE_HOME"):
-        heard(root)
+        open_logged(root)
 
 
 def test_processes_that_start_together_build_one_index(folder, tmp_path):
     root = as_tar(folder, tmp_path)
-    said, stores = [], []
+    logged, stores = [], []
     threads = [
-        threading.Thread(target=lambda: stores.append(open_store(root, "train", say=said.append))) for _ in range(4)
+        threading.Thread(target=lambda: stores.append(open_split(root, "train", progress=logged.append)))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(stores) == 4
-    assert sum(line.startswith("indexed") for line in said) == 1
+    assert sum(line.startswith("indexed") for line in logged) == 1
 
 
 @pytest.mark.slow
@@ -122,32 +123,32 @@ def test_lock_of_a_process_that_died_is_taken_over(folder, tmp_path):
     os.waitpid(pid, 0)
     lock = root / "retoken-index-train.npz.lock"
     lock.write_text(f"{os.uname().nodename} {pid}")
-    said = heard(root)[1]
-    assert said[0] == f"taking over from {os.uname().nodename} {pid}, which left {lock}"
+    logged = open_logged(root)[1]
+    assert logged[0] == f"taking over from {os.uname().nodename} {pid}, which left {lock}"
     assert not lock.exists()
 
 
-def test_lock_of_another_machine_is_waited_for_until_nobody_touches_it(folder, tmp_path, monkeypatch):
+def test_lock_of_another_machine_is_waited_for_until_it_is_stale(folder, tmp_path, monkeypatch):
     root = as_tar(folder, tmp_path)
     monkeypatch.setattr("data.stores.build_once.POLL_S", 0.0)
     monkeypatch.setattr("data.stores.build_once.STALE_S", 0.05)
     (root / "retoken-index-train.npz.lock").write_text("elsewhere 1")
-    said = heard(root)[1]
-    assert said[0] == f"waiting for process elsewhere 1 to write {root}/retoken-index-train.npz"
-    assert said[1].startswith("taking over from elsewhere 1")
+    logged = open_logged(root)[1]
+    assert logged[0] == f"waiting for process elsewhere 1 to write {root}/retoken-index-train.npz"
+    assert logged[1].startswith("taking over from elsewhere 1")
 
 
-def test_index_left_half_built_by_an_error_leaves_no_lock(tmp_path):
+def test_error_while_building_leaves_no_lock(tmp_path):
     write_tar(tmp_path / "train.tar", [("readme.txt", b"x")])
     with pytest.raises(ValueError, match="holds no images of train"):
-        heard(tmp_path)
+        open_logged(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["train.tar"]
 
 
 def test_duplicates_and_a_missing_end_mark_are_noted(tmp_path):
     path = write_tar(tmp_path / "train.tar", [("a/1.jpg", b"1"), ("a/2.jpg", b"2"), ("a/1.jpg", b"3")])
     os.truncate(path, 3 * 1024)
-    store, _ = heard(tmp_path)
+    store, _ = open_logged(tmp_path)
     assert len(store.index) == 3
     assert store.notes == [
         f"{path} has no end mark after 3 files; is it whole?",
@@ -157,7 +158,7 @@ def test_duplicates_and_a_missing_end_mark_are_noted(tmp_path):
 
 def test_processes_that_waited_read_the_index_without_the_lock(folder, tmp_path, monkeypatch):
     root = as_tar(folder, tmp_path)
-    index = heard(root)[0].file
+    index = open_logged(root)[0].index_file
     ready = index.rename(tmp_path / "ready.npz")
     lock = index.with_name(f"{index.name}.lock")
     lock.write_text("elsewhere 1")
@@ -166,11 +167,11 @@ def test_processes_that_waited_read_the_index_without_the_lock(folder, tmp_path,
     def written_meanwhile(seconds):
         slept.append(seconds)
         if len(slept) == 2:
-            ready.rename(index)  # the lock is still there: its owner has not let go
+            ready.rename(index)  # the lock is still held
 
     monkeypatch.setattr("data.stores.build_once.time.sleep", written_meanwhile)
-    store, said = heard(root)
+    store, logged = open_logged(root)
     assert len(store.index) == 48
-    assert said == [f"waiting for process elsewhere 1 to write {index}"]
+    assert logged == [f"waiting for process elsewhere 1 to write {index}"]
     assert lock.exists()
     assert len(slept) == 2

@@ -1,4 +1,4 @@
-"""Which class a folder stands for, and ReaL labels: standard order, numbers, subsets, and refusals that name the remedy."""
+"""Labels of class folders, and ReaL labels: standard order, numbers, subsets, errors with the remedy."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Picture folders: the order torchvision gives them, class-index files, and errors that help."""
+"""Image folders: torchvision's order, class-index files, errors with the remedy."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_missing_class_index_file_is_refused(tmp_path):
         read_class_index(tmp_path / "none.json")
 
 
-def test_missing_root_says_what_lies_beside_it(tmp_path):
+def test_missing_root_is_refused_with_its_siblings(tmp_path):
     touch(tmp_path, "imagenet/x", "tiny/x")
     with pytest.raises(ValueError, match=r"DATA.PATH='.*imagnet' is not a folder; .* holds imagenet/, tiny/"):
         split_folder(tmp_path / "imagnet", "train")
@@ -109,7 +109,7 @@ def test_root_may_be_the_current_folder(tmp_path, monkeypatch):
         split_folder(".", "train")
 
 
-def test_missing_split_says_what_is_there(tmp_path):
+def test_missing_split_is_refused_with_the_contents(tmp_path):
     touch(tmp_path, "cat/1.jpg", "dog/1.jpg")
     with pytest.raises(
         ValueError, match="has no folder val/, it holds cat/, dog/; give the folder that holds train/ and val/"
@@ -117,7 +117,7 @@ def test_missing_split_says_what_is_there(tmp_path):
         split_folder(tmp_path, "val")
 
 
-def test_missing_split_finds_it_one_folder_deeper(tmp_path):
+def test_missing_split_is_suggested_one_folder_deeper(tmp_path):
     touch(tmp_path, "imagenet/train/cat/1.jpg")
     with pytest.raises(ValueError, match=r"did you mean DATA.PATH='.*/imagenet'"):
         split_folder(tmp_path, "train")
@@ -149,7 +149,7 @@ def test_unknown_classes_are_named(tmp_path):
         scan(tmp_path, ["c0"], must_hold_all=False)
 
 
-def test_missing_class_is_an_error_only_where_all_must_be_there(tmp_path):
+def test_missing_class_is_an_error_only_with_must_hold_all(tmp_path):
     touch(tmp_path, "b/1.jpg")
     with pytest.raises(ValueError, match="has no folder for 1 of the 2 classes: a;"):
         scan(tmp_path, ["a", "b"], must_hold_all=True)

@@ -1,4 +1,4 @@
-"""The classes of the official validation images, from every file that people have; what could mean two things is refused."""
+"""Classes of the official validation images from every common label file; ambiguous files are refused."""
 
 import base64
 import io
@@ -11,11 +11,11 @@ import pytest
 
 from data.stores.label_files import GROUND_TRUTH, find_label_file, read_labels
 from data.stores.matlab import read_mat, synset_ids
-from data.stores.store import open_store
+from data.stores.split import open_split
 from tests.helpers.archives import write_tar
 
 IMAGES = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (3, 1, 5, 2, 4)]
-WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764", 5: "n02077923"}  # by ILSVRC2012_ID, which is no sorted order
+WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764", 5: "n02077923"}  # by ILSVRC2012_ID, not in sorted order
 IDS = [5, 3, 1, 1, 2]  # of images 1 .. 5
 WANTED = {f"ILSVRC2012_val_{i:08d}.JPEG": WNIDS[number] for i, number in enumerate(IDS, 1)}
 SORTED = sorted(WNIDS.values())
@@ -75,7 +75,7 @@ def write(folder, name, files):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_known_file_tells_the_classes(tmp_path, name):
+def test_labels_are_read_from_each_known_file(tmp_path, name):
     path = write(tmp_path, name, NAMES[name])
     assert find_label_file(tmp_path, "") == path
     assert read_labels(path, IMAGES) == WANTED
@@ -90,7 +90,7 @@ def test_numbers_from_0_are_those_of_the_sorted_classes(tmp_path, name):
 def test_official_tars_with_the_kit_are_read_as_downloaded(tmp_path):
     write(tmp_path, "ILSVRC2012_devkit_t12.tar.gz", NAMES["ILSVRC2012_devkit_t12.tar.gz"])
     write_tar(tmp_path / "ILSVRC2012_img_val.tar", [(name, name.encode()) for name in IMAGES])
-    source = open_store(tmp_path, "val", say=lambda text: None).source(SORTED, False)
+    source = open_split(tmp_path, "val", progress=lambda text: None).source(SORTED, False)
     found = {source.read(i).tobytes().decode(): SORTED[source.labels[i]] for i in range(5)}
     assert found == WANTED
     assert source.name(0) == f"{tmp_path}/ILSVRC2012_img_val.tar:ILSVRC2012_val_00000002.JPEG"
@@ -99,25 +99,25 @@ def test_official_tars_with_the_kit_are_read_as_downloaded(tmp_path):
 def test_index_is_built_again_when_the_label_file_changes(tmp_path):
     write_tar(tmp_path / "val.tar", [(name, b"") for name in IMAGES])
     labels = tmp_path / "mine.txt"
-    said = []
+    logged = []
     for text in (numbers(), numbers().replace(b"\t2", b"\t1")):
         labels.write_bytes(text)
-        store = open_store(tmp_path, "val", str(labels), said.append)
-        open_store(tmp_path, "val", str(labels), said.append)
-    assert len(said) == 4
-    assert said[2].endswith("again: its files have changed")
+        store = open_split(tmp_path, "val", str(labels), logged.append)
+        open_split(tmp_path, "val", str(labels), logged.append)
+    assert len(logged) == 4
+    assert logged[2].endswith("again: its files have changed")
     assert store.source(SORTED, False).labels.tolist() == [0, 1, 1, 3, 3]
 
 
-def test_index_copied_with_its_archives_stays_good(tmp_path):
+def test_index_copied_with_its_archives_stays_valid(tmp_path):
     write(tmp_path / "one", "ILSVRC2012_devkit_t12.tar.gz", NAMES["ILSVRC2012_devkit_t12.tar.gz"])
     write_tar(tmp_path / "one" / "ILSVRC2012_img_val.tar", [(name, b"") for name in IMAGES])
-    open_store(tmp_path / "one", "val", say=lambda text: None)
+    open_split(tmp_path / "one", "val", progress=lambda text: None)
     shutil.copytree(tmp_path / "one", tmp_path / "two")  # with the times of the files
     shutil.rmtree(tmp_path / "one")
-    said = []
-    source = open_store(tmp_path / "two", "val", say=said.append).source(SORTED, False)
-    assert said == []
+    logged = []
+    source = open_split(tmp_path / "two", "val", progress=logged.append).source(SORTED, False)
+    assert logged == []
     assert source.name(0).startswith(f"{tmp_path}/two/ILSVRC2012_img_val.tar:")
 
 
@@ -148,7 +148,7 @@ def refused(path, images=IMAGES):
         ("kit.tar.gz", kit(**{"meta.mat": b"what"}), "not a little-endian MAT-file"),
     ],
 )  # fmt: skip
-def test_file_that_does_not_tell_is_refused(tmp_path, name, text, part):
+def test_ambiguous_or_damaged_label_file_is_refused(tmp_path, name, text, part):
     path = write(tmp_path, name, {"": text})
     assert part in refused(path)
 
@@ -176,11 +176,11 @@ def test_kit_without_the_ground_truth_is_refused(tmp_path):
 
 def message(root, given=""):
     with pytest.raises(ValueError, match=r".") as caught:
-        open_store(root, "val", given, say=lambda text: None)
+        open_split(root, "val", given, progress=lambda text: None)
     return str(caught.value)
 
 
-def test_flat_archive_without_a_label_file_says_what_to_add(tmp_path):
+def test_flat_archive_without_a_label_file_is_refused_with_the_remedy(tmp_path):
     write_tar(tmp_path / "val.tar", [(name, b"") for name in IMAGES])
     text = message(tmp_path)
     assert "no file tells their classes; put ILSVRC2012_devkit_t12.tar.gz there, or another of" in text
@@ -189,11 +189,11 @@ def test_flat_archive_without_a_label_file_says_what_to_add(tmp_path):
     for name in ("val.txt", "val_map.txt"):
         (tmp_path / name).write_bytes(numbers())
     assert "several files with the classes of validation images: val_map.txt, val.txt; name one" in message(tmp_path)
-    store = open_store(tmp_path, "val", str(tmp_path / "val.txt"), say=lambda text: None)
+    store = open_split(tmp_path, "val", str(tmp_path / "val.txt"), progress=lambda text: None)
     assert len(store.source(SORTED, False)) == 5
 
 
-def test_kit_and_its_archive_side_by_side_are_no_question(tmp_path):
+def test_unpacked_kit_is_preferred_to_its_archive(tmp_path):
     for name in ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12"):
         write(tmp_path, name, NAMES[name])
     assert find_label_file(tmp_path, "").name == "ILSVRC2012_devkit_t12"
@@ -218,7 +218,7 @@ def test_mat_file_gives_structs_text_and_numbers():
 
 
 def test_mat_file_of_matlab_stores_text_in_16_bits_and_numbers_in_few():
-    """MATLAB writes characters as uint16 and whole numbers of any class in the smallest type."""
+    """MATLAB writes characters as uint16, and whole numbers of any class in the smallest type."""
 
     def element(kind, data):
         if len(data) <= 4:

@@ -1,4 +1,4 @@
-"""Stores that cannot be told apart, read or labelled are refused, with what is there and the remedy."""
+"""Ambiguous, unreadable and unlabelled stores are refused with their contents and the remedy."""
 
 import os
 import tarfile
@@ -11,15 +11,15 @@ import torch
 import config
 from data.build import build_data, build_eval_data
 from data.stores.archive import list_archive
-from data.stores.store import open_store
+from data.stores.split import open_split
 from tests.helpers.archives import (
     WNIDS,
     as_class_tars,
     as_shards,
     as_tar,
     as_zip,
-    heard,
     imagenet_like,
+    open_logged,
     write_tar,
 )
 from tests.helpers.data_doubles import write_folder
@@ -51,45 +51,45 @@ def assert_same_batches(found, wanted):
 
 def message(root, split="train", **options):
     with pytest.raises(ValueError, match=r".") as caught:
-        open_store(root, split, say=quiet, **options)
+        open_split(root, split, progress=quiet, **options)
     return str(caught.value)
 
 
-def assert_says(text, *parts):
+def assert_contains(text, *parts):
     for part in parts:
         assert part in text, text
 
 
-def test_nothing_found_says_what_is_there_and_what_is_expected(tmp_path):
+def test_missing_split_is_refused_with_contents_and_expectation(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "images").mkdir()
     text = message(tmp_path)
-    assert_says(
+    assert_contains(
         text,
         f"DATA.PATH='{tmp_path}' has no folder train/, it holds images/, notes.txt",
         "expected one of",
         "train.tar",
     )
-    assert_says(message(tmp_path / "notes.txt"), "is a file but no .tar or .zip", "expected a folder or an archive")
-    assert_says(message(""), "DATA.PATH is not set")
+    assert_contains(message(tmp_path / "notes.txt"), "is a file but no .tar or .zip", "expected a folder or an archive")
+    assert_contains(message(""), "DATA.PATH is not set")
 
 
 @pytest.mark.parametrize("name", ["train.tar.gz", "train.tgz", "ILSVRC2012_img_train.tar.xz"])
 def test_compressed_tar_is_refused_with_the_remedy(tmp_path, name):
     (tmp_path / name).touch()
-    assert_says(message(tmp_path), name, "unpack the compression")
-    assert_says(message(tmp_path / name), "is a file", "unpack the compression")
+    assert_contains(message(tmp_path), name, "unpack the compression")
+    assert_contains(message(tmp_path / name), "is a file", "unpack the compression")
 
 
 def test_compressed_tar_under_another_name_is_refused(tmp_path):
     with tarfile.open(tmp_path / "train.tar", "w:gz"):
         pass
-    assert_says(message(tmp_path), "train.tar is compressed", "gunzip")
+    assert_contains(message(tmp_path), "train.tar is compressed", "gunzip")
 
 
 def test_deflated_zip_is_refused_with_the_remedy(folder, tmp_path):
     root = as_zip(folder, tmp_path, method=zipfile.ZIP_DEFLATED)
-    assert_says(message(root), "train.zip holds 48 compressed files of 48", "zip -0 -r")
+    assert_contains(message(root), "train.zip holds 48 compressed files of 48", "zip -0 -r")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_damaged_archive_is_named(folder, tmp_path, what):
         path.write_bytes(b"PK\x05\x06 not really")
     else:
         path.write_bytes(np.random.RandomState(0).bytes(4096) if what == "garbage" else b"")
-    assert_says(message(root), str(path), "checksums" if what != "empty" else "train")
+    assert_contains(message(root), str(path), "checksums" if what != "empty" else "train")
 
 
 def test_links_are_refused(tmp_path):
@@ -123,12 +123,12 @@ def test_links_are_refused(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a/0.jpg"
             tar.addfile(info)
-    assert_says(message(tmp_path), "a/1.jpg, which is a link", "--hard-dereference")
+    assert_contains(message(tmp_path), "a/1.jpg, which is a link", "--hard-dereference")
 
 
 def test_split_held_twice_is_refused(folder, tmp_path):
     as_zip(folder, as_tar(folder, tmp_path))
-    assert_says(message(tmp_path), "holds train more than once: train.tar, train.zip", "move all but one away")
+    assert_contains(message(tmp_path), "holds train more than once: train.tar, train.zip", "move all but one away")
 
 
 def test_archive_beside_its_unpacked_folder_is_noted(folder, tmp_path):
@@ -140,7 +140,7 @@ def test_archive_beside_its_unpacked_folder_is_noted(folder, tmp_path):
 def test_folder_with_archives_and_classes_is_refused(folder, tmp_path):
     root = as_class_tars(folder, tmp_path)
     (root / "train" / "cat").mkdir()
-    assert_says(message(root), "holds archives (n01440764.tar, ...) and folders (cat/, ...)")
+    assert_contains(message(root), "holds archives (n01440764.tar, ...) and folders (cat/, ...)")
 
 
 @pytest.mark.parametrize(
@@ -158,21 +158,21 @@ def test_folder_with_archives_and_classes_is_refused(folder, tmp_path):
         ([("notes.txt", b"")], ["holds no images of train: their names end in .jpg"]),
     ],
 )
-def test_layout_that_tells_no_classes_is_refused(tmp_path, files, parts):
+def test_layout_without_classes_is_refused(tmp_path, files, parts):
     write_tar(tmp_path / "train.tar", files)
-    assert_says(message(tmp_path), str(tmp_path / "train.tar"), *parts)
+    assert_contains(message(tmp_path), str(tmp_path / "train.tar"), *parts)
 
 
 def test_mixed_layouts_are_refused(tmp_path):
     write_tar(tmp_path / "train/x.tar", [("a/1.jpg", b"")])
     write_tar(tmp_path / "train/y.tar", [("1.jpg", b""), ("1.cls", b"2")])
-    assert_says(message(tmp_path), "different layouts (x.tar: folders, y.tar: shards)")
+    assert_contains(message(tmp_path), "different layouts (x.tar: folders, y.tar: shards)")
 
 
 def test_shards_without_labels_are_refused(tmp_path):
     for i in range(2):
         write_tar(tmp_path / f"train-{i:06d}.tar", [(f"{i}.jpg", b"")])
-    assert_says(message(tmp_path), "images without labels", "named like a shard")
+    assert_contains(message(tmp_path), "images without labels", "named like a shard")
 
 
 def test_label_number_out_of_range_is_refused(folder, tmp_path):
@@ -189,7 +189,7 @@ def test_label_number_out_of_range_is_refused(folder, tmp_path):
 
 def test_unknown_and_missing_classes_are_named(tmp_path):
     write_tar(tmp_path / "train.tar", [("cat/1.jpg", b""), ("owl/1.jpg", b"")])
-    store, _ = heard(tmp_path)
+    store, _ = open_logged(tmp_path)
     with pytest.raises(
         ValueError, match=r"train\.tar has 1 classes that are not among the 1 classes: owl; remove them"
     ):
@@ -208,7 +208,7 @@ def test_class_index_orders_an_archives_labels(folder, tmp_path):
     assert_same_batches(data.train.epoch(0), wanted.train.epoch(0))
 
 
-def test_evaluation_takes_classes_of_the_train_archives_where_they_are(tmp_path):
+def test_evaluation_uses_the_classes_of_train_archives(tmp_path):
     write_tar(tmp_path / "train.tar", [("ant/1.jpg", b""), ("cat/1.jpg", b""), ("dog/1.jpg", b"")])
     write_tar(tmp_path / "val.tar", [("dog/1.jpg", b"")])
     assert build_eval_data(cfg_of(tmp_path), 0, 1, "cpu", quiet).classes == ["ant", "cat", "dog"]
@@ -229,17 +229,17 @@ def test_joined_tars_are_refused_with_the_remedy(folder, tmp_path):
     size = one.stat().st_size
     with one.open("ab") as file:
         file.write(bytes(20480) + other.read_bytes())
-    assert_says(message(one.parent), f"train.tar goes on after its end mark, at byte {size + 20480}", "tar -A")
+    assert_contains(message(one.parent), f"train.tar goes on after its end mark, at byte {size + 20480}", "tar -A")
 
 
-def test_zeros_after_the_end_mark_are_no_matter(folder, tmp_path):
+def test_zeros_after_the_end_mark_are_accepted(folder, tmp_path):
     root = as_tar(folder, tmp_path)
     with (root / "train.tar").open("ab") as file:
         file.write(bytes(3 << 20))
-    assert heard(root)[0].notes == []
+    assert open_logged(root)[0].notes == []
 
 
-def test_ambiguous_training_images_are_not_passed_over(folder, tmp_path):
+def test_ambiguous_training_split_is_refused_in_evaluation(folder, tmp_path):
     as_zip(folder, as_tar(folder, tmp_path))
     (tmp_path / "val.zip").unlink()
     with pytest.raises(ValueError, match=r"holds train more than once: train\.tar, train\.zip; move all but one away"):

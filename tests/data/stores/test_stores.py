@@ -1,4 +1,4 @@
-"""Stores: the same images in the same order from folders, tars, tars in tars, shards and zips."""
+"""Splits of every store: the same images in the same order from folders, tars, tars in tars, shards and zips."""
 
 import os
 import pickle
@@ -14,7 +14,8 @@ import torch
 
 import config
 from data.build import build_data
-from data.stores.store import open_limit, open_store
+from data.stores.archive_source import open_limit
+from data.stores.split import open_split
 from tests.helpers.archives import (
     WNIDS,
     as_class_tars,
@@ -50,7 +51,7 @@ def official(folder, root):
 
 
 def swin(folder, root):
-    """Swin's zipped ImageNet: val flat, with numbers."""
+    """Write Swin's zipped ImageNet: val flat, with class numbers."""
     as_zip(folder, root)
     with zipfile.ZipFile(root / "val.zip", "w") as archive:
         for _, name, data in files_of(folder, "val"):
@@ -67,7 +68,7 @@ STORES = {
     "shards with numbers": as_shards,
     "shards with names": lambda folder, root: as_shards(folder, root, names=True),
     "shards with json": lambda folder, root: as_shards(folder, root, label="json"),
-    "shards in folders": lambda folder, root: as_shards(folder, root, place="{split}"),
+    "shards in folders": lambda folder, root: as_shards(folder, root, subfolder="{split}"),
     "tars in tars": official,
     "tars in folders": as_class_tars,
     "zip": as_zip,
@@ -97,7 +98,7 @@ def assert_same_batches(found, wanted):
 
 
 @pytest.mark.parametrize("kind", STORES)
-def test_store_gives_the_folders_batches(kind, folder, from_folder, tmp_path):
+def test_batches_of_a_store_equal_those_of_the_folder(kind, folder, from_folder, tmp_path):
     data = build_data(cfg_of(STORES[kind](folder, tmp_path / "store")), 0, 1, "cpu", quiet)
     assert data.classes == list(WNIDS)
     assert data.fingerprint == from_folder.fingerprint  # so that a run can be continued on another store
@@ -108,22 +109,22 @@ def test_store_gives_the_folders_batches(kind, folder, from_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["tar", "shards with numbers", "tars in tars", "zip"])
-def test_store_reads_in_loader_processes(kind, folder, from_folder, tmp_path):
+def test_store_is_read_in_loader_processes(kind, folder, from_folder, tmp_path):
     root = STORES[kind](folder, tmp_path / "store")
     data = build_data(cfg_of(root, "DATA.WORKERS", "2"), 0, 1, "cpu", quiet)
     assert_same_batches(data.train.epoch(0), from_folder.train.epoch(0))
     assert_same_batches(data.val, from_folder.val)
 
 
-def test_name_tells_archive_and_path(folder, tmp_path):
-    source = open_store(official(folder, tmp_path), "train", say=quiet).source(WNIDS, True)
+def test_name_is_archive_and_path(folder, tmp_path):
+    source = open_split(official(folder, tmp_path), "train", progress=quiet).source(WNIDS, True)
     assert source.name(0).startswith(f"{tmp_path}/ILSVRC2012_img_train.tar:n01440764.tar/n01440764_")
-    source = open_store(tmp_path, "val", say=quiet).source(WNIDS, True)
+    source = open_split(tmp_path, "val", progress=quiet).source(WNIDS, True)
     assert source.name(0).startswith(f"{tmp_path}/ILSVRC2012_img_val.tar:ILSVRC2012_val_0000000")
 
 
 def test_source_survives_pickling_and_is_read_by_many_threads(folder, tmp_path):
-    source = open_store(as_tar(folder, tmp_path), "train", say=quiet).source(WNIDS, True)
+    source = open_split(as_tar(folder, tmp_path), "train", progress=quiet).source(WNIDS, True)
     wanted = [source.read(i).tobytes() for i in range(len(source))]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(i).tobytes() for i in range(len(copy))] == wanted
@@ -148,12 +149,12 @@ def open_files():
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1000, 84), (128, 64)])
-def test_shards_stay_open_up_to_half_of_what_a_process_may_open(tmp_path, monkeypatch, limit, kept):
-    monkeypatch.setattr("data.stores.store.open_limit", lambda: limit)
+def test_shards_stay_open_up_to_half_the_limit_of_open_files(tmp_path, monkeypatch, limit, kept):
+    monkeypatch.setattr("data.stores.archive_source.open_limit", lambda: limit)
     before = open_files()
     for i in range(84):
         write_tar(tmp_path / f"train/s-{i:05d}.tar", [(f"{i}.jpg", b"x%d" % i), (f"{i}.cls", b"0")])
-    source = open_store(tmp_path, "train", say=quiet).source(["a"], True)
+    source = open_split(tmp_path, "train", progress=quiet).source(["a"], True)
     assert sorted(source.read(i).tobytes() for i in range(len(source))) == sorted(b"x%d" % i for i in range(84))
     assert open_files() == before + kept
     del source
@@ -184,7 +185,7 @@ def test_limit_of_open_files_is_raised_once(monkeypatch, limits, wanted, asked):
 
 def test_archive_cut_off_while_training_is_an_unreadable_image(folder, tmp_path):
     root = as_tar(folder, tmp_path)
-    source = open_store(root, "train", say=quiet).source(WNIDS, True)
+    source = open_split(root, "train", progress=quiet).source(WNIDS, True)
     os.truncate(root / "train.tar", 5000)
     last = int(source.storage_order()[-1])
     with pytest.raises(OSError, match="the archive ends within it, at byte"):
@@ -209,7 +210,7 @@ def test_block_shuffle_follows_the_archives_and_reads_ahead(folder, tmp_path, mo
     assert len(whole) == 6  # of 8 blocks, two lie in two shards
     assert sorted((a, b) for _, a, b in advised) == sorted((block[0][1], block[-1][2] - block[0][1]) for block in whole)
     plain = build_data(cfg_of(folder, "DATA.BLOCK_SHUFFLE", "6"), 0, 1, "cpu")
-    assert plain.fingerprint != data.fingerprint  # another order: not to be continued on the other store
+    assert plain.fingerprint != data.fingerprint  # another order: a run cannot be continued on the other store
     class_by_class = build_data(
         cfg_of(as_zip_sorted(folder, tmp_path / "z"), "DATA.BLOCK_SHUFFLE", "6"), 0, 1, "cpu", quiet
     )

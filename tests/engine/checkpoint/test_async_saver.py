@@ -1,4 +1,4 @@
-"""Saving while a run trains: in the background, and again where it failed."""
+"""AsyncSaver: saving in the background, and retries after failed writes."""
 
 import contextlib
 import errno
@@ -19,8 +19,8 @@ from engine.state import TrainState
 ALONE = Processes(0, 1, 0, torch.device("cpu"), "test")
 
 
-class Voice:
-    """Keeps what a log is told."""
+class FakeLog:
+    """Log that collects its lines."""
 
     def __init__(self):
         self.lines = []
@@ -32,7 +32,7 @@ class Voice:
 
 
 def state_of(update, value, closed=None):
-    """Stand in for a TrainState whose only weight is `value`; its evaluation is done unless `closed` says otherwise."""
+    """Return a fake TrainState whose only weight is `value`, and this weight; `closed` is `update` by default."""
     closed = update if closed is None else closed
     weight = torch.full((50_000,), float(value))
     entry = {"update": update}
@@ -57,21 +57,21 @@ def test_epoch_is_saved_before_and_after_its_evaluation(tmp_path):
 
 def saver_of(path, max_failures=3):
     path.mkdir(exist_ok=True)
-    return AsyncSaver(RunDirectory(path, 2), Voice(), max_failures)
+    return AsyncSaver(RunDirectory(path, 2), FakeLog(), max_failures)
 
 
 def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
-    gate, begun = threading.Event(), threading.Event()
+    gate, started = threading.Event(), threading.Event()
 
     def slow(path, state):
-        begun.set()
+        started.set()
         assert gate.wait(30)
         save_state(path, state)
 
     monkeypatch.setattr(engine.checkpoint.files, "save_state", slow)
     saver, (state, weight) = saver_of(tmp_path), state_of(5, 1.0)
     saver.save(state, ALONE, {}, {"raw": {"update": 5}})
-    assert begun.wait(30)
+    assert started.wait(30)
     saver.poll()
     assert saver.log.lines == []
     weight.fill_(2.0)  # the next update
@@ -89,7 +89,7 @@ def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def files_limited_to(size):
-    """Let no file of this process grow beyond `size` bytes: what a full disk feels like."""
+    """Let no file of this process grow beyond `size` bytes: as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -98,7 +98,7 @@ def files_limited_to(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_leaves_the_checkpoint_before_and_owes_the_best(tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint_and_the_best_weights_in_memory(tmp_path):
     saver = saver_of(tmp_path)
     saver.save(state_of(1, 1.0)[0], ALONE, {}, {"raw": {"update": 1}})
     saver.wait()
@@ -114,26 +114,26 @@ def test_full_disk_leaves_the_checkpoint_before_and_owes_the_best(tmp_path):
     saver.save(state_of(4, 4.0)[0], ALONE, {}, {})
     assert saver.finish()
     assert saver.failures == 0
-    assert load_file(tmp_path / "best_raw.safetensors")["w"].eq(2).all()  # those of update 2, which were kept for it
+    assert load_file(tmp_path / "best_raw.safetensors")["w"].eq(2).all()  # those of update 2, which were kept in memory
 
 
-def test_best_weights_missing_everywhere_are_said(tmp_path):
+def test_best_weights_missing_everywhere_are_a_warning(tmp_path):
     saver, (state, _) = saver_of(tmp_path), state_of(9, 1.0)
     state.best["raw"] = {"update": 4}
-    saver.mend_best(state, {"model": {}, "facts": {}})
+    saver.restore_best_files(state, {"model": {}, "facts": {}})
     assert (
         "best_raw.safetensors is missing, but the best raw weights so far were those of update 4" in saver.log.lines[0]
     )
 
 
-def test_failed_snapshot_is_gone_before_the_next_is_taken(tmp_path, monkeypatch):
+def test_failed_snapshot_is_freed_before_the_next_is_taken(tmp_path, monkeypatch):
     held = []
 
-    def look(tree):
+    def recording_snapshot(tree):
         held.append(saver._job)
         return snapshot(tree)
 
-    monkeypatch.setattr("engine.checkpoint.async_saver.snapshot", look)
+    monkeypatch.setattr("engine.checkpoint.async_saver.snapshot", recording_snapshot)
     saver = saver_of(tmp_path, max_failures=2)
     with files_limited_to(100_000):
         for update in (1, 2):
@@ -141,12 +141,19 @@ def test_failed_snapshot_is_gone_before_the_next_is_taken(tmp_path, monkeypatch)
             saver.wait()
     assert held == [None, None]
     assert saver.failed
-    assert "File too large" in str(saver.complaint())
-    assert saver.finish()  # the last one is tried once more
+    assert "File too large" in str(saver.saving_error())
+    assert saver.finish()  # retries the last one
     assert load_state(tmp_path / "checkpoints/update-00000002.pt")["model"]["w"].eq(1).all()
 
 
-def test_checkpoints_stay_while_best_weights_are_owed(tmp_path, monkeypatch):
+def test_saver_that_gave_up_has_failed(tmp_path):
+    saver = saver_of(tmp_path)
+    assert not saver.failed
+    saver.give_up()
+    assert saver.failed
+
+
+def test_checkpoints_are_not_pruned_while_best_weights_are_not_written(tmp_path, monkeypatch):
     saver = saver_of(tmp_path, max_failures=9)
     with monkeypatch.context() as patch:
         patch.setattr("engine.checkpoint.async_saver.save_weights", no_space)
@@ -160,11 +167,11 @@ def test_checkpoints_stay_while_best_weights_are_owed(tmp_path, monkeypatch):
     assert load_file(tmp_path / "best_raw.safetensors")["w"].eq(1).all()
 
 
-def test_best_weights_that_cannot_be_mended_now_are_owed(tmp_path, monkeypatch):
+def test_best_files_that_cannot_be_restored_now_are_written_with_the_next_checkpoint(tmp_path, monkeypatch):
     saver, (state, weight) = saver_of(tmp_path), state_of(5, 1.0)
     with monkeypatch.context() as patch:
         patch.setattr("engine.checkpoint.async_saver.save_weights", no_space)
-        saver.mend_best(state, {"model": {"w": weight}, "facts": {}})
+        saver.restore_best_files(state, {"model": {"w": weight}, "facts": {}})
     assert "cannot be written (No space left on device)" in saver.log.lines[0]
     saver.save(state_of(6, 6.0)[0], ALONE, {}, {})
     assert saver.finish()

@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of training, evaluation and checkpointing: the run that is continued is the uninterrupted one.
+"""Kill -9 at random moments of training, evaluation and checkpointing: the continued run equals the uninterrupted one.
 
 A few seeds in the suite; `pytest -m faults` runs 50.
 """
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def killed(request, small_cfg, tmp_path_factory):
-    """The folder that fault_server.py fills."""
+    """Folder with the runs of fault_server.py."""
     folder = tmp_path_factory.mktemp("faults")
     config = folder / "config.yaml"
     config.write_text(

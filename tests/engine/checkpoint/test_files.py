@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and read without unpickling code."""
+"""Checkpoint files: atomic writes, checksums, damage, and reading without unpickling code."""
 
 import io
 import os
@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from engine.checkpoint.files import (
     CheckpointFolder,
+    ChecksumWriter,
     DamagedError,
-    Sealing,
     load_state,
     read_metadata,
     save_state,
@@ -101,31 +101,31 @@ def test_byte_that_the_disk_changes_while_it_is_written_is_found(tmp_path):
             return super().write(bytes(data).replace(b"abc", b"abd"))
 
     disk = Disk()
-    sealing = Sealing(disk)
-    torch.save({"format": 2, "model": {}, "text": "abc"}, sealing)
-    sealing.finish()
+    writer = ChecksumWriter(disk)
+    torch.save({"format": 2, "model": {}, "text": "abc"}, writer)
+    writer.finish()
     (tmp_path / "c.pt").write_bytes(disk.getvalue())
     with pytest.raises(DamagedError, match="its checksum is not that of what was written"):
         load_state(tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 1000])
-def test_seal_does_not_depend_on_the_pieces_that_are_written(step):
+def test_checksum_does_not_depend_on_the_sizes_of_writes(step):
     archive = io.BytesIO()
     torch.save({"w": torch.arange(50)}, archive)
     whole, pieces = io.BytesIO(), io.BytesIO()
     for file, size in ((whole, 1 << 30), (pieces, step)):
-        sealing = Sealing(file)
+        writer = ChecksumWriter(file)
         for start in range(0, len(archive.getvalue()), size):
-            sealing.write(archive.getvalue()[start : start + size])
-        sealing.finish()
+            writer.write(archive.getvalue()[start : start + size])
+        writer.finish()
     assert pieces.getvalue() == whole.getvalue()
     assert len(whole.getvalue()) == len(archive.getvalue()) + 79
     whole.seek(0)
     assert torch.load(whole)["w"].tolist() == list(range(50))
 
 
-def test_file_of_the_first_format_needs_no_seal(tmp_path):
+def test_file_of_the_first_format_needs_no_checksum(tmp_path):
     torch.save({"format": 1, "model": {}}, tmp_path / "c.pt")
     assert load_state(tmp_path / "c.pt")["format"] == 1
     torch.save({"format": 2, "model": {}}, tmp_path / "c.pt")
@@ -152,7 +152,7 @@ def assert_best_files_hold_the_best(run):
 
 @pytest.fixture(scope="module")
 def whole(small_cfg, tmp_path_factory):
-    """An uninterrupted run of one thread."""
+    """Run directory of an uninterrupted run with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("whole")
@@ -162,7 +162,7 @@ def whole(small_cfg, tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut"])
-def test_damaged_newest_checkpoint_is_said_and_the_one_before_used(small_cfg, whole, tmp_path, capsys, damage):
+def test_damaged_newest_checkpoint_is_a_warning_and_the_one_before_is_used(small_cfg, whole, tmp_path, capsys, damage):
     run = tmp_path / "small"
     shutil.copytree(whole, run)
     content = bytearray((run / LAST).read_bytes())
@@ -178,7 +178,7 @@ def test_damaged_newest_checkpoint_is_said_and_the_one_before_used(small_cfg, wh
     assert_same_run(run, whole)
 
 
-def test_run_whose_checkpoints_are_all_damaged_is_not_started_afresh(small_cfg, whole, tmp_path, capsys):
+def test_run_whose_checkpoints_are_all_damaged_is_not_started_again(small_cfg, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "small")
     for path in (tmp_path / "small/checkpoints").iterdir():
         path.write_bytes(b"PK")
@@ -187,16 +187,16 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_started_afresh(small_cfg, 
     assert "no checkpoint in" in capsys.readouterr().err
 
 
-def test_newest_checkpoint_of_a_newer_format_is_refused_not_passed_over(small_cfg, whole, tmp_path, capsys):
+def test_newest_checkpoint_of_a_newer_format_is_refused_not_skipped(small_cfg, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "small")
     torch.save({"format": 99, "model": {}}, tmp_path / "small" / LAST)
     assert_refused(small_cfg, tmp_path, capsys, "format 99, this version reads up to")
 
 
-def test_newest_checkpoint_that_is_whole_and_unknown_is_refused_not_passed_over(small_cfg, whole, tmp_path, capsys):
+def test_newest_checkpoint_that_is_intact_and_unknown_is_refused_not_skipped(small_cfg, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "small")
     save_state(tmp_path / "small" / LAST, {"format": 99, "model": {}, "new": SimpleNamespace()})
-    with pytest.raises(ValueError, match="is whole but cannot be read here") as caught:
+    with pytest.raises(ValueError, match="is intact but cannot be read here") as caught:
         load_state(tmp_path / "small" / LAST)
     assert not isinstance(caught.value, DamagedError)
     assert_refused(small_cfg, tmp_path, capsys, "it is of a newer Retoken, or there is too little memory")
@@ -213,7 +213,7 @@ def assert_refused(cfg, output, capsys, text):
 
 
 def killed_run(cfg, output, patch):
-    """Run train.py in a process with the code `patch` before it, which is to end it with status 9 without any clean-up."""
+    """Run train.py in a process after the code `patch`, which ends the process with status 9 without any clean-up."""
     code = f"import os, train\nfrom engine.checkpoint import async_saver, files\n{patch}\ntrain.main(['--cfg', {str(cfg)!r}, '--output', {str(output)!r}])"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -221,16 +221,16 @@ def killed_run(cfg, output, patch):
 
 
 @pytest.mark.parametrize(("after", "cut"), [(1, 6), (2, 12)])  # an epoch is saved before its evaluation and after it
-def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(small_cfg, whole, tmp_path, after, cut):
+def test_kill_while_a_checkpoint_is_written_keeps_the_one_before(small_cfg, whole, tmp_path, after, cut):
     nth = f"calls = []\ndef finish(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(file)\n"
-    killed_run(small_cfg, tmp_path, f"whole = files.Sealing.finish\n{nth}files.Sealing.finish = finish")
+    killed_run(small_cfg, tmp_path, f"whole = files.ChecksumWriter.finish\n{nth}files.ChecksumWriter.finish = finish")
     names = {p.name for p in (tmp_path / "small/checkpoints").iterdir()}
     assert names == {"update-00000006.pt", f".update-{cut:08d}.pt.tmp"}
     assert run_here(small_cfg, tmp_path) == 0
     assert_same_run(tmp_path / "small", whole)
 
 
-def test_kill_between_checkpoint_and_best_files_is_mended(small_cfg, whole, tmp_path):
+def test_best_file_missing_after_a_kill_is_restored(small_cfg, whole, tmp_path):
     patch = (
         "calls = []\ndef write(*args):\n"
         "  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  whole(*args)\n"
@@ -248,7 +248,7 @@ def test_kill_between_checkpoint_and_best_files_is_mended(small_cfg, whole, tmp_
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_training_goes_on_until_too_many_saves_failed(small_cfg, whole, tmp_path, monkeypatch, capsys, failures):
+def test_training_continues_until_too_many_saves_failed(small_cfg, whole, tmp_path, monkeypatch, capsys, failures):
     def save(self, update, *more, **how):
         if update in (6, 12)[:failures]:
             raise OSError(28, "No space left on device")

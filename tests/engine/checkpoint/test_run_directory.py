@@ -1,4 +1,4 @@
-"""The run directory: who may write into it, and what is said where that fails."""
+"""Run directory: lock, marker files, manifest, and the errors where they cannot be written."""
 
 import errno
 import fcntl
@@ -8,29 +8,30 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from engine.checkpoint.run_directory import OccupiedError, RunDirectory
+from engine.checkpoint.run_directory import RunDirectory, RunLockedError
 from engine.logging.log import Log
+from trainer.stopping import write_mark
 
 
-def test_lock_that_its_owner_removes_meanwhile_is_made_anew(tmp_path, monkeypatch):
+def test_lock_file_that_its_owner_removes_meanwhile_is_created_again(tmp_path, monkeypatch):
     first, second, third = (RunDirectory(tmp_path / "small", 2) for _ in range(3))
     first.lock()
     flock, gone = fcntl.flock, []
 
-    def flock_after_the_owner_left(*args):  # between the opening of the file and the lock on it
+    def flock_after_the_owner_unlocked(*args):  # between opening and locking the file
         if not gone:
             gone.append(first.unlock())
         flock(*args)
 
-    monkeypatch.setattr("engine.checkpoint.run_directory.fcntl.flock", flock_after_the_owner_left)
+    monkeypatch.setattr("engine.checkpoint.run_directory.fcntl.flock", flock_after_the_owner_unlocked)
     monkeypatch.setattr("engine.checkpoint.run_directory.time.sleep", lambda seconds: None)
     assert second.lock() == ""
-    with pytest.raises(OccupiedError):
+    with pytest.raises(RunLockedError):
         third.lock()
     second.unlock()
 
 
-def test_lock_is_of_a_file_open_for_writing_and_its_lack_is_a_warning(tmp_path, monkeypatch):
+def test_lock_file_is_open_for_writing_and_missing_support_of_locks_is_a_warning(tmp_path, monkeypatch):
     opened = []
 
     def no_locks(file, how):
@@ -40,14 +41,14 @@ def test_lock_is_of_a_file_open_for_writing_and_its_lack_is_a_warning(tmp_path, 
     monkeypatch.setattr("engine.checkpoint.run_directory.fcntl.flock", no_locks)
     run = RunDirectory(tmp_path / "small", 2)
     assert "cannot be locked (No locks available)" in run.lock()
-    assert opened == [os.O_RDWR]  # NFS makes locks of bytes from them, which want that
+    assert opened == [os.O_RDWR]  # NFS turns them into byte locks, which need a file open for writing
     run.unlock()
     monkeypatch.setattr("engine.checkpoint.run_directory.os.open", lambda *args: no_space())
     with pytest.raises(ValueError, match=r"cannot be written.*No space left"):
         run.lock()
 
 
-def test_lock_that_fails_is_not_removed_as_if_it_were_held(tmp_path, monkeypatch):
+def test_lock_file_that_another_process_holds_is_not_removed(tmp_path, monkeypatch):
     first, second = (RunDirectory(tmp_path / "small", 2) for _ in range(2))
     first.lock()
 
@@ -64,7 +65,7 @@ def test_lock_that_fails_is_not_removed_as_if_it_were_held(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("written", ["record_start", "open"])
-def test_files_that_cannot_be_written_end_the_start_in_order(small_cfg, tmp_path, monkeypatch, capsys, written):
+def test_files_that_cannot_be_written_are_an_error_with_a_remedy(small_cfg, tmp_path, monkeypatch, capsys, written):
     monkeypatch.setattr(RunDirectory if written == "record_start" else Log, written, lambda *args: no_space())
     with pytest.raises(SystemExit) as caught:
         train.main(["--cfg", str(small_cfg), "--output", str(tmp_path)])
@@ -72,12 +73,14 @@ def test_files_that_cannot_be_written_end_the_start_in_order(small_cfg, tmp_path
     assert "cannot be written (No space left on device); choose another with --output" in capsys.readouterr().err
 
 
-def test_mark_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
-    said = []
+def test_marker_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    warnings = []
     run = RunDirectory(tmp_path, 2)
-    monkeypatch.setattr(RunDirectory, "mark", lambda *args: no_space())
-    train.leave_mark(SimpleNamespace(run=run, log=SimpleNamespace(warning=said.append)), run.done, "after update 1")
-    assert said == [f"{run.done} cannot be written (No space left on device): whoever looks for it finds nothing"]
+    monkeypatch.setattr(RunDirectory, "write_marker", lambda *args: no_space())
+    write_mark(SimpleNamespace(run=run, log=SimpleNamespace(warning=warnings.append)), run.done, "after update 1")
+    assert warnings == [
+        f"{run.done} cannot be written (No space left on device): job scripts that look for it will not find it"
+    ]
 
 
 def no_space():
@@ -86,21 +89,21 @@ def no_space():
 
 @pytest.mark.parametrize("text", ['{"starts": [{"time": "2026', "[]", '{"starts": 3}', "\xff"])
 @pytest.mark.parametrize("flag", [[], ["--dry-run"]], ids=["train", "dry run"])
-def test_damaged_manifest_is_named_with_what_to_do(small_cfg, tmp_path, capsys, text, flag):
+def test_damaged_manifest_is_an_error_with_a_remedy(small_cfg, tmp_path, capsys, text, flag):
     manifest = tmp_path / "small/manifest.json"
     manifest.parent.mkdir()
     manifest.write_text(text, encoding="latin-1")
     with pytest.raises(SystemExit) as stop:
         train.main(["--cfg", str(small_cfg), "--output", str(tmp_path), *flag])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert f"{manifest} is damaged (" in said
-    assert "move it away: the run continues without it" in said
-    assert "Traceback" not in said
+    error = capsys.readouterr().err
+    assert f"{manifest} is damaged (" in error
+    assert "move it away: the run continues without it" in error
+    assert "Traceback" not in error
     assert manifest.read_text(encoding="latin-1") == text
 
 
-def test_manifest_that_was_moved_away_begins_anew(tmp_path):
+def test_manifest_that_was_moved_away_is_started_again(tmp_path):
     run = RunDirectory(tmp_path, 2)
     for number in range(2):
         run.record_start({"model": "x"}, {"update": number})
@@ -110,16 +113,15 @@ def test_manifest_that_was_moved_away_begins_anew(tmp_path):
     assert [start["update"] for start in run.read_manifest()["starts"]] == [2]
 
 
-def test_dry_run_says_that_the_run_directory_cannot_be_made(small_cfg, tmp_path, capsys, monkeypatch):
+def test_dry_run_reports_a_run_directory_that_cannot_be_created(small_cfg, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     argv = ["--cfg", str(small_cfg), "--dry-run", "--output"]
     with pytest.raises(SystemExit) as stop:
         train.main([*argv, str(tmp_path / "file/runs")])
     assert stop.value.code == 2
     assert f"cannot be written ({tmp_path / 'file'} is a file); choose another with --output" in capsys.readouterr().err
-    monkeypatch.setattr(
-        "engine.checkpoint.run_directory.os.access", lambda path, how: False
-    )  # root may write everywhere
+    # Root may write everywhere, so the check is replaced.
+    monkeypatch.setattr("engine.checkpoint.run_directory.os.access", lambda path, how: False)
     with pytest.raises(SystemExit):
         train.main([*argv, str(tmp_path / "runs")])
     assert f"(no permission to write in {tmp_path})" in capsys.readouterr().err

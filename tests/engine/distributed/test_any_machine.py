@@ -1,4 +1,4 @@
-"""What a run gives does not depend on the number of processes: batches bitwise, weights to round-off, also across a kill."""
+"""Independence of the world size: batches bitwise, weights to round-off, also across a kill."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ from engine.checkpoint.files import load_state
 from tests.conftest import ROOT
 from tests.helpers.small_runs import rows
 
-# Five epochs of 4 updates of 12 images in 4 micro-batches. A gradient that is zero but for rounding (the bias of the keys)
-# would be blown up by Adam: a larger eps lets it be.
+# Five epochs of 4 updates of 12 images in 4 micro-batches. Adam would amplify a gradient that is zero but for rounding (the
+# bias of the keys): a larger eps prevents that.
 OPTS = (
     *("MODEL.NAME", "test_vit", "TRAIN.EPOCHS", "5", "TRAIN.GLOBAL_BATCH", "12", "TRAIN.MICRO_BATCH", "3"),
     *("OPTIM.EPS", "1e-3", "LOG.EVERY", "1"),
@@ -27,7 +27,7 @@ LAST = f"small/checkpoints/update-{UPDATES:08d}.pt"
 
 
 def batches(cfg, world, epoch, first_update=0):
-    """Return {(update, micro-batch): (images, targets, indices)} of an epoch, as `world` processes make them."""
+    """Return {(update, micro-batch): (images, targets, indices)} of an epoch, as produced by `world` processes."""
     found = {}
     for rank in range(world):
         data = build_data(cfg, rank, world, "cpu")
@@ -44,7 +44,7 @@ def batches(cfg, world, epoch, first_update=0):
 
 @pytest.mark.parametrize("repeats", ["1", "3"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_batches_are_bitwise_the_same_at_every_division(small_cfg, world, repeats):
+def test_batches_are_bitwise_the_same_at_every_world_size(small_cfg, world, repeats):
     cfg = config.load(str(small_cfg), [*OPTS, "AUG.REPEATS", repeats])
     one = batches(cfg, 1, epoch=2)
     assert len(one) == 16
@@ -54,7 +54,7 @@ def test_batches_are_bitwise_the_same_at_every_division(small_cfg, world, repeat
             assert torch.equal(a, b), key
 
 
-def test_batches_after_a_resume_on_another_world_are_the_same(small_cfg):
+def test_batches_after_a_resume_with_another_world_size_are_the_same(small_cfg):
     cfg = config.load(str(small_cfg), list(OPTS))
     whole, rest = batches(cfg, 4, epoch=1), batches(cfg, 2, epoch=1, first_update=3)
     assert {update for update, _ in rest} == {3}
@@ -64,7 +64,7 @@ def test_batches_after_a_resume_on_another_world_are_the_same(small_cfg):
 
 @pytest.fixture(scope="module")
 def one(small_cfg, tmp_path_factory):
-    """The run of one process with accumulation 4, without a launcher; one thread, as torchrun gives each process."""
+    """Output of the run of one process with accumulation 4, without a launcher; one thread, as torchrun sets for each process."""
     output, threads = tmp_path_factory.mktemp("one"), torch.get_num_threads()
     torch.set_num_threads(1)
     assert train_script.main(["--cfg", str(small_cfg), "--output", str(output), "--opts", *OPTS]) == 0
@@ -101,7 +101,7 @@ def test_torchrun_with_one_process_is_the_run_without_a_launcher(small_cfg, one,
 
 
 def kill_after(update, argv, metrics, processes):
-    """Start a run under torchrun and kill -9 all of it after an update."""
+    """Start a run under torchrun and kill all its processes with SIGKILL after an update."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = subprocess.DEVNULL
@@ -112,13 +112,13 @@ def kill_after(update, argv, metrics, processes):
     while not (metrics.exists() and f'"update": {update},' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.005)
     workers = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
-    for pid in (started.pid, *map(int, workers)):  # the launcher first: it would end the others gently
+    for pid in (started.pid, *map(int, workers)):  # the launcher first: it would terminate the others
         os.kill(pid, signal.SIGKILL)
     started.wait()
 
 
 @pytest.mark.slow
-def test_run_killed_on_two_processes_goes_on_with_one(small_cfg, one, tmp_path):
+def test_run_killed_on_two_processes_continues_with_one(small_cfg, one, tmp_path):
     argv = (
         "train.py",
         "--cfg",

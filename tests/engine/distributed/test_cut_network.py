@@ -1,4 +1,4 @@
-"""Two nodes, each a network namespace with a name and an address: what a cut between them does, and that healing it is enough."""
+"""Cut and repaired network between two nodes, each a network namespace with a name and an address: the run continues."""
 
 import json
 import os
@@ -19,7 +19,7 @@ OPTS = (
     *("MODEL.NAME", "test_vit", "TRAIN.EPOCHS", "20", "LOG.EVERY", "1", "EVAL.EVERY", "20"),
     *("CHECKPOINT.EVERY_UPDATES", "1", "DIST.TIMEOUT", "15"),
 )
-# In the namespace: its name for the host, and TCP that gives up within seconds, as a cluster's should.
+# In the namespace: set the host name, and let TCP give up within seconds, as recommended for clusters.
 ENTER = 'hostname "$1"; sysctl -qw net.ipv4.tcp_retries2=5; shift; exec "$@"'
 
 
@@ -29,7 +29,7 @@ def ip(*argv):
 
 @pytest.fixture
 def nodes():
-    """The names of two namespaces with a cable between them."""
+    """Names of two network namespaces that are connected by a veth pair."""
     lacking = [name for name in ("ip", "unshare", "sysctl", "hostname") if not shutil.which(name)]
     if os.geteuid() or lacking:
         pytest.skip(f"network namespaces need root and iproute2; missing: {', '.join(lacking) or 'root'}")
@@ -58,10 +58,10 @@ def nodes():
 
 @pytest.fixture
 def agents(nodes, small_cfg, tmp_path):
-    """launch_scripts/elastic.sh on both nodes, and the files of what they say."""
+    """Processes of launch_scripts/elastic.sh on both nodes, and the files with their output."""
     env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    started, said = [], [tmp_path / f"{name}.txt" for name in nodes]
-    for name, path in zip(nodes, said, strict=True):
+    started, outputs = [], [tmp_path / f"{name}.txt" for name in nodes]
+    for name, path in zip(nodes, outputs, strict=True):
         enter = ("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", ENTER, "sh", name)
         command = ("launch_scripts/elastic.sh", "-n", "2:2", "-g", "1", "-a", nodes[0], str(small_cfg))
         rest = ("--output", str(tmp_path), "--opts", *OPTS)
@@ -76,8 +76,8 @@ def agents(nodes, small_cfg, tmp_path):
                     start_new_session=True,
                 )
             )
-    yield started, said
-    for name in nodes:  # the workers have sessions of their own, and keep the namespace alive
+    yield started, outputs
+    for name in nodes:  # the workers have their own sessions, and keep the namespace in use
         inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
         for pid in map(int, inside.split()):
             os.kill(pid, signal.SIGKILL)
@@ -92,28 +92,28 @@ def updates(run):
 
 
 @pytest.mark.slow
-def test_cut_is_an_error_within_the_timeout_and_heals(nodes, agents, tmp_path):
-    (first, second), said = agents
+def test_cut_is_an_error_within_the_timeout_and_the_run_continues_after_the_repair(nodes, agents, tmp_path):
+    (first, second), outputs = agents
     run = tmp_path / "small"
 
-    def everything():
-        return "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for path in said)
+    def all_output():
+        return "\n".join(f"== {path.name}\n{path.read_text()[-4000:]}" for path in outputs)
 
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(updates(run)) >= 10, "update 10", 120)
         ip("-n", nodes[0], "link", "set", "cable", "down")
         since = time.monotonic()
-        wait_for(lambda: any("lost the others" in path.read_text() for path in said), "an error", 60)
+        wait_for(lambda: any("lost the others" in path.read_text() for path in outputs), "an error", 60)
         print(f"error {time.monotonic() - since:.1f} s after the cut")
-        healed = time.monotonic()
+        repaired = time.monotonic()
         ip("-n", nodes[0], "link", "set", "cable", "up")
         done = len(updates(run))
         wait_for(lambda: len(updates(run)) > done + 2, "training", 120)
-        print(f"training {time.monotonic() - healed:.1f} s after the repair")
-        wait_for(lambda: first.poll() is not None and second.poll() is not None, "the end of both", 180)
+        print(f"training {time.monotonic() - repaired:.1f} s after the repair")
+        wait_for(lambda: first.poll() is not None and second.poll() is not None, "the exit of both", 180)
     except TimeoutError as error:
-        raise AssertionError(f"{error}\n{everything()}") from error
-    assert (first.returncode, second.returncode) == (0, 0), everything()
+        raise AssertionError(f"{error}\n{all_output()}") from error
+    assert (first.returncode, second.returncode) == (0, 0), all_output()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert len(starts) >= 2
     assert starts[-1]["update"] >= 9

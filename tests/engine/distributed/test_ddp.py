@@ -1,4 +1,4 @@
-"""How gradients travel between two processes: once an update, in any buckets, rounded where asked for, and equal to one process."""
+"""DDP with two processes: one gradient exchange per update, bucket sizes, compression, and equality with one process."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ from torch import nn
 import config
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
-from engine.build import HOOKS, build_loop, build_state, prepare_model, wrap_model
+from engine.build import build_loop, build_state, prepare_model, wrap_model
+from engine.distributed.ddp import COMPRESSION_HOOKS
 from engine.distributed.processes import Processes
 from engine.precision import Precision
 from models.build import checkpoint_blocks
@@ -21,7 +22,7 @@ from tests.helpers.small_models import shrunken
 CPU = torch.device("cpu")
 UPDATES = 3
 STATIC = ("DIST.STATIC_GRAPH", "true")
-VARIANTS = {  # images an update, options
+VARIANTS = {  # images per update, options
     "plain": (8, ()),
     "checkpointed": (8, ("TRAIN.CHECKPOINT_BLOCKS", "-1", "DIST.BUCKET_MB", "1")),
     "static": (4, (*STATIC, "DIST.BUCKET_MB", "1")),
@@ -30,7 +31,7 @@ VARIANTS = {  # images an update, options
 
 
 def train(variant, processes, prepare=lambda wrapped: None):
-    """Train a small model for three updates of micro-batches of 2 images; return what changed."""
+    """Train a small model for three updates of micro-batches of 2 images; return its weights, EMA and sums."""
     images, own = VARIANTS[variant]
     opts = ("TRAIN.GLOBAL_BATCH", str(images), "TRAIN.MICRO_BATCH", "2", "TRAIN.AMP", "off", "EMA.DECAY", "0.5")
     sgd = ("OPTIM.NAME", "momentum", "OPTIM.LR", "0.1", "SCHEDULE.NAME", "constant", "SCHEDULE.WARMUP_EPOCHS", "0")
@@ -46,7 +47,7 @@ def train(variant, processes, prepare=lambda wrapped: None):
     statistics = RunningStatistics(model, plan.accumulation, processes)
     for _ in range(UPDATES):
         loop._train_update(state, iter(range(99)), statistics)
-    return {"model": model.state_dict(), "ema": state.ema.module.state_dict(), "sums": state.mean_sums(processes)}
+    return {"model": model.state_dict(), "ema": state.ema.module.state_dict(), "sums": state.sums.mean(processes)}
 
 
 def data(update, micro):
@@ -56,23 +57,23 @@ def data(update, micro):
 
 
 def gradients(wrap):
-    """Return one process's gradients of a linear layer, passed on as `wrap` makes them."""
+    """Return this process's gradients of a linear layer wrapped by `wrap`."""
     torch.manual_seed(0)
     layer = nn.Linear(7, 5)
     rank = int(os.environ.get("RANK", 0))
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(rank))
-    wrapped = wrap(layer)  # kept: without it nothing is exchanged
+    wrapped = wrap(layer)  # a variable, so that the wrapper is not freed before backward
     wrapped(x).square().mean().backward()
     return [p.grad.clone() for p in layer.parameters()]
 
 
 def main(out):
-    """What each of the two processes does."""
+    """Train every variant and collect gradients; run by each of the two processes."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from engine.distributed import processes as distributed
+    from engine.distributed.processes import init_processes, shut_down
 
-    processes = distributed.start("cpu")
+    processes = init_processes("cpu")
     found, exchanges = {}, []
 
     def counting(state, bucket):
@@ -84,16 +85,16 @@ def main(out):
     train("plain", processes, lambda wrapped: wrapped.register_comm_hook(None, counting))
     found["exchanges"] = sum(exchanges)
     found["own"] = gradients(lambda layer: layer)
-    for form in HOOKS:
+    for form in COMPRESSION_HOOKS:
         cfg = config.load((), ["DIST.COMPRESS", form])
         found[form] = gradients(lambda layer, cfg=cfg: wrap_model(layer, processes, cfg))
     torch.save(found, f"{out}/{processes.rank}.pt")
-    distributed.stop()
+    shut_down()
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes found."""
+    """Results of two processes, by rank."""
     out = tmp_path_factory.mktemp("two")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.engine.distributed.test_ddp import main; main({str(out)!r})"
     (out / "main.py").write_text(code)
@@ -106,7 +107,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one():
-    """What one process finds, by images an update; nothing of the options changes it."""
+    """Results of one process, by images per update; the other options do not change them."""
     alone = Processes(0, 1, 0, CPU, "test")
     return {8: train("plain", alone), 4: train("static", alone)}
 

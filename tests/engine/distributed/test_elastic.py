@@ -1,4 +1,4 @@
-"""Elastic runs: after the death of a worker or of a node the run continues on what is left, and ends as if nothing had happened."""
+"""Elastic runs: after the loss of a worker or a node the run continues on the others and ends with the same result."""
 
 import json
 import os
@@ -27,22 +27,22 @@ LAST = "checkpoints/update-00000080.pt"
 
 
 @pytest.mark.parametrize(
-    ("batch", "came", "used"),
+    ("batch", "launched", "active"),
     [(12, 4, 4), (12, 3, 2), (12, 1, 1), (12, 9, 4), (1024 * 3, 24, 16), (1024 * 3, 1000, 512)],
 )
-def test_batch_is_divided_among_the_most_processes_that_fit(batch, came, used):
+def test_batch_is_divided_among_the_most_processes_that_fit(batch, launched, active):
     micro = 3
     idle = []
-    for rank in range(came):
-        env = {"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": str(came), "RANK": str(rank)}
+    for rank in range(launched):
+        env = {"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD_SIZE": str(launched), "RANK": str(rank)}
         elastic = Elastic(batch, micro, env)
         idle.append(elastic.idle)
-        assert env["WORLD_SIZE"] == str(min(used, came))
-        assert any("stand by" in note for note in elastic.notes(1)) == (used < came)
-    assert idle == [rank >= used for rank in range(came)]
+        assert env["WORLD_SIZE"] == str(min(active, launched))
+        assert any("stand by" in note for note in elastic.notes(1)) == (active < launched)
+    assert idle == [rank >= active for rank in range(launched)]
 
 
-def test_processes_that_cannot_restart_are_left_as_they_are():
+def test_world_size_is_unchanged_without_restarts():
     env = {"TORCHELASTIC_MAX_RESTARTS": "0", "WORLD_SIZE": "3", "RANK": "2"}
     elastic = Elastic(12, 3, env)
     assert not elastic.idle
@@ -50,7 +50,7 @@ def test_processes_that_cannot_restart_are_left_as_they_are():
     assert elastic.notes(0) == []
 
 
-def test_restarts_without_care_are_warned_of():
+def test_restarts_without_the_needed_settings_are_warned_of():
     env = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     first, second = Elastic(12, 3, env).notes(0)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in first
@@ -59,7 +59,7 @@ def test_restarts_without_care_are_warned_of():
 
 @pytest.fixture(scope="module")
 def whole(small_cfg, tmp_path_factory):
-    """The uninterrupted run on one process."""
+    """Run directory of the uninterrupted run on one process."""
     output = tmp_path_factory.mktemp("whole")
     assert train_script.main(["--cfg", str(small_cfg), "--output", str(output), "--opts", *OPTS]) == 0
     return output / "small"
@@ -67,13 +67,13 @@ def whole(small_cfg, tmp_path_factory):
 
 @pytest.fixture
 def agents():
-    """Starts launch_scripts/elastic.sh, as often as it is called; ends what is left."""
+    """Function that starts launch_scripts/elastic.sh; kills the processes that still run at the end."""
     started = []
 
-    def start(nodes, processes, port, output, said, *argv):
+    def start(nodes, processes, port, output, log, *argv):
         command = ("launch_scripts/elastic.sh", "-n", nodes, "-g", str(processes), "-a", "localhost", "-p", str(port))
         env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        with said.open("w") as file:
+        with log.open("w") as file:
             agent = subprocess.Popen(
                 [*command, *map(str, argv), "--output", str(output), "--opts", *OPTS],
                 cwd=ROOT,
@@ -105,7 +105,7 @@ def workers(agent):
 
 
 def kill_all(agent):
-    """Let a node die: the agent and its workers at once."""
+    """Kill a node: the agent and its workers at once."""
     for pid in (agent.pid, *workers(agent).values()):
         os.kill(pid, signal.SIGKILL)
     agent.wait()
@@ -131,14 +131,14 @@ def assert_same_to_round_off(a, b):
 
 
 @pytest.mark.slow
-def test_run_whose_worker_dies_continues_by_itself(small_cfg, whole, tmp_path, agents):
-    # Three processes for four micro-batches: two train, one stands by, and all leave in order at the end.
-    run, said = tmp_path / "small", tmp_path / "said.txt"
-    agent = agents("1:1", 3, free_port(), tmp_path, said, small_cfg)
+def test_run_continues_by_itself_after_a_worker_died(small_cfg, whole, tmp_path, agents):
+    # Three processes for four micro-batches: two train, one stands by, and all exit with status 0 at the end.
+    run, log = tmp_path / "small", tmp_path / "log.txt"
+    agent = agents("1:1", 3, free_port(), tmp_path, log, small_cfg)
     wait_for(reached(run, 10), "update 10", 120)
     os.kill(workers(agent)[1], signal.SIGKILL)
-    assert agent.wait(240) == 0, said.read_text()
-    assert "3 processes came, the global batch divides among 2: 1 stand by" in said.read_text()
+    assert agent.wait(240) == 0, log.read_text()
+    assert "3 processes were launched, the global batch divides among 2: 1 stand by" in log.read_text()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2]
     assert starts[1]["update"] >= 9
@@ -147,32 +147,32 @@ def test_run_whose_worker_dies_continues_by_itself(small_cfg, whole, tmp_path, a
 
 @pytest.mark.slow
 def test_run_continues_on_the_node_that_is_left(small_cfg, whole, tmp_path, agents):
-    run, said = tmp_path / "small", [tmp_path / "said0.txt", tmp_path / "said1.txt"]
+    run, logs = tmp_path / "small", [tmp_path / "log0.txt", tmp_path / "log1.txt"]
     port = free_port()
-    host = agents("1:2", 1, port, tmp_path, said[0], small_cfg)
-    wait_for(lambda: socket_is_open(port), "the meeting", 60)
-    other = agents("1:2", 1, port, tmp_path, said[1], small_cfg)
+    host = agents("1:2", 1, port, tmp_path, logs[0], small_cfg)
+    wait_for(lambda: socket_is_open(port), "the rendezvous", 60)
+    other = agents("1:2", 1, port, tmp_path, logs[1], small_cfg)
     wait_for(reached(run, 10), "update 10", 120)
     kill_all(other)
-    assert host.wait(240) == 0, said[0].read_text()
+    assert host.wait(240) == 0, logs[0].read_text()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts][-2:] == [2, 1]
     assert_same_to_round_off(whole, run)
 
 
 @pytest.mark.slow
-def test_end_that_restarts_would_come_to_again_is_final_on_all_nodes(small_cfg, tmp_path, agents):
-    said, port = [tmp_path / "said0.txt", tmp_path / "said1.txt"], free_port()
+def test_failure_that_restarts_would_repeat_is_final_on_all_nodes(small_cfg, tmp_path, agents):
+    logs, port = [tmp_path / "log0.txt", tmp_path / "log1.txt"], free_port()
     started = []
-    for path in said:
+    for path in logs:
         started.append(agents("2:2", 1, port, tmp_path, path, small_cfg, "--init", "no-such-file.safetensors"))
-        wait_for(lambda: socket_is_open(port), "the meeting", 60)
-    for agent, path in zip(started, said, strict=True):
+        wait_for(lambda: socket_is_open(port), "the rendezvous", 60)
+    for agent, path in zip(started, logs, strict=True):
         assert agent.wait(120) == 1, path.read_text()
         assert path.read_text().count("no-such-file.safetensors does not exist") <= 1
-    everything = "".join(path.read_text() for path in said)
-    assert "no-such-file.safetensors does not exist" in everything
-    assert "RendezvousClosedError" in everything
+    output_of_all = "".join(path.read_text() for path in logs)
+    assert "no-such-file.safetensors does not exist" in output_of_all
+    assert "RendezvousClosedError" in output_of_all
 
 
 def socket_is_open(port):

@@ -1,4 +1,4 @@
-"""Who launched a process, how processes meet, and what is said of those that do not come or that go."""
+"""Launchers, rendezvous, collectives and their timeouts, and the errors that name missing or lost processes."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from engine.checkpoint.files import save_state
-from engine.distributed import processes as distributed
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.launcher import LaunchInfo, find_launch
+from engine.distributed.processes import init_processes, is_lost_connection
 from tests.conftest import ROOT
 from tests.engine.distributed.test_signals import start, wait_for
 
@@ -29,13 +29,13 @@ SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID
 
 
 @pytest.mark.parametrize(
-    ("env", "place"),
+    ("env", "launch_info"),
     [
         ({}, LaunchInfo(0, 1, 0, "plain python")),
         (
             BATCH,
             LaunchInfo(0, 1, 0, "plain python inside job 71234"),
-        ),  # SLURM_NTASKS is the allocation's, this is no step
+        ),  # SLURM_NTASKS is that of the allocation: this is no step
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, LaunchInfo(3, 8, 1, "torchrun", "a", 29500)),
         (TORCHRUN, LaunchInfo(3, 8, 1, "RANK and WORLD_SIZE", "a", 29500)),
         (SRUN | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, LaunchInfo(3, 8, 1, "torchrun", "a", 29500)),  # srun torchrun
@@ -45,11 +45,11 @@ SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, LaunchInfo(0, 1, 1, "srun, job 71234")),  # srun -n1
     ],
 )
-def test_place_is_what_the_launcher_says(env, place):
-    assert find_launch(env) == place
+def test_launch_is_read_from_the_environment(env, launch_info):
+    assert find_launch(env) == launch_info
 
 
-def test_first_host_is_asked_of_scontrol(tmp_path, monkeypatch):
+def test_first_host_is_found_with_scontrol(tmp_path, monkeypatch):
     (tmp_path / "scontrol").write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames n[07-09]" ] && printf "n07\\nn08\\nn09\\n"\n'
     )
@@ -70,7 +70,7 @@ def test_first_host_is_asked_of_scontrol(tmp_path, monkeypatch):
         ({k: v for k, v in TORCHRUN.items() if k != "MASTER_PORT"}, "MASTER_PORT=None must be a number"),
     ],
 )
-def test_contradictions_in_the_environment_are_named(env, text):
+def test_contradictory_environments_are_errors(env, text):
     with pytest.raises(ValueError, match=text.replace(".", r"\.")):
         find_launch(env)
 
@@ -100,71 +100,71 @@ def launch(code, envs, *more):
     return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
 
 
-MEET = """
+RENDEZVOUS = """
 import sys, torch
-from engine.distributed import processes as distributed
+from engine.distributed.processes import init_processes, shut_down
 try:
-    p = distributed.start("cpu", {timeout})
+    p = init_processes("cpu", {timeout})
 except ValueError as error:
     sys.exit(str(error))
 print(p.rank, p.world, p.launcher, int(p.sum(torch.tensor(p.rank + 1))), p.largest(p.rank))
-distributed.stop()
+shut_down()
 """
 
 
-def test_srun_tasks_meet_without_torchrun():
+def test_srun_tasks_connect_without_torchrun():
     shared = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "no-such-host"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [shared | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    first, second = launch(MEET.format(timeout=60), ranks)
+    first, second = launch(RENDEZVOUS.format(timeout=60), ranks)
     assert first[:2] == (0, "0 2 srun, job 7 3 1\n"), first
     assert second[:2] == (0, "1 2 srun, job 7 3 1\n"), second
 
 
-def test_processes_that_do_not_arrive_are_named_by_all():
+def test_missing_processes_are_named_by_all_others():
     shared = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "2")]
-    for status, _, error in launch(MEET.format(timeout=6), ranks):
+    for status, _, error in launch(RENDEZVOUS.format(timeout=6), ranks):
         assert status == 1
         assert "processes 1, 3 of 4 did not arrive at 127.0.0.1" in error
         assert "DIST.START_TIMEOUT=6 s" in error
 
 
-def test_processes_that_meet_and_cannot_connect_are_told_what_to_set():
+def test_processes_that_cannot_connect_fail_with_the_variable_to_set():
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")]
     ranks[1]["GLOO_SOCKET_IFNAME"] = "nonsense"
-    for (status, _, error), rank in zip(launch(MEET.format(timeout=5), ranks), (0, 1), strict=True):
+    for (status, _, error), rank in zip(launch(RENDEZVOUS.format(timeout=5), ranks), (0, 1), strict=True):
         assert status == 1
         assert f"process {rank} of 2 met the others at 127.0.0.1" in error
         assert "could not connect to them within DIST.START_TIMEOUT=5 s" in error
         assert "GLOO_SOCKET_IFNAME" in error
 
 
-def test_exchanges_have_their_own_timeout_and_failures_end_a_process_at_once():
+def test_collectives_have_their_own_timeout_and_failures_end_a_process_at_once():
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    first, second = launch(LATE, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")])
+    first, second = launch(TIMEOUTS, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")])
     assert first[:2] == (3, "True True\n"), first
     assert second[:2] == (1, ""), second
     assert "KeyError: 'a defect'" in second[2]
 
 
-LATE = """
+TIMEOUTS = """
 import atexit, sys, time, torch
-from engine.distributed import processes as distributed
-p = distributed.start("cpu", 60, 2)
-def late(exchange):
+from engine.distributed.processes import exit_on_failure, init_processes, is_lost_connection
+p = init_processes("cpu", 60, 2)
+def times_out(collective):
     since = time.monotonic()
     try:
-        exchange()
+        collective()
     except RuntimeError as error:
-        return distributed.is_lost_contact(error) and time.monotonic() - since < 30
+        return is_lost_connection(error) and time.monotonic() - since < 30
 if p.rank:
     time.sleep(6)
 else:
-    print(late(lambda: p.sum(torch.zeros(1))), late(lambda: p.largest(1)))
-atexit.register(print, "left in order")
-with distributed.ending_at_once():
+    print(times_out(lambda: p.sum(torch.zeros(1))), times_out(lambda: p.largest(1)))
+atexit.register(print, "orderly exit")
+with exit_on_failure():
     if p.rank:
         raise KeyError("a defect")
     sys.exit(3)
@@ -177,10 +177,10 @@ def test_missing_first_process_and_unknown_address_are_named(monkeypatch):
     with pytest.raises(
         ValueError, match=r"process 0 did not arrive at 127\.0\.0\.1:\d+ within DIST\.START_TIMEOUT=1 s"
     ):
-        distributed.start("cpu", 1.0)
+        init_processes("cpu", 1.0)
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(ValueError, match=r"MASTER_ADDR=no-such-host\.invalid cannot be resolved"):
-        distributed.start("cpu", 1.0)
+        init_processes("cpu", 1.0)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -188,18 +188,18 @@ def test_missing_first_process_and_unknown_address_are_named(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(ValueError, match="process 0 cannot serve at MASTER_ADDR:MASTER_PORT=127"):
-            distributed.start("cpu", 1.0)
+            init_processes("cpu", 1.0)
 
 
 WATCH = """
 import os, torch
-from engine.distributed import processes as distributed
+from engine.distributed.processes import init_processes, shut_down
 from engine.distributed.consensus import Consensus, Vote
-p = distributed.start("cpu", 60)
-told = []
-consensus = Consensus(p, lambda: Vote.STOP if p.rank == 1 and len(told) >= 2 else Vote.GO_ON)
+p = init_processes("cpu", 60)
+votes = []
+consensus = Consensus(p, lambda: Vote.STOP if p.rank == 1 and len(votes) >= 2 else Vote.GO_ON)
 def check(vote):
-    told.append(vote)
+    votes.append(vote)
     if vote is Vote.STOP:
         raise StopIteration
 seen = []
@@ -208,12 +208,12 @@ try:
         seen.append(batch)
 except (StopIteration, RuntimeError):
     pass
-print(len(told), int(told[-1]), seen, int(consensus.agree()))
-distributed.stop()
+print(len(votes), int(votes[-1]), seen, int(consensus.agree()))
+shut_down()
 """
 
 
-def test_wish_of_one_process_reaches_all_at_the_same_poll():
+def test_vote_of_one_process_takes_effect_on_all_at_the_same_poll():
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     first, second = launch(WATCH, [shared | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")])
     assert first[:2] == (0, "4 1 [0, 1, 2] 1\n"), first  # its three batches, then polls only
@@ -224,20 +224,20 @@ LOAD = """
 import sys, torch
 from pathlib import Path
 from engine.checkpoint import files
-from engine.distributed import processes as distributed
+from engine.distributed.processes import init_processes, shut_down
 from engine.checkpoint import async_saver
 from engine.checkpoint.async_saver import load_on_all
-p = distributed.start("cpu", 60)
+p = init_processes("cpu", 60)
 sums = []
-whole = files._seal_of
-files._seal_of = lambda *args: sums.append(1) or whole(*args)
+whole = files._compute_checksum
+files._compute_checksum = lambda *args: sums.append(1) or whole(*args)
 for name in ("whole", "damaged"):
     try:
         print(load_on_all(Path(sys.argv[1], name), p)["n"], len(sums))
     except ValueError as error:
         print(type(error).__name__, len(sums))
 print(p.on_main(lambda: p.rank))
-async_saver.APPEARS_S = 0.5
+async_saver.VISIBLE_S = 0.5
 try:
     print(load_on_all(Path("absent"), p, {"n": 8} if p.main else None)["n"])
 except ValueError as error:
@@ -246,7 +246,7 @@ try:
     print(load_on_all(Path(sys.argv[1], "whole" if p.main else "older"), p)["n"])
 except ValueError as error:
     print(error)
-distributed.stop()
+shut_down()
 """
 
 
@@ -268,10 +268,10 @@ def test_checkpoint_is_verified_by_the_main_process_for_all(tmp_path):
     assert second[:2] == (0, f"7 0\nDamagedError 0\n0\n{ABSENT}\n{other}\n"), second
 
 
-def test_errors_of_exchanges_are_told_from_others():
-    assert distributed.is_lost_contact(dist.DistBackendError("x"))
-    assert distributed.is_lost_contact(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
-    assert not distributed.is_lost_contact(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+def test_errors_of_collectives_are_distinguished_from_others():
+    assert is_lost_connection(dist.DistBackendError("x"))
+    assert is_lost_connection(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert not is_lost_connection(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
 
 
 @pytest.mark.slow
@@ -297,10 +297,10 @@ def test_loss_of_a_process_is_reported_with_rank_and_position(small_cfg, tmp_pat
             rank.communicate()
 
 
-def test_one_process_is_alone(monkeypatch):
+def test_one_process_runs_without_a_process_group(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
         monkeypatch.delenv(key, raising=False)
-    processes = distributed.start("cpu")
+    processes = init_processes("cpu")
     assert (processes.world, processes.launcher.startswith("plain python")) == (1, True)
     assert Consensus(processes, lambda: Vote.GO_ON).agree() is Vote.GO_ON
     assert processes.largest(3) == 3
@@ -309,7 +309,7 @@ def test_one_process_is_alone(monkeypatch):
 
 INTERRUPTED = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with SIGINT ignored
 import eval as script
 def wait(cfg, args, processes):
     print("evaluating", flush=True)

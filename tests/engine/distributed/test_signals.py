@@ -1,4 +1,4 @@
-"""Signals to running processes: the run saves at the next update, says so, and continues to the same end."""
+"""Signals to running processes: the run saves at the next update and exits; the same command continues it to the same result."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ LAST = "checkpoints/update-00000018.pt"
 
 
 def start(cfg, output, *opts, processes=0, env=None, **how):
-    """Start train.py as a user does, with one thread."""
+    """Start train.py from the command line, with one thread."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     argv = [sys.executable, *launcher, "train.py", "--cfg", cfg, "--output", output, "--opts", *opts]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
@@ -36,7 +36,7 @@ def wait_for(condition, process, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
@@ -60,7 +60,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def whole(small_cfg, tmp_path_factory, one_thread):
-    """An uninterrupted run."""
+    """Run directory of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole")
     assert run_here(small_cfg, output) == 0
     assert (output / "small/done").exists()
@@ -68,13 +68,13 @@ def whole(small_cfg, tmp_path_factory, one_thread):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_marks_and_continues_to_the_same_end(small_cfg, whole, tmp_path, one_thread, number):
+def test_signal_saves_and_the_run_continues_to_the_same_result(small_cfg, whole, tmp_path, one_thread, number):
     run = tmp_path / "small"
     process = start(small_cfg, tmp_path, "LOG.EVERY", "1", "DATA.WORKERS", "1", start_new_session=True)
     wait_for(
         lambda: (run / "metrics.jsonl").exists() and '"update": 2,' in (run / "metrics.jsonl").read_text(), process
     )
-    os.killpg(process.pid, number)  # the loader's workers get it too, as from a terminal or from SLURM
+    os.killpg(process.pid, number)  # the loader's workers receive it too, as from a terminal or from SLURM
     out, err = process.communicate(timeout=60)
     assert process.returncode == os.EX_TEMPFAIL, out + err
     assert number.name in (run / "preempted").read_text()
@@ -89,7 +89,7 @@ def test_signal_saves_marks_and_continues_to_the_same_end(small_cfg, whole, tmp_
     torch.testing.assert_close([x["model"], x["ema"]], [y["model"], y["ema"]], rtol=0, atol=0)
 
 
-def test_two_processes_stop_at_the_same_update_though_one_got_the_signal(small_cfg, tmp_path):
+def test_two_processes_stop_at_the_same_update_after_a_signal_to_one(small_cfg, tmp_path):
     run = tmp_path / "small"
     opts = ("LOG.EVERY", "1", "TRAIN.EPOCHS", "50")
     process = start(small_cfg, tmp_path, *opts, processes=2)
@@ -99,7 +99,7 @@ def test_two_processes_stop_at_the_same_update_though_one_got_the_signal(small_c
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, out + err  # torchrun's: the mark tells
+    assert process.returncode == 0, out + err  # the status of torchrun; the marker shows the preemption
     assert "stopped by" in out
     assert (run / "preempted").exists()
     assert not (run / "done").exists()
@@ -120,12 +120,12 @@ def test_loader_workers_end_with_their_parent(small_cfg, pictures, tmp_path, end
     assert process.wait(60) == (-signal.SIGKILL if end == "kill" else 1)
     deadline = time.monotonic() + 30
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
-        assert time.monotonic() < deadline, "workers are left"
+        assert time.monotonic() < deadline, "workers are still running"
         time.sleep(0.1)
     process.communicate()
 
 
-def test_only_ctrl_c_counts_and_only_a_second_one_that_a_person_gave(monkeypatch):
+def test_only_a_second_ctrl_c_that_is_no_repeat_ends_the_process(monkeypatch):
     now, ended = [100.0], []
     monkeypatch.setattr("engine.distributed.signals.time.monotonic", lambda: now[0])
     monkeypatch.setattr("engine.distributed.signals.os._exit", ended.append)
@@ -139,13 +139,13 @@ def test_only_ctrl_c_counts_and_only_a_second_one_that_a_person_gave(monkeypatch
     assert stop_signals.received is signal.SIGTERM
     for _ in range(2):
         stop_signals._count_ctrl_c()
-    assert ended == []  # torchrun repeats a terminal's Ctrl-C at once
+    assert ended == []  # torchrun forwards a terminal's Ctrl-C at once
     now[0] += 2
     stop_signals._count_ctrl_c()
     assert ended == [130]
 
 
-# The main thread never comes back from C, as in an exchange with a process that is gone; a forked worker gets signals, too.
+# The main thread never returns from C, as in a collective with a dead process; a forked worker receives signals, too.
 STUCK = """
 import ctypes, os, signal, sys, time
 from engine.distributed.signals import StopSignals
@@ -170,7 +170,7 @@ def test_second_ctrl_c_ends_a_process_that_hangs_in_c_and_a_second_sigterm_does_
     try:
         for number in (signal.SIGINT, signal.SIGTERM, None, signal.SIGTERM):
             time.sleep(1.1) if number is None else process.send_signal(number)
-        for _ in range(2):  # the worker's own do not count
+        for _ in range(2):  # signals to the worker do not count
             os.kill(worker, signal.SIGINT)
             time.sleep(0.2)
         assert process.poll() is None
@@ -195,12 +195,12 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
 
     whole_begin_epoch = Log.begin_epoch
 
-    def poll(self):  # the signal comes before a batch of the second evaluation
+    def poll(self):  # sends the signal before a batch of the second evaluation
         if epochs and epochs[-1] == 1:
             polls.append(1)
             if len(polls) == 6 + call + 1:  # the epoch's updates come first
                 train_script.INTERRUPTION.received = signal.SIGTERM
-        return self.own()
+        return self.own_vote()
 
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "INTERRUPTION", StopSignals())
@@ -216,7 +216,7 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
     assert_same_run(tmp_path / "small", whole)
 
 
-def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_path, monkeypatch):
+def test_signal_before_the_first_update_writes_the_marker_and_no_checkpoint(small_cfg, tmp_path, monkeypatch):
     stop_signals = StopSignals()
     stop_signals.received = signal.SIGUSR1
     monkeypatch.setattr(train_script, "INTERRUPTION", stop_signals)
@@ -225,7 +225,7 @@ def test_signal_before_the_first_update_saves_nothing_and_marks(small_cfg, tmp_p
     assert not list(tmp_path.glob("small/checkpoints/*"))
 
 
-def test_one_process_agrees_with_itself_and_watches_every_batch():
+def test_vote_of_a_single_process_decides_at_every_batch():
     consensus = Consensus(Processes(0, 1, 0, torch.device("cpu"), "test"), lambda: Vote.STOP)
     assert consensus.poll() is Vote.STOP
     assert consensus.agree() is Vote.STOP

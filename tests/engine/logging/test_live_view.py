@@ -1,4 +1,4 @@
-"""The live view: what it shows at which width, what it leaves behind, and that nothing of it reaches a file."""
+"""Live view: its content at each width, a clean terminal after it, and no trace of it in a file."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from engine.logging.live_view import LiveView, Pace
+from engine.logging.live_view import LiveView, TimeEstimator
 from engine.logging.live_widgets import duration, sparkline
 from engine.logging.log import Log
 from engine.loop import StepMetrics
@@ -26,13 +26,13 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def view(width, height=30, clock=None):
-    """A view of epoch 3 of 10, update 50 of 100 at two seconds an update, with curves."""
+    """Return a view of epoch 3 of 10, update 50 of 100 at two seconds per update, with curves."""
     seconds = clock or [0.0]
     made = LiveView(
         Console(file=io.StringIO(), width=width, height=height, force_terminal=True), "run", lambda: seconds[0]
     )
     made.epoch, made.epochs, made.updates = 2, 10, 100
-    made.pace.begin()
+    made.timing.begin_epoch()
     for update in range(50):
         seconds[0] += 2
         made.losses.append(7 - update / 10)
@@ -60,7 +60,7 @@ def test_view_fits_the_terminal(width, soft_wrap):
     assert {len(line) for line in lines} == {min(width, 120)}
 
 
-def test_view_shows_what_a_run_does():
+def test_view_shows_progress_and_metrics_of_a_run():
     text = "\n".join(drawn(view(80)))
     for expected in (
         *("epoch  3/10", "update  50/100", "2.3456", "epoch 2.4000", "lr 9.100e-04", "norm 1.23", "images/s 2,510"),
@@ -71,7 +71,7 @@ def test_view_shows_what_a_run_does():
     assert re.search("█▇*▆+▅+▄+▃+▂+▁+", text)
 
 
-def test_view_leaves_out_results_on_a_low_terminal():
+def test_view_omits_results_on_a_low_terminal():
     high, low = drawn(view(60, 30)), drawn(view(60, 12))
     assert len(low) <= 9 < len(high)
     assert "2.3456" in "".join(low)
@@ -108,29 +108,29 @@ def test_view_continues_the_curves_of_a_run():
     )
     assert made.losses[0] == 3.0
     assert math.isnan(made.losses[1])
-    assert (made.results["ema"].best, made.results["ema"].epoch) == (50.0, 1)
+    assert (made.results["ema"].best, made.results["ema"].best_epoch) == (50.0, 1)
     made.step = replace(STEP, loss=math.nan, skipped_in_run=7)
     text = "\n".join(drawn(made))
     assert "3.0000" in text
     assert "skipped 7" in text
 
 
-def test_pace_counts_updates_and_pauses():
+def test_time_estimator_averages_updates_and_pauses():
     clock = [0.0]
-    pace = Pace(lambda: clock[0])
-    assert math.isnan(pace.left(10))
-    pace.begin()
+    timing = TimeEstimator(lambda: clock[0])
+    assert math.isnan(timing.remaining(10))
+    timing.begin_epoch()
     clock[0] = 20.0
-    pace.done = 9
-    pace.report()  # by the tenth update
-    assert pace.left(100) == 200.0
-    pace.end()
+    timing.updates = 9
+    timing.note_step()  # by the tenth update
+    assert timing.remaining(100) == 200.0
+    timing.end_epoch()
     clock[0] = 50.0
-    pace.begin()
-    assert pace.left(100, pauses=2) == 260.0
-    pace.end()
+    timing.begin_epoch()
+    assert timing.remaining(100, pauses=2) == 260.0
+    timing.end_epoch()
     clock[0] = 60.0  # ten seconds of a pause of thirty are over
-    assert pace.left(0, pauses=1) == 20.0
+    assert timing.remaining(0, pauses=1) == 20.0
 
 
 def test_durations_and_sparklines_are_short():
@@ -141,7 +141,7 @@ def test_durations_and_sparklines_are_short():
     assert sparkline([], 4) == ""
 
 
-def test_log_lines_scroll_above_the_view_and_the_view_goes(tmp_path):
+def test_log_lines_scroll_above_the_view_and_closing_removes_it(tmp_path):
     log, out = Log(main=True), io.StringIO()
     log.console = Console(file=out, force_terminal=True, width=80, height=30, highlight=False)
     log.open(tmp_path, 0, tensorboard=False)
@@ -158,13 +158,13 @@ def test_log_lines_scroll_above_the_view_and_the_view_goes(tmp_path):
 
 
 def screen(output):
-    """What a terminal shows in the end."""
+    """Return the lines that a terminal shows after the output."""
     shown = Screen()
     shown.feed(output)
     return [line for line in shown.plain if line]
 
 
-def test_a_terminal_that_becomes_narrower_is_cleared_of_folded_lines():
+def test_folded_lines_are_cleared_when_a_terminal_becomes_narrower():
     made = view(100)
     made.console.file.truncate(0)
     made.start()
@@ -177,7 +177,7 @@ def test_a_terminal_that_becomes_narrower_is_cleared_of_folded_lines():
 
 
 def run_in_terminal(cfg, output, *opts):
-    """Train on a terminal of 80 columns, press Ctrl-C in the second epoch; return the status and what it wrote."""
+    """Train on a terminal of 80 columns, press Ctrl-C in the second epoch; return the exit status and the output."""
     argv = [sys.executable, "train.py", "--cfg", str(cfg), "--output", str(output), "--opts", "EVAL.BATCH", "1", *opts]
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")} | {"TERM": "xterm-256color"}
     child, terminal = pty.fork()
@@ -219,7 +219,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_worker_has_no_part_in_the_view(monkeypatch):
+def test_worker_writes_to_the_terminal_itself(monkeypatch):
     out, err = Terminal(), Terminal()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -234,7 +234,7 @@ def test_a_worker_has_no_part_in_the_view(monkeypatch):
     assert (sys.stdout, sys.stderr) == (out, err)
 
 
-def test_nothing_of_the_view_reaches_a_file(tmp_path, monkeypatch):
+def test_view_writes_nothing_to_a_file(tmp_path, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take a file for a terminal

@@ -1,4 +1,4 @@
-"""Weights & Biases, with a stand-in for its package: what it is told, that a run stays the same run, what is said without it."""
+"""WandbTracker, with a fake of the package: logged values, continuation of a run, errors where it is missing or fails."""
 
 import json
 import types
@@ -10,10 +10,10 @@ from tests.helpers.small_runs import run_here
 
 
 class FakeRun:
-    """What wandb.init returns."""
+    """Run object that the fake wandb.init returns."""
 
-    def __init__(self, asked):
-        self.asked, self.id = asked, asked["id"] or "made-up"
+    def __init__(self, arguments):
+        self.arguments, self.id = arguments, arguments["id"] or "made-up"
         self.metrics, self.rows, self.finished = [], [], False
 
     def define_metric(self, name, step_metric=None):
@@ -29,12 +29,12 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A package wandb that keeps its runs."""
+    """Install a fake package wandb that records its runs."""
     module = types.ModuleType("wandb")
     module.runs = []
 
-    def init(**asked):
-        module.runs.append(FakeRun(asked))
+    def init(**arguments):
+        module.runs.append(FakeRun(arguments))
         return module.runs[-1]
 
     module.init, module.Image = init, lambda pixels: ("image", pixels.shape, str(pixels.dtype))
@@ -42,33 +42,33 @@ def wandb(monkeypatch):
     return module
 
 
-def test_a_run_is_shown_and_continued_under_one_id(small_cfg, tmp_path, wandb):
+def test_run_is_logged_and_continued_under_one_id(small_cfg, tmp_path, wandb):
     opts = "LOG.WANDB", "trials", "TRAIN.EPOCHS", 2
     assert run_here(small_cfg, tmp_path, *opts) == 0
     run = tmp_path / "small"
     (first,) = wandb.runs
-    asked = first.asked
-    assert (asked["project"], asked["name"], asked["dir"]) == ("trials", "small", str(run))
-    assert (asked["id"], asked["resume"]) == (None, "allow")
-    assert asked["config"]["MODEL"]["NAME"] == "test_efficientnet"
+    arguments = first.arguments
+    assert (arguments["project"], arguments["name"], arguments["dir"]) == ("trials", "small", str(run))
+    assert (arguments["id"], arguments["resume"]) == (None, "allow")
+    assert arguments["config"]["MODEL"]["NAME"] == "test_efficientnet"
     assert first.finished
     assert first.metrics == [("update", None), ("*", "update")]
     assert (run / WANDB_ID).read_text() == "made-up\n"
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    told = {(row["update"], name): value for row in first.rows for name, value in row.items()}
+    logged = {(row["update"], name): value for row in first.rows for name, value in row.items()}
     for row in written:
         prefix = "train" if row["kind"] == "train" else f"eval_{row['weights']}"
         for name in ("loss",) if row["kind"] == "train" else ("loss", "top1", "top5"):
-            assert told[row["update"], f"{prefix}/{name}"] == row[name]
-    assert told[0, "pictures/first_batch"][::2] == ("image", "uint8")
+            assert logged[row["update"], f"{prefix}/{name}"] == row[name]
+    assert logged[0, "pictures/first_batch"][::2] == ("image", "uint8")
 
     (run / "checkpoints" / "update-00000012.pt").unlink()  # as after a power cut
     assert run_here(small_cfg, tmp_path, *opts) == 0
-    assert wandb.runs[1].asked["id"] == "made-up"
+    assert wandb.runs[1].arguments["id"] == "made-up"
     assert {row["update"] for row in wandb.runs[1].rows} == {10, 12}
 
 
-def test_a_missing_package_is_an_error_with_its_remedy(small_cfg, tmp_path, capsys, monkeypatch):
+def test_missing_package_is_an_error_with_its_remedy(small_cfg, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("engine.logging.trackers.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         run_here(small_cfg, tmp_path, "LOG.WANDB", "trials")
@@ -77,13 +77,13 @@ def test_a_missing_package_is_an_error_with_its_remedy(small_cfg, tmp_path, caps
     assert not (tmp_path / "small").exists()
 
 
-def test_a_wandb_that_does_not_start_is_an_error_with_its_remedy(small_cfg, tmp_path, capsys, wandb, monkeypatch):
+def test_wandb_that_does_not_start_is_an_error_with_its_remedy(small_cfg, tmp_path, capsys, wandb, monkeypatch):
     def init(**_):
         raise RuntimeError("api_key not configured (no-tty)")
 
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(SystemExit):
         run_here(small_cfg, tmp_path, "LOG.WANDB", "trials")
-    said = capsys.readouterr().err
-    assert "LOG.WANDB='trials': wandb does not start (RuntimeError: api_key not configured (no-tty))" in said
-    assert "WANDB_MODE=offline" in said
+    error = capsys.readouterr().err
+    assert "LOG.WANDB='trials': wandb does not start (RuntimeError: api_key not configured (no-tty))" in error
+    assert "WANDB_MODE=offline" in error

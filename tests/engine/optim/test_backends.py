@@ -1,4 +1,4 @@
-"""OPTIM.BACKEND: every backend gives the same update, skips the same, and continues from any other's state."""
+"""OPTIM.BACKEND: all backends give the same update, skip the same updates, and continue from each other's state."""
 
 import copy
 import sys
@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 import config
-from engine.build import build_optimizer
 from engine.optim import apex
 from engine.optim.backends import align_state, backend_of, skips_on_device
+from engine.optim.build import build_optimizer
 from engine.optim.clip_and_step import clip_and_step
 from engine.state import optimizer_name
 from models.kernels.apex_norm import use_apex_norms
@@ -43,22 +43,22 @@ def weights():
 def optimizer_of(name, backend, model):
     cfg = config.load((), ["OPTIM.NAME", name, "OPTIM.BACKEND", "for-loop" if backend == "apex" else backend])
     optimizer = build_optimizer(cfg, model)
-    if backend == "apex":  # on the CPU only here: it stands in
+    if backend == "apex":  # the fake runs on the CPU
         groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
         optimizer = apex.apex_optimizer(name, groups, cfg.OPTIM.LR)
     return optimizer
 
 
-def step(optimizer, number, ok=True, limit=0.0):
-    """Do one update with its own gradients and rate; gradients are on average of norm 15."""
+def step(optimizer, number, is_finite=True, limit=0.0):
+    """Do one update with its own gradients and learning rate; gradients are on average of norm 15."""
     generator = torch.Generator().manual_seed(number)
     for group in optimizer.param_groups:
         group["lr"] = 0.01 / (1 + number)
         for weight in group["params"]:
             drawn = torch.randn(weight.shape, generator=generator)
-            weight.grad = torch.empty_like(weight).copy_(drawn if ok else drawn * float("nan"))
+            weight.grad = torch.empty_like(weight).copy_(drawn if is_finite else drawn * float("nan"))
     norm = get_total_norm([weight.grad for group in optimizer.param_groups for weight in group["params"]])
-    clip_and_step(torch.tensor(ok), optimizer, norm, limit)
+    clip_and_step(torch.tensor(is_finite), optimizer, norm, limit)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -81,9 +81,9 @@ def test_backends_clip_as_torch_does(name, backend, limit):
 
     plain.register_step_pre_hook(clip)
     for number in range(4):
-        step(optimizer, number, ok=number != 2, limit=limit)
-        step(plain, number, ok=number != 2)
-    # Adam forgets a constant scale: the sums of squares tell
+        step(optimizer, number, is_finite=number != 2, limit=limit)
+        step(plain, number, is_finite=number != 2)
+    # Adam is invariant to a constant scale of gradients: the sums of squares show it
     torch.testing.assert_close(optimizer.state_dict()["state"], plain.state_dict()["state"], rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(model.state_dict(), clipped.state_dict(), rtol=1e-5, atol=1e-6)
     if limit > 1e3:
@@ -97,7 +97,7 @@ def test_backends_give_equal_updates_and_skip_equally(name, backend):
     assert backend_of(optimizer) == backend
     assert skips_on_device(optimizer) == (backend in ("fused", "apex"))
     for number in range(6):  # the first one is skipped, too
-        step(optimizer, number, ok=number not in (0, 3))
+        step(optimizer, number, is_finite=number not in (0, 3))
     torch.testing.assert_close(model.state_dict(), reference(name, (1, 2, 4, 5)), rtol=1e-5, atol=1e-6)
 
 
@@ -105,8 +105,8 @@ def test_backends_give_equal_updates_and_skip_equally(name, backend):
 def test_state_of_one_backend_is_equal_in_another(name, first, second):
     model = weights()
     before = optimizer_of(name, first, model)
-    for number, ok in ((0, True), (1, False), (2, True), (3, False)):
-        step(before, number, ok)
+    for number, is_finite in ((0, True), (1, False), (2, True), (3, False)):
+        step(before, number, is_finite)
     after = optimizer_of(name, second, model)
     assert optimizer_name(after) == optimizer_name(before)
     continue_from(after, before)
@@ -117,7 +117,7 @@ def test_state_of_one_backend_is_equal_in_another(name, first, second):
 
 
 def continue_from(after, before):
-    """As TrainState does, but for what surrounds it."""
+    """Load one optimiser's state into another as TrainState does."""
     from engine.state import TrainState
 
     stored = copy.deepcopy(before.state_dict())
@@ -128,7 +128,7 @@ def continue_from(after, before):
     state.load_state_dict(fields | {"optimizer": stored, "optimizer_name": optimizer_name(before)}, "file")
 
 
-def test_lamb_of_apex_counts_as_timms_does():
+def test_lamb_of_apex_counts_steps_as_timms_does():
     model = weights()
     timms, own = optimizer_of("lamb", "for-loop", model), optimizer_of("lamb", "apex", model)
     assert backend_of(own) == "apex"
@@ -136,7 +136,7 @@ def test_lamb_of_apex_counts_as_timms_does():
     step(timms, 0)
     continue_from(own, timms)
     step(own, 1)
-    step(own, 2, ok=False)
+    step(own, 2, is_finite=False)
     assert [group["step"] for group in own.param_groups] == [2, 2]
     continue_from(timms, own)
     step(timms, 3)
@@ -167,7 +167,7 @@ def test_auto_is_fused_where_torch_has_it():
         ("adamw", "apex", r"OPTIM.BACKEND=apex runs on CUDA only, this run is on cpu"),
     ],
 )
-def test_backend_that_is_not_there_is_refused(name, backend, parts):
+def test_missing_backend_is_refused(name, backend, parts):
     cfg = config.load((), ["OPTIM.NAME", name, "OPTIM.BACKEND", backend])
     with pytest.raises(ValueError, match=parts):
         build_optimizer(cfg, weights())

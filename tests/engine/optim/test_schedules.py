@@ -1,7 +1,4 @@
-"""Schedules in time: what changes by epoch reaches the images, the targets, drop path and the average."""
-
-import math
-from itertools import pairwise
+"""Timelines: values by epoch reach the images, the targets, drop path rates and the EMA decay; schedules that are refused."""
 
 import pytest
 import timm
@@ -13,11 +10,11 @@ import config
 import train as train_script
 from data.build import build_data
 from engine.batch_plan import BatchPlan
-from engine.build import build_learning_rate, build_optimizer, build_state
+from engine.build import build_state
 from engine.checkpoint.files import load_state
-from engine.optim.lr_schedule import drop_path_setter
+from engine.drop_path import drop_path_setter
 from engine.precision import Precision
-from tests.trainer.test_train import assert_same_state
+from tests.helpers.small_runs import assert_same_state
 
 ALL = (
     *(
@@ -105,91 +102,6 @@ def test_run_with_all_timelines_resumes_bitwise(small_cfg, tmp_path):
     assert train_script.main([*argv, "--output", str(tmp_path / "b")]) == 0
     last = "small/checkpoints/update-00000018.pt"
     assert_same_state(tmp_path / "a" / last, tmp_path / "b" / last)
-
-
-def learning_rates(plan, *opts):
-    cfg = config.load((), ["OPTIM.LR", "1.0", "SCHEDULE.WARMUP_EPOCHS", "2", "SCHEDULE.WARMUP_LR", "0", *opts])
-    optimizer = build_optimizer(cfg, nn.Linear(2, 2))
-    rate = build_learning_rate(cfg, optimizer, plan)
-
-    def at(update):
-        rate.set(update)
-        return optimizer.param_groups[0]["lr"]
-
-    return at
-
-
-PLAN = BatchPlan(8, 4, 0, 1, 10, 100)  # 10 updates an epoch, 100 epochs
-LENGTH = ("TRAIN.EPOCHS", "100", "SCHEDULE.MIN_LR", "0.1")
-
-
-@pytest.mark.parametrize(
-    ("opts", "formula"),
-    [
-        (("SCHEDULE.NAME", "cosine"), lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t))),
-        (("SCHEDULE.NAME", "poly", "SCHEDULE.POWER", "2"), lambda t: 0.1 + 0.9 * (1 - t) ** 2),
-        (("SCHEDULE.NAME", "step", "SCHEDULE.DECAY_EPOCHS", "25"), lambda t: 0.1 ** int(4 * t + 1e-9)),
-        (("SCHEDULE.NAME", "multistep", "SCHEDULE.MILESTONES", "[30, 60]"), lambda t: 0.1 ** ((t >= 0.3) + (t >= 0.6))),
-        (("SCHEDULE.NAME", "constant"), lambda t: 1.0),
-    ],
-)
-@pytest.mark.parametrize("unit", ["update", "epoch"])
-def test_schedules_follow_their_formulas(opts, formula, unit):
-    lr = learning_rates(PLAN, *LENGTH, *opts, "SCHEDULE.UNIT", unit)
-    for update in (0, 5, 15, 20, 25, 249, 250, 300, 305, 600, 777, 999):
-        step = update if unit == "update" else update // 10 * 10
-        expected = step / 20 if step < 20 else formula(step / 1000)
-        assert lr(update) == pytest.approx(expected, rel=1e-9), update
-
-
-def test_tanh_falls_to_the_minimum():
-    lr = learning_rates(PLAN, *LENGTH, "SCHEDULE.NAME", "tanh")
-    rates = [lr(update) for update in range(20, 1000, 10)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("opts", "rate"),
-    [
-        (("SCHEDULE.NAME", "cosine"), 0.1),
-        (("SCHEDULE.NAME", "poly"), 0.1),
-        (("SCHEDULE.NAME", "step", "SCHEDULE.DECAY_EPOCHS", "50"), 0.1),
-        (("SCHEDULE.NAME", "multistep", "SCHEDULE.MILESTONES", "[50, 105]"), 0.1),
-        (("SCHEDULE.NAME", "constant"), 1.0),
-    ],
-)
-@pytest.mark.parametrize("unit", ["update", "epoch"])
-def test_cooldown_stays_where_the_schedule_ended(opts, rate, unit):
-    lr = learning_rates(
-        BatchPlan(8, 4, 0, 1, 10, 110), *LENGTH, *opts, "SCHEDULE.COOLDOWN_EPOCHS", "10", "SCHEDULE.UNIT", unit
-    )
-    assert [lr(update) for update in range(1000, 1100)] == pytest.approx([rate] * 100)
-    assert lr(999) == pytest.approx(rate, rel=0.1)
-
-
-def test_delay_takes_the_first_value_again():
-    plain = learning_rates(PLAN, *LENGTH)
-    late = learning_rates(PLAN, *LENGTH, "SCHEDULE.DELAY", "3")
-    assert [late(u) for u in range(50)] == [plain(max(u - 3, 0)) for u in range(50)]
-
-
-def test_layer_decay_scales_the_learning_rate_block_by_block():
-    model = timm.create_model("stvit_small")
-    cfg = config.load((), ["OPTIM.LAYER_DECAY", "0.5", "OPTIM.LR", "1.0", "SCHEDULE.WARMUP_EPOCHS", "0"])
-    optimizer = build_optimizer(cfg, model)
-    build_learning_rate(cfg, optimizer, PLAN).set(0)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    named = dict(model.named_parameters())
-    assert rates[id(named["head.weight"])] == 1.0
-    blocks = [f"stages.{s}.blocks.{b}." for s, depth in enumerate((3, 5, 9, 3)) for b in range(depth)]
-    of_blocks = [{rates[id(p)] for n, p in named.items() if n.startswith(block)} for block in blocks]
-    assert all(len(found) == 1 for found in of_blocks)
-    values = [found.pop() for found in of_blocks]
-    assert all(b / a == pytest.approx(2) for a, b in pairwise(values))
-    stem = {rates[id(p)] for n, p in named.items() if n.startswith("stem.")}
-    assert max(stem) < values[0]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
 
 
 def test_training_in_evaluation_mode_freezes_statistics_and_drop_path(small_cfg, tmp_path):

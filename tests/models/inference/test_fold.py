@@ -1,4 +1,4 @@
-"""models.inference.fold: the same function with fewer operations."""
+"""models.inference.fold: a folded model computes the same function."""
 
 import copy
 

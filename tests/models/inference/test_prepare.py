@@ -1,4 +1,4 @@
-"""models.inference.prepare: a model made ready to answer is the same function."""
+"""models.inference.prepare: a model prepared for inference computes the same function."""
 
 import copy
 
@@ -75,7 +75,7 @@ def test_every_product_and_activation_is_fused(name):
     assert fused.count("hardswish") == (2 + 4 + 3 * 8 if name == "groupmixformer_mobile" else 0)
 
 
-def test_model_stays_as_it_is_where_the_operations_are_missing_or_differ(monkeypatch):
+def test_model_is_unchanged_where_the_operations_are_missing_or_differ(monkeypatch):
     model = trained("stvit_small")
     fold(model)
     before = str(model)
@@ -89,7 +89,7 @@ def test_model_stays_as_it_is_where_the_operations_are_missing_or_differ(monkeyp
     assert fuse(model) > 0
 
 
-def test_model_stays_as_it_is_where_the_processor_lacks_bfloat16(monkeypatch):
+def test_model_is_unchanged_where_the_processor_lacks_bfloat16(monkeypatch):
     """As with AVX2 only (ONEDNN_MAX_CPU_ISA=AVX2)."""
     model, x, convolve = trained("stvit_small"), images(2, 3, 64, 64), OneDnnConv.forward
 
@@ -131,8 +131,8 @@ def test_other_models_are_refused():
         prepare_inference(nn.Linear(2, 2).eval())
 
 
-def test_a_model_of_ones_own_is_refused():
-    """Its layers may use each other's weights in ways that are not known here."""
+def test_class_without_a_declaration_of_its_own_is_refused():
+    """A class that does not itself declare `foldable` may use weights in ways that folding does not expect."""
 
     class Own(Backbone):
         def __init__(self):

@@ -157,7 +157,7 @@ def test_kernel_benchmark_says_why_it_cannot_run(monkeypatch, capsys, options, m
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGpu:
-    """What the interpreter cannot show."""
+    """Check on a GPU the properties that the interpreter does not cover."""
 
     def layer(self, C, before):
         torch.manual_seed(0)

@@ -1,0 +1,125 @@
+"""Splits of DATA.PATH, opened from a folder of files or from archives.
+
+    split = open_split(DATA.PATH, "train")        # finds it, and builds the index of archives if there is none
+    source = split.source(split.classes(), must_hold_all=True)
+    source.read(7)                                # bytes of an image
+
+The order of the images is the same in every store of the same files: by class, then folder, then file name.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data.stores.archive_index import ArchiveIndex, open_index
+from data.stores.archive_listing import Progress
+from data.stores.archive_source import ArchiveSource
+from data.stores.folder import FolderSource, check_classes, class_folders, scan
+from data.stores.layout import SplitLocation, find_split
+
+if TYPE_CHECKING:
+    from data.loaders.torch_loader import ImageSource
+
+
+class FolderSplit:
+    """A split that is a folder of class folders."""
+
+    kind = "folder"
+
+    def __init__(self, location: SplitLocation) -> None:
+        assert location.folder is not None
+        self.folder, self.name, self.notes = location.folder, location.name, list(location.notes)
+
+    def classes(self) -> list[str]:
+        """Return the names of the class folders, sorted."""
+        return class_folders(self.folder)
+
+    def source(self, classes: Sequence[str], must_hold_all: bool) -> FolderSource:
+        """Return the images, labelled by their class's index in `classes`; ValueError as for `scan`."""
+        return scan(self.folder, classes, must_hold_all)
+
+
+class ArchiveSplit:
+    """A split that lies in archives, and the index of its images."""
+
+    def __init__(self, location: SplitLocation, index: ArchiveIndex, index_file: Path) -> None:
+        self.location, self.index, self.index_file = location, index, index_file
+        self.name, self.kind = location.name, str(index.metadata["kind"])
+        self.notes = [*location.notes, *index.metadata["problems"]]
+        if index.metadata["duplicates"]:
+            first = index.metadata["duplicate_names"][0]
+            self.notes.append(f"{self.name} holds {index.metadata['duplicates']} images twice, {first} the first")
+
+    def classes(self) -> list[str]:
+        """Return the names of the classes, sorted; their numbers if the archives hold numbers only."""
+        known = self.index.metadata["classes"]
+        return known if known else [str(i) for i in range(int(self.index.label.max()) + 1)]
+
+    def source(self, classes: Sequence[str], must_hold_all: bool) -> ArchiveSource:
+        """Return the images, labelled by their class's index in `classes`.
+
+        ValueError for classes that are not in `classes`, and, with `must_hold_all`, for classes without images.
+        """
+        found, names = np.unique(self.index.label).tolist(), self.index.metadata["classes"]
+        if self.index.metadata["numbered"]:
+            self._check_numbers(found, classes, names)
+            labels = np.arange(max(found) + 1)
+            present = [classes[label] for label in found]
+        else:
+            present = [names[label] for label in found]
+            label_of = {name: label for label, name in enumerate(classes)}
+            labels = np.array([label_of.get(name, 0) for name in names])
+        check_classes(self.name, "classes", present, classes, must_hold_all)
+        return ArchiveSource(self.location, self.index, labels[self.index.label])
+
+    def _check_numbers(self, found: Sequence[int], classes: Sequence[str], names: Sequence[str] | None) -> None:
+        if found[-1] >= len(classes):
+            raise ValueError(
+                f"{self.name} has images of class number {found[-1]}, but there are {len(classes)} classes (from 0); "
+                "see whether DATA.CLASS_INDEX, or the numbers in the archives, are those of another data set"
+            )
+        odd = [label for label in found if names and classes[label] != names[label]]
+        if names and odd:
+            raise ValueError(
+                f"{self.name} numbers its classes in another order: number {odd[0]} is {names[odd[0]]} there and "
+                f"{classes[odd[0]]} in DATA.CLASS_INDEX; leave DATA.CLASS_INDEX empty, or write the archives again"
+            )
+
+
+Split = FolderSplit | ArchiveSplit
+
+
+def open_split(root: str | Path, split: str, val_labels: str = "", progress: Progress | None = None) -> Split:
+    """Open a split of DATA.PATH. ValueError if it is missing or cannot be used.
+
+    `progress` is called with lines about the building of an archive index; without it they go to stderr.
+    """
+    location = find_split(root, split)
+    labelled = split == "val" and val_labels
+    if location.folder:
+        if labelled:
+            raise ValueError(f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} is a folder; set it to ''")
+        return FolderSplit(location)
+    index, file = open_index(location, val_labels if split == "val" else "", progress)
+    if labelled and not index.metadata["label_inputs"]:
+        raise ValueError(
+            f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} tells the classes itself; set it to ''"
+        )
+    return ArchiveSplit(location, index, file)
+
+
+def file_sizes(source: "ImageSource", indices: np.ndarray | None = None) -> np.ndarray:
+    """Return the length in bytes of the images' files, int64 (n,), or of those at `indices`; 0 for a missing file."""
+    chosen = np.arange(len(source)) if indices is None else indices
+    if isinstance(source, ArchiveSource):
+        return source.sizes[chosen]
+    return np.array([_length(source.name(int(i))) for i in chosen], dtype=np.int64)
+
+
+def _length(name: str) -> int:
+    try:
+        return Path(name).stat().st_size
+    except OSError:
+        return 0
