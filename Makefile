@@ -1,9 +1,9 @@
-# install   a virtual environment with everything    demo   draw pictures, train on them, write a report
-# test      the whole suite                          lint   ruff and mypy          format   rewrite in place
-# screenshots   the pictures of docs/images, anew (trains small models: minutes to an hour)
-# docs      the documentation as a site in output/site
+# install   create the virtual environment           demo   draw the demo data, train on it, write a report
+# test      run the whole suite                      lint   run ruff and mypy      format   format and fix in place
+# screenshots   regenerate docs/images (trains small models: minutes to an hour)
+# docs      build the documentation site in output/site
 #
-# In an environment of your own: make test VENV=/path/to/env       (its bin/python is used, missing packages are added)
+# In an existing environment:    make test VENV=/path/to/env       (its bin/python is used, missing packages are added)
 # Another interpreter or torch:  make install PYTHON=python3.12 TORCH='torch==2.11.*'
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/python train.py --cfg configs/demo.yaml --data-path output/demo-data
 	$(BIN)/python -m tools.report output/demo
 
-# In WORKERS processes at once, each file in one of them: most tests wait for processes that they start.
+# In WORKERS processes, one file at a time each: most tests wait for subprocesses.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

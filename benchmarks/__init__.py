@@ -1,1 +1,1 @@
-"""Programs that measure or reckon: python -m benchmarks.<name> --help. Results lie in results/."""
+"""Benchmarks and cost estimates: python -m benchmarks.<name> --help. Results are in results/."""

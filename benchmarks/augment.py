@@ -1,9 +1,9 @@
-"""Measure RandAugment for a batch: timm's on Pillow images, ours on the CPU, and by groups on a GPU.
+"""Measure RandAugment for a batch: timm's on Pillow images, ours on the CPU, and grouped by operation on a GPU.
 
     python benchmarks/augment.py --data DIR [--seconds 5]
 
-A batch of 128 crops at 224 from the pictures in DIR, rand-m9-mstd0.5-inc1, the same operations for all; ways take turns.
-Times are CPU time of this process, or of the device for a GPU. --single also shows each operation alone on one image.
+A batch of 128 crops at 224 from the images in DIR, rand-m9-mstd0.5-inc1, the same operations for all; candidates take turns.
+Times are CPU time of this process, or of the device for a GPU. --single also measures each operation alone on one image.
 """
 
 import os
@@ -42,19 +42,19 @@ FILL = (124, 116, 104)
 POLICY = "rand-m9-mstd0.5-inc1"
 
 
-def by_timm(image: Tensor, ops: Sequence[Op]) -> Tensor:
-    """Run timm's functions on a Pillow image, from tensor to tensor."""
+def apply_timm(image: Tensor, ops: Sequence[Op]) -> Tensor:
+    """Apply timm's operations to a Pillow image, from tensor to tensor, uint8 (3, H, W)."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     return torch.from_numpy(np.array(apply(picture, ops, FILL))).permute(2, 0, 1)
 
 
-def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Return milliseconds of each way's calls, made in turn for so many seconds, at least 3 of each."""
+def in_turn(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Return the milliseconds of each candidate's calls, made in turn for at least `seconds`, at least 3 of each."""
     on_gpu = torch.cuda.is_available()
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in candidates}
     end, rounds = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or rounds < 4:
-        for name, run in ways.items():
+        for name, run in candidates.items():
             wall = on_gpu and "GPU" in name
             if wall:
                 torch.cuda.synchronize()
@@ -62,40 +62,40 @@ def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[st
             run()
             if wall:
                 torch.cuda.synchronize()
-            if rounds:  # the first call warms up
+            if rounds:  # the first call is the warm-up
                 found[name].append(1e3 * ((time.perf_counter() if wall else time.process_time()) - start))
         rounds += 1
     return found
 
 
-def batch_ways(images: Tensor) -> dict[str, Callable[[], object]]:
-    """Return what is measured for a whole batch."""
+def batch_candidates(images: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the candidates for a whole batch."""
     policy = parse_policy(POLICY)
     ops = [draw_ops(policy, keyed_generator(0, "augment", 0, row), "bicubic") for row in range(len(images))]
     cpu = RandAugment(FILL)
-    ways: dict[str, Callable[[], object]] = {
-        "timm, Pillow, an image at a time": lambda: [by_timm(*pair) for pair in zip(images, ops, strict=True)],
+    candidates: dict[str, Callable[[], object]] = {
+        "timm, Pillow, an image at a time": lambda: [apply_timm(*pair) for pair in zip(images, ops, strict=True)],
         "ours on the CPU (an image at a time)": lambda: cpu(images, ops),
     }
     if torch.cuda.is_available():
         gpu, moved = RandAugment(FILL, "cuda"), images.cuda()
         stage = DeviceStage(Mixup(1000), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, "cuda")
-        given = stage_batch(moved)
-        ways["ours on the GPU (by groups)"] = lambda: gpu(moved, ops)
-        ways["normalise, erase and mix on the GPU"] = lambda: stage.train(given, 0, 0, 0)
+        batch = stage_batch(moved)
+        candidates["ours on the GPU (by groups)"] = lambda: gpu(moved, ops)
+        candidates["normalise, erase and mix on the GPU"] = lambda: stage.train(batch, 0, 0, 0)
     else:
-        ways["ours by groups, as on a GPU, but here"] = lambda: cpu.grouped(images, ops)
-    return ways
+        candidates["ours by groups, on the CPU"] = lambda: cpu.grouped(images, ops)
+    return candidates
 
 
 def stage_batch(images: Tensor) -> Batch:
-    """Return a batch with an erasing box on each image."""
+    """Return a batch with a box of random erasing on each image."""
     count = len(images)
     boxes = torch.tensor([20, 30, 90, 80]).expand(count, 1, 4)
     return Batch(images, torch.arange(count), torch.arange(count), boxes)
 
 
-def show(say: Console, title: str, found: dict[str, list[float]], images: int) -> None:
+def show(console: Console, title: str, found: dict[str, list[float]], images: int) -> None:
     """Print a table of medians and spreads."""
     table = Table("", "ms", "lowest .. highest", "ms an image", "ratio", title=title)
     base = statistics.median(next(iter(found.values())))
@@ -103,30 +103,30 @@ def show(say: Console, title: str, found: dict[str, list[float]], images: int) -
         middle = statistics.median(values)
         spread = f"{min(values):.2f} .. {max(values):.2f}"
         table.add_row(name, f"{middle:.2f}", spread, f"{middle / images:.3f}", f"{base / middle:.2f}")
-    say.print(table)
+    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = Parser("Measure RandAugment.")
+    parser = Parser("Measure RandAugment: timm's, ours on the CPU, ours on a GPU.")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of class folders of images")
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="for the batch, and for each operation with --single"
+        "--seconds", type=float, default=10.0, help="length, for the batch and for each operation of --single (10)"
     )
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--single", action="store_true", help="each operation on one image, too")
+    parser.add_argument("--batch", type=int, default=128, help="images of a batch (128)")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops (224)")
+    parser.add_argument("--single", action="store_true", help="also measure each operation on one image")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    say, source = Console(), find_source(args.data)
+    console, source = Console(), find_source(args.data)
     crop = EvalTransform(args.size)
     images = torch.stack([crop(load(source, i % len(source))) for i in range(args.batch)])
-    found = in_turn(batch_ways(images), args.seconds)
-    show(say, f"RandAugment, {args.batch} images at {args.size}, {POLICY}", found, args.batch)
+    found = in_turn(batch_candidates(images), args.seconds)
+    show(console, f"RandAugment, {args.batch} images at {args.size}, {POLICY}", found, args.batch)
     for name in INCREASING_OPS if args.single else ():
         op = [Op(name, argument(name, 9.3), "bicubic")]
-        ways = {"timm": partial(by_timm, images[0], op), "ours": partial(augment, images[0], op, FILL)}
-        show(say, name, in_turn(ways, args.seconds), 1)
+        candidates = {"timm": partial(apply_timm, images[0], op), "ours": partial(augment, images[0], op, FILL)}
+        show(console, name, in_turn(candidates, args.seconds), 1)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What is measured against what: our models, as they are and compiled, and opponents named on the command line."""
+"""Candidates of the step benchmarks: our models, and the baselines that the command line names with --opponent."""
 
 import difflib
 import importlib
@@ -19,32 +19,32 @@ from engine.precision import DTYPES, Precision
 from models.build import check_name, is_retoken, takes_img_size
 from models.inference.prepare import prepare_inference
 
-OPPONENTS = ROOT / "oracle"  # for other people's code: on the path, ignored by git
+BASELINES = ROOT / "oracle"  # folder for published code: on the path of baselines, ignored by git
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A callable that builds a model; `{model}` in its name stands for the model it is measured against."""
+    """A callable that builds the model that ours is compared with; `{model}` in its name stands for our model's name."""
 
     name: str
     module: str
     factory: str
 
     def build(self, model: str) -> nn.Module:
-        """Build the opponent of a model. Raises ValueError if what is named gives none."""
+        """Build the baseline of a model. Raises ValueError if the callable returns something else than a model."""
         built = self.find(model)()
         if not isinstance(built, nn.Module):
             raise ValueError(f"--opponent {self.name}: {self.factory} gave {type(built).__name__}, not a model")
         return built
 
     def find(self, model: str) -> Callable[[], object]:
-        """Return the callable. Raises ValueError if there is no such module or name in it."""
+        """Return the callable. Raises ValueError if the module, or the name in it, does not exist."""
         try:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"--opponent {self.module}:{self.factory}: {error}; give a module that python can import from here or from "
-                f"{OPPONENTS.name}/"
+                f"{BASELINES.name}/"
             ) from error
         name = self.factory.replace("{model}", model)
         make = getattr(module, name, None)
@@ -55,48 +55,49 @@ class Baseline:
 
 
 def parse_baseline(text: str) -> Baseline:
-    """Read [name=]module:factory. Raises ValueError."""
+    """Parse [name=]module:factory. Raises ValueError."""
     name, equals, path = text.rpartition("=")
     module, colon, factory = path.partition(":")
     if not (module and colon and factory) or (equals and not name):
         raise ValueError(f"--opponent {text}: write [NAME=]MODULE:FACTORY, e.g. timm.models.resnet:resnet50")
-    if str(OPPONENTS) not in sys.path:
-        sys.path.append(str(OPPONENTS))
+    if str(BASELINES) not in sys.path:
+        sys.path.append(str(BASELINES))
     return Baseline(name or factory.replace("{model}", "") or module, module, factory)
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A model by its name; found before opponents are imported, as some register under the same names."""
+    """A model of ours or timm's, looked up before baselines are imported, which may register the same names."""
 
     name: str
     make: Callable[..., nn.Module]
-    takes_size: bool
-    folds: bool  # models.inference.prepare knows it
+    takes_size: bool  # accepts img_size
+    folds: bool  # models.inference.prepare supports it
 
     @classmethod
     def named(cls, name: str) -> "Ours":
-        """Find a model of ours or timm's. Raises ValueError naming the nearest if it is unknown."""
+        """Look up a model of ours or timm's. Raises ValueError naming the nearest if it is unknown."""
         check_name(name, "--models")
-        return cls(name, timm.models.model_entrypoint(name), takes_img_size(name), is_retoken(name))
+        make = timm.models.model_entrypoint(name)
+        return cls(name=name, make=make, takes_size=takes_img_size(name), folds=is_retoken(name))
 
     def build(self, size: int, device: torch.device) -> nn.Module:
-        """Build it as train.py prepares it."""
+        """Build the model as train.py prepares it."""
         sized = {"img_size": size} if self.takes_size else {}
         return prepare_model(self.make(num_classes=1000, **sized), Processes(0, 1, 0, device, ""))
 
     def build_folded(self, size: int, device: torch.device, precision: str) -> nn.Module:
-        """Build it as `eval.py --fold` prepares it."""
+        """Build the model as `eval.py --fold` prepares it."""
         return prepare_inference(self.build(size, device).eval(), DTYPES.get(precision))
 
 
 def parse_models(text: str) -> list[Ours]:
-    """Read names with commas between. Raises ValueError."""
+    """Parse model names separated by commas. Raises ValueError."""
     return [Ours.named(name.strip()) for name in text.split(",") if name.strip()]
 
 
 def parse_choices(flag: str, text: str, choices: Sequence[str]) -> list[str]:
-    """Read some of the choices with commas between. Raises ValueError."""
+    """Parse a subset of the choices, separated by commas. Raises ValueError."""
     chosen = [word.strip() for word in text.split(",") if word.strip()]
     for word in chosen:
         if word not in choices:
@@ -122,16 +123,17 @@ class ModelStep:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def infer(self) -> None:
+        """Run a forward pass without gradients."""
         with torch.inference_mode(), self.precision.autocast():
             self.call(self.images)
 
     def forward(self) -> Tensor:
-        """Return the loss."""
+        """Run a forward pass; return the loss."""
         with self.precision.autocast():
             return F.cross_entropy(self.call(self.images), self.labels)
 
     def train(self) -> None:
-        """Do an update."""
+        """Run an update: forward and backward pass, AdamW."""
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         scaler = self.precision.scaler
@@ -141,11 +143,11 @@ class ModelStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def of(self, mode: str) -> Callable[[], None]:
-        """Return the step of a mode, train or infer, the model set to it."""
+        """Set the model to a mode, train or infer; return the step of that mode."""
         self.model.train(mode == "train")
         return self.train if mode == "train" else self.infer
 
     def kept_bytes(self) -> int:
-        """Return the bytes that a forward pass keeps for the backward pass, weights aside."""
+        """Return the bytes that a forward pass keeps for the backward pass, without weights."""
         aside = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers(), self.images)}
         return kept_bytes(self.forward, aside)

@@ -1,12 +1,13 @@
-"""Reckon what an update costs on 1 to 512 GPUs, and what loaders and disks must then deliver. On paper: nothing is measured.
+"""Estimate the cost of an update on 1 to 512 GPUs, and the rates required of loaders and disks; nothing is measured.
 
     python -m benchmarks.cluster_cost
     python -m benchmarks.cluster_cost --global-batch 1024 --node-gbyte-s 25
 
 The defaults are STViT-Large at 224 on nodes of 8 GPUs. Every assumption is an argument; docs/clusters.md discusses the result.
 An update is `accumulation` micro-batches, a third of each forward, two thirds backward. The gradients are all-reduced in buckets
-as the last backward fills them, one after the other; what lasts longer than that backward is exposed. So is the sum of the
-BatchNorm statistics after it. The processes' agreement whether to stop (engine/distributed/consensus.py) goes on behind the next update.
+as the last backward pass fills them, one after the other; the communication that outlasts this backward pass is exposed, and so
+is the all-reduce of the BatchNorm statistics after it. The processes' consensus on stopping (engine/distributed/consensus.py)
+overlaps with the next update.
 """
 
 import argparse
@@ -27,14 +28,14 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the machines, the model and the recipe are taken to be; each field is a flag."""
+    """Assumptions about machines, model and recipe; each field is a flag."""
 
     parameters_m: float = 94.97
     gmacs: float = 15.54  # an image's forward pass
     global_batch: int = 0  # 0: grows with the GPUs
-    micro_batch: int = 128  # of a GPU; at most, where the global batch is fixed
-    tflops: float = 150.0  # what a GPU sustains at a large micro-batch
-    half_batch: float = 8.0  # micro-batch at which it reaches half of that
+    micro_batch: int = 128  # of a GPU; the largest, where the global batch is fixed
+    tflops: float = 150.0  # sustained by a GPU at a large micro-batch
+    half_batch: float = 8.0  # micro-batch at which a GPU reaches half of that
     gpus_per_node: int = 8
     gpu_gbyte_s: float = 200.0  # between the GPUs of a node, each way, in a ring
     node_gbyte_s: float = 50.0  # between nodes, each way, all adapters of a node together
@@ -42,34 +43,34 @@ class Assumptions:
     node_latency_us: float = 10.0  # and between nodes
     gradient_bytes: int = 4  # for each parameter
     statistics_k: float = 35.9  # thousand running means and variances, in float32
-    host_latency_us: float = 50.0  # of a message between hosts through gloo, which carries the agreement
-    first_bucket_mb: float = 1.0  # DDP's first bucket, small so that it starts early
+    host_latency_us: float = 50.0  # of a message between hosts through gloo, which carries the votes
+    first_bucket_mb: float = 1.0  # DDP's first bucket, small so that communication starts early
     bucket_mb: float = 25.0
     image_kb: float = 110.0  # of a file, as stored
-    images_per_core_s: float = 110.0  # that a core decodes and augments
-    state_bytes: int = 16  # a checkpoint's for each parameter: weights, EMA, two moments of AdamW
-    disk_gbyte_s: float = 1.0  # that one writer gets
+    images_per_core_s: float = 110.0  # decoded and augmented by a core
+    state_bytes: int = 16  # of a checkpoint, for each parameter: weights, EMA, two moments of AdamW
+    disk_gbyte_s: float = 1.0  # of one writer
     host_gbyte_s: float = 20.0  # from the GPU to the host's memory
     save_every: int = 500  # updates
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An update on `gpus` GPUs; times in seconds."""
+    """Cost of an update on `gpus` GPUs; times in seconds."""
 
     gpus: int
     nodes: int
     micro_batch: int
     accumulation: int
     compute: float
-    reduce: float  # all buckets one after the other, without anything to wait for
-    exposed: float  # what the update waits for of this, and the statistics
-    statistics: float  # summing those of BatchNorm
-    agreement: float  # a number from every process to every other, behind the next update
+    reduce: float  # all-reduce of all buckets, one after the other, without waiting
+    exposed: float  # communication that the update waits for: the end of `reduce`, and `statistics`
+    statistics: float  # all-reduce of BatchNorm's statistics
+    consensus: float  # maximum of a number over all processes; overlaps with the next update
 
     @property
     def images(self) -> int:
-        """Images an update learns from."""
+        """Number of images of an update."""
         return self.gpus * self.micro_batch * self.accumulation
 
     @property
@@ -79,12 +80,12 @@ class Cost:
 
     @property
     def images_per_s(self) -> float:
-        """Images of all GPUs together."""
+        """Images per second of all GPUs together."""
         return self.images / self.seconds
 
 
 def buckets(a: Assumptions) -> list[float]:
-    """Return the sizes in bytes of the pieces that the gradients are exchanged in, in their order."""
+    """Return the sizes in bytes of the gradient buckets, in the order of their all-reduce."""
     total, sizes = a.parameters_m * 1e6 * a.gradient_bytes, [a.first_bucket_mb * MB]
     if total <= sizes[0]:
         return [total]
@@ -96,27 +97,27 @@ def all_reduce_seconds(a: Assumptions, size: float, gpus: int) -> float:
     """Return the time to sum `size` bytes over all GPUs: the faster of a ring and of a tree between nodes, as NCCL chooses.
 
     Ring: 2 (n - 1) steps that send size / n each. Tree: rings in the nodes, up and down a binary tree between them. Both send 2 x
-    size through the narrowest place; the tree waits for fewer messages.
+    size over the slowest link; the tree has fewer messages in sequence.
     """
     if gpus == 1:
         return 0.0
     inside = min(gpus, a.gpus_per_node)
     nodes = math.ceil(gpus / a.gpus_per_node)
-    narrowest = 1e9 * (a.gpu_gbyte_s if nodes == 1 else min(a.gpu_gbyte_s, a.node_gbyte_s))
+    slowest = 1e9 * (a.gpu_gbyte_s if nodes == 1 else min(a.gpu_gbyte_s, a.node_gbyte_s))
     latency = 1e-6 * (a.gpu_latency_us if nodes == 1 else max(a.gpu_latency_us, a.node_latency_us))
-    ring = 2 * (gpus - 1) * (size / gpus / narrowest + latency)
+    ring = 2 * (gpus - 1) * (size / gpus / slowest + latency)
     hops = 2 * (inside - 1) * a.gpu_latency_us + 2 * math.ceil(math.log2(nodes)) * a.node_latency_us
-    tree = 2 * size / narrowest + 1e-6 * hops
+    tree = 2 * size / slowest + 1e-6 * hops
     return min(ring, tree)
 
 
-def agreement_seconds(a: Assumptions, gpus: int) -> float:
-    """Return the time until every process has the largest of all processes' numbers: halving and doubling."""
+def consensus_seconds(a: Assumptions, gpus: int) -> float:
+    """Return the time of an all-reduce (maximum) of one number over all processes: halving and doubling."""
     return 2 * math.ceil(math.log2(gpus)) * a.host_latency_us * 1e-6
 
 
 def exposed_seconds(backward: float, sizes: Sequence[float], times: Sequence[float]) -> float:
-    """Return how long the exchange goes on after a backward pass that fills the buckets at an even rate."""
+    """Return the communication time left after a backward pass that fills the buckets at an even rate."""
     filled, free, total = 0.0, 0.0, sum(sizes)
     for size, seconds in zip(sizes, times, strict=True):
         filled += size
@@ -125,29 +126,38 @@ def exposed_seconds(backward: float, sizes: Sequence[float], times: Sequence[flo
 
 
 def cost(a: Assumptions, gpus: int) -> Cost:
-    """Return what an update costs. Raises ValueError if the fixed global batch does not divide."""
+    """Estimate the cost of an update. Raises ValueError if the fixed global batch does not divide."""
     if a.global_batch and a.global_batch % gpus:
         raise ValueError(
             f"--global-batch {a.global_batch} does not divide among {gpus} GPUs; give a multiple, or fewer --gpus"
         )
-    share = a.global_batch // gpus if a.global_batch else a.micro_batch
-    micro = max(size for size in divisors(share) if size <= a.micro_batch)
+    per_gpu = a.global_batch // gpus if a.global_batch else a.micro_batch
+    micro = max(size for size in divisors(per_gpu) if size <= a.micro_batch)
     rate = a.tflops * 1e12 * micro / (micro + a.half_batch)
     pass_seconds = 3 * 2 * a.gmacs * 1e9 * micro / rate
     sizes = buckets(a)
     times = [all_reduce_seconds(a, size, gpus) for size in sizes]
     exposed = exposed_seconds((1 - FORWARD) * pass_seconds, sizes, times) if gpus > 1 else 0.0
     statistics = all_reduce_seconds(a, a.statistics_k * 4e3, gpus) if a.statistics_k else 0.0
-    compute, agreement = share // micro * pass_seconds, agreement_seconds(a, gpus)
+    compute, consensus = per_gpu // micro * pass_seconds, consensus_seconds(a, gpus)
     exposed += statistics
-    exposed += max(0.0, agreement - compute - exposed)
-    nodes = math.ceil(gpus / a.gpus_per_node)
-    return Cost(gpus, nodes, micro, share // micro, compute, sum(times), exposed, statistics, agreement)
+    exposed += max(0.0, consensus - compute - exposed)
+    return Cost(
+        gpus=gpus,
+        nodes=math.ceil(gpus / a.gpus_per_node),
+        micro_batch=micro,
+        accumulation=per_gpu // micro,
+        compute=compute,
+        reduce=sum(times),
+        exposed=exposed,
+        statistics=statistics,
+        consensus=consensus,
+    )
 
 
 def table(a: Assumptions, counts: Sequence[int]) -> Table:
-    """Return a row for each number of GPUs: the update, then what a node's loaders must deliver."""
-    shown = Table(title="an update, and what a node's loaders must deliver", box=None)
+    """Return a table with a row for each number of GPUs: the update, then the rates required of a node's loaders."""
+    shown = Table(title="an update, and the rates required of a node's loaders", box=None)
     for head in (
         "GPUs",
         "batch",
@@ -176,16 +186,16 @@ def table(a: Assumptions, counts: Sequence[int]) -> Table:
 
 
 def small_exchange_lines(a: Assumptions, gpus: int) -> list[str]:
-    """Say what else the processes exchange in an update."""
+    """Return the cost of an update's small collectives, BatchNorm statistics and consensus, as lines of text."""
     c = cost(a, gpus)
     return [
         f"BatchNorm statistics: {a.statistics_k * 4:.0f} KB an update, {1e3 * c.statistics:.2f} ms on {gpus} GPUs, part of what is exposed",
-        f"agreement whether to stop: 8 bytes an update, {1e3 * c.agreement:.2f} ms on {gpus} GPUs, behind the next update",
+        f"consensus on stopping: 8 bytes an update, {1e3 * c.consensus:.2f} ms on {gpus} GPUs, overlaps with the next update",
     ]
 
 
 def checkpoint_lines(a: Assumptions, counts: Sequence[int]) -> list[str]:
-    """Say how large a checkpoint is, how long it is written, and what that is of the time between two."""
+    """Return a checkpoint's size and writing time, and its part of the time between two, as lines of text."""
     size = a.parameters_m * 1e6 * a.state_bytes
     written, copied = size / a.disk_gbyte_s / 1e9, size / a.host_gbyte_s / 1e9
     lines = [
@@ -204,16 +214,18 @@ def checkpoint_lines(a: Assumptions, counts: Sequence[int]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = Parser("Reckon the cost of an update on 1 to 512 GPUs from assumptions, each of them a flag.")
+    parser = Parser("Estimate the cost of an update on 1 to 512 GPUs from assumptions, each of them a flag.")
     for field in fields(Assumptions):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(
             flag, type=type(field.default), default=field.default, metavar="X", help=f"default {field.default}"
         )
-    parser.add_argument("--gpus", type=int, nargs="+", default=[2**i for i in range(10)], metavar="N")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[2**i for i in range(10)], metavar="N", help="numbers of GPUs"
+    )
     args = parser.parse_args(argv)
     try:
-        a = assume(args)
+        a = parse_assumptions(args)
         shown = table(a, args.gpus)
         lines = checkpoint_lines(a, args.gpus[:1] + args.gpus[-1:]) + small_exchange_lines(a, args.gpus[-1])
     except ValueError as error:
@@ -225,8 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def assume(args: argparse.Namespace) -> Assumptions:
-    """Return the assumptions of the command line. Raises ValueError for a number that nothing real can have."""
+def parse_assumptions(args: argparse.Namespace) -> Assumptions:
+    """Return the assumptions of the command line. Raises ValueError for a number out of range."""
     values = {field.name: getattr(args, field.name) for field in fields(Assumptions)}
     may_be_zero = ("global_batch", "half_batch", "gpu_latency_us", "node_latency_us", "host_latency_us", "statistics_k")
     for name, value in values.items():

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Measure what matters on one GPU, in under nine minutes, into one folder with a summary.md.
+# Run the main benchmarks on one GPU, in under nine minutes, into one folder with a summary.md.
 #
 #   benchmarks/gpu.sh [--out DIR] [--models A,B] [--opponent SPEC] [--parts a,b] [--small]
 #
-# Every part has its own time limit, so that one that fails or hangs costs none of the others; the exit status is 1 if any
-# failed. --small runs everything in small on the CPU. Parts: machine step fp16 compile trainer memory kernels dali tests
+# Every part has its own time limit, so that one that fails or hangs does not affect the others; the exit status is 1 if any
+# failed. SPEC names a baseline (step.py). --small runs small versions on the CPU.
+# Parts: machine step fp16 compile trainer memory kernels dali tests
 set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
@@ -14,7 +15,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --small) small=yes; shift; continue ;;
         --out | --models | --parts | --opponent) ;;
-        *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
+        *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
     esac
     [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
     case $1 in
@@ -40,9 +41,9 @@ else
     kernels=("$PYTHON" benchmarks/kernels.py --rounds 3)
     pictures=64 compile=(--modes train) scale=1 few=$models
 fi
-"$PYTHON" -c 'import rich, safetensors, timm, yacs.config' || { # what no part can do without
-    echo "gpu.sh: $PYTHON lacks a package (above): $PYTHON -m pip install timm yacs rich safetensors. Where that" >&2
-    echo "reaches nothing, bring them from a machine where it does: pip install --target DIR the same, then PYTHONPATH=DIR $0" >&2
+"$PYTHON" -c 'import rich, safetensors, timm, yacs.config' || { # required by every part
+    echo "gpu.sh: $PYTHON lacks a package (above): $PYTHON -m pip install timm yacs rich safetensors. Without a" >&2
+    echo "network, install the same on another machine with pip install --target DIR, copy DIR, and run PYTHONPATH=DIR $0" >&2
     exit 2
 }
 step=("$PYTHON" benchmarks/step.py "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
@@ -64,7 +65,7 @@ part() { # name, limit in seconds, command ...
 }
 
 # shellcheck disable=SC2317 # these two are called through bash -c
-pictures() { # the loaders, DALI's on the GPU too, on drawn pictures
+pictures() { # the loaders, DALI's on the GPU too, on the demo's pictures
     "$PYTHON" -m tools.demo "$out/pictures" --train "$pictures" --val 10 &&
         "$PYTHON" benchmarks/loader.py --data "$out/pictures" --images $((pictures * 4)) --rounds 2 --batch "$pictures" \
             --only decode torch_uint8 dali_cpu dali_gpu --out "$out/dali"

@@ -1,14 +1,14 @@
-"""Measure each Triton kernel against the plain form it replaces, eager and under torch.compile, all taking turns.
+"""Measure each Triton kernel against the PyTorch layer it replaces, eager and under torch.compile, all taking turns.
 
     python benchmarks/kernels.py                         # on a GPU: the maps of the models at 224, batch 128, bfloat16
     python benchmarks/kernels.py --tiles                 # also tries other tiles than the kernel's own
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --batch 1 --size 32 --channels 8 --rounds 1    # on a CPU: that it runs
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --batch 1 --size 32 --channels 8 --rounds 1    # on a CPU: a functional check
 
 "inference" is a forward pass without gradients, "training" a forward pass and the gradients of map, weight and bias. GB/s
-counts the bytes that must move at least: the map read and written once, and for the gradients two maps read and one written.
-Their share is of what copying a large tensor reached in the same run. Before anything is timed, the kernel is compared with
-the plain form in float64. The table goes to benchmarks/results/ as Markdown and JSON. A kernel whose ratio to the compiled
-form is not above 1 must not become a default.
+counts the least bytes to move: the map read and written once, and for the gradients two maps read and one written. The share
+is of the rate of copying a large tensor in the same run. Before anything is timed, the kernel is compared with the layer in
+float64. The table goes to benchmarks/results/ as Markdown and JSON. A kernel whose ratio to the compiled layer is not above
+1 must not become a default.
 """
 
 import json
@@ -33,12 +33,12 @@ from models.kernels.switch import use_kernels
 from models.layers import GeluDepthwiseConv
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PASSES = {"inference": 2, "training": 5}  # over the map, at least
-STRIPS, COLUMNS, CHANNELS, WARPS = (2, 4, 8), (2, 4), (32, 64, 128), (2, 4, 8)  # what --tiles tries
+PASSES = {"inference": 2, "training": 5}  # least reads and writes of the map
+STRIPS, COLUMNS, CHANNELS, WARPS = (2, 4, 8), (2, 4), (32, 64, 128), (2, 4, 8)  # values that --tiles tries
 
 
 class KernelCase(NamedTuple):
-    """One map of a model that a kernel runs on: (B, H, W, C)."""
+    """A feature map of a model that a kernel runs on, (B, H, W, C)."""
 
     model: str
     stage: int
@@ -46,8 +46,8 @@ class KernelCase(NamedTuple):
     gelu_before: bool
 
 
-def places(names: Sequence[str], batch: int, size: int, channels: int) -> Iterator[KernelCase]:
-    """Yield the hidden map of a block of each stage of each model, of at most so many channels."""
+def find_cases(names: Sequence[str], batch: int, size: int, channels: int) -> Iterator[KernelCase]:
+    """Yield the hidden map of a block of each stage of each model, cut to at most `channels` channels."""
     for name in names:
         with torch.device("meta"):
             model = timm.create_model(name, img_size=size)
@@ -57,21 +57,20 @@ def places(names: Sequence[str], batch: int, size: int, channels: int) -> Iterat
                 raise ValueError(
                     f"--models {name}: no layer of it has a Triton kernel: those of SG-Former and STViT do"
                 )
-            yield KernelCase(
-                name, stage, (batch, side, side, min(channels, layers[0].in_channels)), layers[0].gelu_before
-            )
+            shape = (batch, side, side, min(channels, layers[0].in_channels))
+            yield KernelCase(model=name, stage=stage, shape=shape, gelu_before=layers[0].gelu_before)
 
 
-class Subject:
-    """A place with data: the calls that are timed, by contender."""
+class KernelBench:
+    """The candidates of a case with their input: eager, kernel and, if `compiled`, compiled."""
 
-    def __init__(self, place: KernelCase, dtype: torch.dtype, device: torch.device, compiled: bool):
+    def __init__(self, case: KernelCase, dtype: torch.dtype, device: torch.device, compiled: bool):
         torch.manual_seed(0)
-        self.place, self.device = place, device
-        self.x = torch.randn(place.shape, device=device, dtype=dtype).requires_grad_()
-        self.gradient = torch.randn(place.shape, device=device, dtype=dtype)
-        self.plain = GeluDepthwiseConv(place.shape[3], place.gelu_before).to(device, dtype)
-        self.kernel = GeluDepthwiseConv(place.shape[3], place.gelu_before).to(device, dtype)
+        self.case, self.device = case, device
+        self.x = torch.randn(case.shape, device=device, dtype=dtype).requires_grad_()
+        self.gradient = torch.randn(case.shape, device=device, dtype=dtype)
+        self.plain = GeluDepthwiseConv(case.shape[3], case.gelu_before).to(device, dtype)
+        self.kernel = GeluDepthwiseConv(case.shape[3], case.gelu_before).to(device, dtype)
         self.kernel.load_state_dict(self.plain.state_dict())
         use_kernels(self.kernel)
         self.layers: dict[str, Callable[[Tensor], Tensor]] = {"eager": self.plain, "kernel": self.kernel}
@@ -79,10 +78,10 @@ class Subject:
             torch._dynamo.reset()
             self.layers["compiled"] = torch.compile(self.plain, fullgraph=True, dynamic=False)
 
-    def call(self, contender: str, what: str) -> Callable[[], Any]:
-        """Return what to time."""
-        layer, x, parameters = self.layers[contender], self.x, list(self.plain.parameters())
-        if contender == "kernel":
+    def call(self, candidate: str, mode: str) -> Callable[[], Any]:
+        """Return a candidate's call in a mode, inference or training."""
+        layer, x, parameters = self.layers[candidate], self.x, list(self.plain.parameters())
+        if candidate == "kernel":
             parameters = list(self.kernel.parameters())
 
         def inference() -> None:
@@ -92,7 +91,7 @@ class Subject:
         def training() -> None:
             torch.autograd.grad(layer(x), (x, *parameters), self.gradient)
 
-        return inference if what == "inference" else training
+        return inference if mode == "inference" else training
 
     def difference(self) -> float:
         """Return the largest relative difference of the kernel's output and gradients from float64, on two images."""
@@ -120,27 +119,27 @@ def seconds(call: Callable[[], Any], device: torch.device, span: float) -> float
 
 
 def bandwidth(device: torch.device, span: float) -> float:
-    """Return the bytes per second that copying a tensor of 1 GiB (on a CPU 64 MiB) reads and writes."""
+    """Return the bytes per second read and written by copying a tensor of 1 GiB (on a CPU 64 MiB)."""
     source = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, span)
 
 
-def measure(subject: Subject, rounds: int, span: float) -> list[dict[str, Any]]:
-    """Return a row for inference and one for training: seconds of each contender by round."""
+def measure(bench: KernelBench, rounds: int, span: float) -> list[dict[str, Any]]:
+    """Return a row for inference and one for training: seconds of each candidate by round."""
     rows = []
-    difference = subject.difference()
-    for what in PASSES:
-        times: dict[str, list[float]] = {name: [] for name in subject.layers}
+    difference = bench.difference()
+    for mode in PASSES:
+        times: dict[str, list[float]] = {name: [] for name in bench.layers}
         for _ in range(rounds):
             for name in times:
-                times[name].append(seconds(subject.call(name, what), subject.device, span))
-        rows.append({**subject.place._asdict(), "what": what, "difference": difference, "seconds": times})
+                times[name].append(seconds(bench.call(name, mode), bench.device, span))
+        rows.append({**bench.case._asdict(), "what": mode, "difference": difference, "seconds": times})
     return rows
 
 
-def judge(row: dict[str, Any], itemsize: int, peak: float) -> dict[str, Any]:
-    """Add to a row: medians, GB/s, share, and the ratio of the best plain form to the kernel, by round."""
+def with_statistics(row: dict[str, Any], itemsize: int, peak: float) -> dict[str, Any]:
+    """Return a row with medians, GB/s, share of `peak`, and the ratio of the compiled (or eager) layer to the kernel."""
     times = row["seconds"]
     against = times.get("compiled", times["eager"])
     ratios = [other / own for other, own in zip(against, times["kernel"], strict=True)]
@@ -159,12 +158,12 @@ def judge(row: dict[str, Any], itemsize: int, peak: float) -> dict[str, Any]:
     }
 
 
-def try_tiles(subject: Subject, span: float) -> Iterator[dict[str, Any]]:
-    """Yield the milliseconds of every tile, the forward one in inference, the backward one in training."""
+def try_tiles(bench: KernelBench, span: float) -> Iterator[dict[str, Any]]:
+    """Yield the milliseconds of every tile: forward tiles in inference, backward tiles in training."""
     from models.kernels import depthwise
 
     kept = depthwise.FORWARD, depthwise.BACKWARD
-    for what, name in (("inference", "FORWARD"), ("training", "BACKWARD")):
+    for mode, name in (("inference", "FORWARD"), ("training", "BACKWARD")):
         for tile in (
             depthwise.Tile(s, c, n, w)
             for s in STRIPS
@@ -174,9 +173,9 @@ def try_tiles(subject: Subject, span: float) -> Iterator[dict[str, Any]]:
             if 2 <= s * n / (32 * w) <= 4  # elements of a thread
         ):
             setattr(depthwise, name, tile)
-            time_of = 1e3 * seconds(subject.call("kernel", what), subject.device, span)
-            place = {"model": subject.place.model, "stage": subject.place.stage, "what": what}
-            yield {**place, "tile": tile._asdict(), "milliseconds": time_of}
+            milliseconds = 1e3 * seconds(bench.call("kernel", mode), bench.device, span)
+            case = {"model": bench.case.model, "stage": bench.case.stage, "what": mode}
+            yield {**case, "tile": tile._asdict(), "milliseconds": milliseconds}
         depthwise.FORWARD, depthwise.BACKWARD = kept
 
 
@@ -187,7 +186,7 @@ HEADER = (
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row as text."""
+    """Return a row as cells, as HEADER names them."""
     compiled = row["milliseconds"].get("compiled")
     return [
         row["model"],
@@ -207,15 +206,15 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def best_tiles(tried: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a line for each map: the three fastest tiles."""
+    """Return a line for each map with the three fastest tiles."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in tried:
         groups.setdefault((row["model"], row["stage"], row["what"]), []).append(row)
     lines = []
-    for (model, stage, what), rows in groups.items():
+    for (model, stage, mode), rows in groups.items():
         fastest = sorted(rows, key=lambda row: row["milliseconds"])[:3]
-        said = ", ".join(f"{tuple(row['tile'].values())} {row['milliseconds']:.3f} ms" for row in fastest)
-        lines.append(f"{model} stage {stage} {what}: {said}")
+        tiles = ", ".join(f"{tuple(row['tile'].values())} {row['milliseconds']:.3f} ms" for row in fastest)
+        lines.append(f"{model} stage {stage} {mode}: {tiles}")
     return lines
 
 
@@ -225,16 +224,15 @@ def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], metad
     out.with_suffix(".json").write_text(json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n")
     lines = [f"# Kernels, {metadata['date']}, {metadata['hardware']}", "", f"    {metadata['command']}", ""]
     lines += [f"{key}: {value}. " for key, value in metadata.items() if key not in ("date", "hardware", "command")]
-    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", *record.markdown_table(HEADER, [cells(row) for row in rows])]
     if tried:
         lines += ["", "Fastest tiles (strips, columns, channels, warps):", ""]
         lines += [f"- {line}" for line in best_tiles(tried)]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def gather_facts(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[str, Any]:
-    """Return what a reader must know to judge the numbers."""
+def gather_metadata(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[str, Any]:
+    """Return the metadata of the result: machine, command, versions, peak, tiles, rounds."""
     from models.kernels.depthwise import BACKWARD, FORWARD, INTERPRETED
 
     metadata = record.metadata("benchmarks/kernels.py", argv, ("triton",))
@@ -243,22 +241,22 @@ def gather_facts(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[s
         "hardware": metadata["hardware"] + (", Triton's interpreter: no measure of the kernel" if INTERPRETED else ""),
         "copying reaches": f"{peak / 1e9:.0f} GB/s",
         "tiles (strips, columns, channels, warps)": f"forward {tuple(FORWARD)}, backward {tuple(BACKWARD)}",
-        "n": f"{rounds} rounds, contenders in turn, each the median over its time",
+        "n": f"{rounds} rounds, candidates in turn, each the median over its time",
     }
 
 
 def parse(argv: Sequence[str] | None) -> Any:
     """Parse the command line."""
-    parser = Parser("Measure the Triton kernels against the plain forms.")
-    parser.add_argument("--models", default="stvit_small,sgformer_small", help="names, joined by commas")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
-    parser.add_argument("--channels", type=int, default=2**30, help="leave out those beyond (default none)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser = Parser("Measure the Triton kernels against the PyTorch layers they replace.")
+    parser.add_argument("--models", default="stvit_small,sgformer_small", help="model names, separated by commas")
+    parser.add_argument("--batch", type=int, default=128, help="images of a batch (default 128)")
+    parser.add_argument("--size", type=int, default=224, help="side of the images (default 224)")
+    parser.add_argument("--channels", type=int, default=2**30, help="most channels of a map (default all)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of maps and weights (bf16)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
-    parser.add_argument("--span", type=float, default=0.1, help="seconds a contender and round (default 0.1)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--tiles", action="store_true", help="also try other tiles")
+    parser.add_argument("--span", type=float, default=0.1, help="seconds for each candidate and round (default 0.1)")
+    parser.add_argument("--no-compile", action="store_true", help="without the compiled layer")
+    parser.add_argument("--tiles", action="store_true", help="also measure other tiles")
     parser.add_argument(
         "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-kernels-<device>)"
     )
@@ -268,35 +266,35 @@ def parse(argv: Sequence[str] | None) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     args = parse(argv)
-    say = record.console()
+    console = record.console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         use_kernels(GeluDepthwiseConv(1, True))
         from models.kernels.depthwise import DEVICE
 
         if device.type != DEVICE:
-            raise ValueError("there is no CUDA device; on a CPU set TRITON_INTERPRET=1 and see that it runs")
-        subjects = list(places(args.models.split(","), args.batch, args.size, args.channels))
+            raise ValueError("there is no CUDA device; on a CPU set TRITON_INTERPRET=1 for a functional check")
+        cases = list(find_cases(args.models.split(","), args.batch, args.size, args.channels))
     except ValueError as error:
-        say.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False)
         return 2
     peak = bandwidth(device, args.span)
     rows, tried = [], []
-    for place in subjects:
-        subject = Subject(place, DTYPES[args.dtype], device, not args.no_compile)
-        rows += [judge(row, subject.x.itemsize, peak) for row in measure(subject, args.rounds, args.span)]
+    for case in cases:
+        bench = KernelBench(case, DTYPES[args.dtype], device, not args.no_compile)
+        rows += [with_statistics(row, bench.x.itemsize, peak) for row in measure(bench, args.rounds, args.span)]
         if args.tiles:
-            tried += list(try_tiles(subject, args.span))
+            tried += list(try_tiles(bench, args.span))
     table = Table(*HEADER)
     for row in rows:
         table.add_row(*cells(row))
-    say.print(table)
+    console.print(table)
     for line in best_tiles(tried):
-        say.print(line)
-    metadata = gather_facts(argv, args.rounds, peak)
+        console.print(line)
+    metadata = gather_metadata(argv, args.rounds, peak)
     out = args.out or record.default_out("kernels")
     write(rows, tried, metadata, out)
-    say.print(f"written to {out.with_suffix('.md')}")
+    console.print(f"written to {out.with_suffix('.md')}")
     return 0
 
 

@@ -1,16 +1,16 @@
-"""Measure loaders on your own pictures: images per CPU-second of the whole process tree, all taking turns.
+"""Measure data loaders on a folder of images: images per CPU-second of the whole process tree, all taking turns.
 
     python benchmarks/loader.py --data DIR
 
-DIR holds class folders of images, or train/ or val/ with them. Every contender runs the same recipe (random resized crop,
-flip, rand-m9-mstd0.5-inc1, erasing 0.25) at the same size, in a process of its own, several rounds in turn, so that a busy
-machine is unfair to none. "uint8" ends where a batch is ready for a GPU, "floats" with normalised and erased images.
-The table goes to benchmarks/results/ as Markdown and JSON.
+DIR holds class folders of images, or train/ or val/ with them. Every candidate runs the same recipe (random resized crop,
+flip, rand-m9-mstd0.5-inc1, random erasing 0.25) at the same size, in a process of its own, several rounds in turn, so that
+other load on the machine affects all alike. "uint8" ends with a batch ready for a GPU, "floats" with normalised and erased
+images. The table goes to benchmarks/results/ as Markdown and JSON.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin would count
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: the CPU time of spinning threads would count
 
 import gc
 import multiprocessing
@@ -42,15 +42,15 @@ from data.stores.folder import FolderSource, class_folders, scan
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POLICY = "rand-m9-mstd0.5-inc1"
-Contender = Callable[[], Iterator[int]]  # yields the images of each batch
+Candidate = Callable[[], Iterator[int]]  # yields the number of images of each batch
 
 
-class Contenders:
-    """What is measured; each gives a fresh iterator of batch sizes over `images` images."""
+class Candidates:
+    """Loaders that are measured; each method returns a new iterator of batch sizes over `images` images."""
 
     def __init__(self, source: FolderSource, images: int, batch: int, size: int, workers: int) -> None:
         epoch = len(source) // batch * batch
-        self.images = epoch * max(1, round(images / epoch))  # whole epochs, so that workers prefetch nothing in vain
+        self.images = epoch * max(1, round(images / epoch))  # whole epochs: no prefetched batch is unused
         self.source, self.batch, self.size, self.workers = source, batch, size, workers
 
     def decode(self) -> Iterator[int]:
@@ -60,38 +60,38 @@ class Contenders:
             yield 1
 
     def timm_uint8(self) -> Iterator[int]:
-        """timm's workers, whose uint8 batches its prefetcher takes to the GPU."""
+        """Return batches of timm's workers, uint8, which its prefetcher normalises on the GPU."""
         return self._limited(self._timm(use_prefetcher=True).loader, lambda batch: len(batch[1]))
 
     def timm_floats(self) -> Iterator[int]:
-        """timm without prefetcher: workers normalise and erase."""
+        """Return batches of timm without prefetcher: its workers normalise and erase."""
         return self._limited(self._timm(use_prefetcher=False), lambda batch: len(batch[1]))
 
     def torch_uint8(self) -> Iterator[int]:
-        """The torch loader."""
-        return self._epochs(TrainLoader(self.source, self._transform(), self._stream(), workers=self.workers))
+        """Return batches of the torch loader."""
+        return self._epochs(TrainLoader(self.source, self._transform(), self._sampler(), workers=self.workers))
 
     def torch_floats(self) -> Iterator[int]:
-        """The torch loader and the device stage, on the CPU."""
+        """Return batches of the torch loader and the device stage, on the CPU."""
         mixing = Mixup(1000, mixup=0, cutmix=0, smoothing=0)
         stage = DeviceStage(mixing, MEAN, STD, seed=0)
-        loader = TrainLoader(self.source, self._transform(), self._stream(), workers=self.workers)
+        loader = TrainLoader(self.source, self._transform(), self._sampler(), workers=self.workers)
         return self._epochs(loader, lambda batch: stage.train(batch, 0, 0, 0))
 
     def dali_cpu(self) -> Iterator[int]:
-        """The DALI loader on its CPU backend."""
-        sampler, transform = self._stream(), self._transform()
+        """Return batches of the DALI loader on its CPU backend."""
+        sampler, transform = self._sampler(), self._transform()
         return self._epochs(DaliTrainLoader(self.source, transform, sampler, workers=self.workers, backend="cpu"))
 
     def dali_gpu(self) -> Iterator[int]:
-        """The DALI loader on a GPU."""
-        sampler, transform = self._stream(), self._transform()
+        """Return batches of the DALI loader on a GPU."""
+        sampler, transform = self._sampler(), self._transform()
         return self._epochs(DaliTrainLoader(self.source, transform, sampler, workers=self.workers, device="cuda"))
 
     def _transform(self) -> TrainTransform:
         return TrainTransform(self.size, seed=0, policy=parse_policy(POLICY))
 
-    def _stream(self) -> Sampler:
+    def _sampler(self) -> Sampler:
         return Sampler(len(self.source), 0, self.batch, self.batch)
 
     def _timm(self, use_prefetcher: bool) -> Any:
@@ -126,6 +126,7 @@ class Contenders:
                     return
 
     def _epochs(self, loader: Any, then: Callable[[Any], Any] = lambda batch: batch) -> Iterator[int]:
+        """Yield batch sizes of our loaders, `then` applied to each batch, up to the number of images."""
         done, epoch = 0, 0
         while done < self.images:
             for batch in loader.epoch(epoch):
@@ -138,7 +139,7 @@ class Contenders:
 
 
 def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, which under Pillow 13 ends with an error where no bits are kept (an image in 650)."""
+    """Apply timm's posterize with at least one bit; without any (an image in 650) it fails under Pillow 13."""
     return timm.data.auto_augment.posterize(image, max(1, bits), **options)
 
 
@@ -148,25 +149,25 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def measure(contender: Contender, answer: Any) -> None:
-    """Send (images, CPU-seconds, seconds) of a contender, its workers started and ended within."""
+def measure(candidate: Candidate, result: Any) -> None:
+    """Send (images, CPU-seconds, seconds) of a candidate through a pipe, with the start and end of its workers."""
     try:
         torch.set_num_threads(1)
         cpu, wall = cpu_seconds(), time.perf_counter()
-        batches = contender()
+        batches = candidate()
         images = sum(batches)
         del batches
         gc.collect()  # ends the workers, whose time counts once they have ended
-        answer.send((images, cpu_seconds() - cpu, time.perf_counter() - wall))
+        result.send((images, cpu_seconds() - cpu, time.perf_counter() - wall))
     except Exception as error:  # a process cannot raise into another
-        answer.send(error)
+        result.send(error)
 
 
-def alone(contender: Contender) -> tuple[int, float, float]:
-    """Measure a contender in a process of its own."""
+def measure_in_process(candidate: Candidate) -> tuple[int, float, float]:
+    """Return (images, CPU-seconds, seconds) of a candidate, measured in a process of its own."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=measure, args=(contender, theirs))
+    process = context.Process(target=measure, args=(candidate, theirs))
     process.start()
     found = ours.recv()
     process.join()
@@ -182,7 +183,7 @@ def find_source(folder: Path) -> FolderSource:
 
 
 def rows_of(rates: dict[str, list[float]], walls: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Return a row a contender: median, spread, and the ratio to timm's rate in the same round."""
+    """Return a row for each candidate: median, spread, and the ratio to timm's rate in the same round."""
     against = {"torch_floats": "timm_floats", "timm_floats": "timm_floats"}
     rows = []
     for name, values in rates.items():
@@ -222,15 +223,15 @@ COLUMNS: record.Columns = {
 }
 
 
-def gather_facts(args: Any, argv: Sequence[str] | None, source: FolderSource, images: int) -> dict[str, Any]:
-    """Return what a reader must know to judge the numbers."""
+def gather_metadata(args: Any, argv: Sequence[str] | None, source: FolderSource, images: int) -> dict[str, Any]:
+    """Return the metadata of the result: machine, command, versions, images, rounds."""
     typed = list(sys.argv[1:] if argv is None else argv)
     shown = ["DIR" if word == str(args.data) else word for word in typed]
     mean = sum(len(source.read(i)) for i in range(len(source))) / len(source) / 1e3
     return {
         **record.metadata("benchmarks/loader.py", shown, ("torchvision", "timm", "Pillow")),
         "pictures": f"{len(source)} files, mean {mean:.0f} kB",
-        "n": f"{args.rounds} rounds of {images} images, contenders in turn",
+        "n": f"{args.rounds} rounds of {images} images, candidates in turn",
     }
 
 
@@ -239,41 +240,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("Measure loaders in images per CPU-second.")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of class folders of images")
     parser.add_argument(
-        "--images", type=int, default=768, help="images a contender and round, rounded to whole epochs (default 768)"
+        "--images",
+        type=int,
+        default=768,
+        help="images for each candidate and round, rounded to whole epochs (default 768)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--workers", type=int, default=2, help="loader processes, of DALI threads (default 2)")
-    parser.add_argument("--only", nargs="*", choices=list(NAMES), help="contenders, with timm's (default all)")
+    parser.add_argument("--batch", type=int, default=128, help="images of a batch (default 128)")
+    parser.add_argument("--size", type=int, default=224, help="side of the crops (default 224)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes, or threads of DALI (default 2)")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(NAMES), help="candidates, in addition to timm's (default all)"
+    )
     parser.add_argument(
         "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-loader)"
     )
     args = parser.parse_args(argv)
     source = find_source(args.data)
-    contenders = Contenders(source, args.images, min(args.batch, len(source)), args.size, args.workers)
+    candidates = Candidates(source, args.images, min(args.batch, len(source)), args.size, args.workers)
     names = [name for name in NAMES if not args.only or name in args.only or name.startswith("timm")]
-    say = record.console()
+    console = record.console()
     try:
         check_dali("auto", torch.device("cpu"))
     except ValueError as error:
         names = [name for name in names if not name.startswith("dali")]
-        say.print(f"without DALI: {error}")
+        console.print(f"without DALI: {error}")
     if not torch.cuda.is_available():
         names = [name for name in names if name != "dali_gpu"]
     rates: dict[str, list[float]] = {name: [] for name in names}
     walls: dict[str, list[float]] = {name: [] for name in names}
     for number in range(args.rounds + 1):  # round 0 warms the file cache
         for name in names:
-            images, cpu, wall = alone(getattr(contenders, name))
+            images, cpu, wall = measure_in_process(getattr(candidates, name))
             if number:
                 rates[name].append(images / cpu)
                 walls[name].append(images / wall)
     rows = rows_of(rates, walls)
-    say.print(record.table(COLUMNS, rows))
-    metadata = gather_facts(args, argv, source, contenders.images)
+    console.print(record.table(COLUMNS, rows))
+    metadata = gather_metadata(args, argv, source, candidates.images)
     out = args.out or record.RESULTS / f"{metadata['date']}-loader"
-    say.print(f"written to {record.write(out, 'Loaders', COLUMNS, metadata, rows, append=False)}")
+    console.print(f"written to {record.write(out, 'Loaders', COLUMNS, metadata, rows, append=False)}")
     return 0
 
 

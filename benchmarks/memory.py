@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --models stvit_small,stvit_large --gib 80 --precision bf16
 
-On a GPU by trial: training steps under that limit, doubling, then halving the interval. Without one it is an estimate, and the
-result says so: the bytes that autograd keeps, reckoned on fake tensors as `train.py --dry-run` does, with weights, gradients, AdamW
-and EMA. The estimate leaves out what kernels need on the way and what the allocator loses; on the CPU it keeps LayerNorm's input in
-float32. Results go to benchmarks/results/.
+On a GPU by trial: training steps under that limit, doubling, then halving the interval. Without one it is an estimate, marked as
+such in the result: the bytes that autograd keeps, computed on fake tensors as `train.py --dry-run` does, with weights, gradients,
+AdamW and EMA. The estimate excludes the workspace of kernels and the allocator's fragmentation; on the CPU it keeps LayerNorm's
+input in float32. Results go to benchmarks/results/.
 """
 
 import os
@@ -41,7 +41,7 @@ COLUMNS: record.Columns = {
 
 
 def estimated(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
-    """Reckon the largest micro-batch on fake tensors: what two batch sizes keep tells any."""
+    """Estimate the largest micro-batch on fake tensors, by linear extrapolation from two batch sizes."""
     net = model.build(size, torch.device("cpu"))
     autocast = Precision("off" if precision == "fp32" else precision, torch.device("cpu")).autocast
     fixed = estimate(net, lambda m: torch.optim.AdamW(m.parameters()), True, (2, 3, size, size), autocast)
@@ -71,7 +71,7 @@ def trained(model: Ours, size: int, precision: str, checkpointing: bool, batch: 
 
 
 def fits(model: Ours, size: int, precision: str, checkpointing: bool, batch: int, device: torch.device) -> int:
-    """Return the peak of memory in training, 0 if it did not suffice."""
+    """Return the peak memory of training in bytes, 0 if it ran out."""
     try:
         return trained(model, size, precision, checkpointing, batch, device)
     except torch.OutOfMemoryError:
@@ -104,15 +104,15 @@ def tried(model: Ours, size: int, precision: str, limit: int, device: torch.devi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = Parser("Find the largest micro-batch that trains in a given memory.")
-    parser.add_argument("--models", required=True, metavar="A,B", help="names of our models, with commas between")
+    parser.add_argument("--models", required=True, metavar="A,B", help="names of our models, separated by commas")
     parser.add_argument("--gib", type=float, required=True, metavar="GIB", help="memory of a GPU")
-    parser.add_argument("--precision", default="bf16", help="fp32, bf16, fp16, with commas between (default bf16)")
+    parser.add_argument("--precision", default="bf16", help="fp32, bf16, fp16, separated by commas (default bf16)")
     parser.add_argument("--size", type=int, default=224, help="side of the images (default 224)")
-    parser.add_argument("--most", type=int, default=4096, help="micro-batch to stop at on a GPU (default 4096)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--most", type=int, default=4096, help="largest micro-batch to try on a GPU (default 4096)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (auto)")
     parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
     parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
-    args, say = parser.parse_args(argv), record.console()
+    args, console = parser.parse_args(argv), record.console()
     try:
         device, limit = find_device(args.device), round(args.gib * 2**30)
         if limit <= 0 or args.size < 1 or args.most < 1:
@@ -135,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     by_trial = "by trial on this GPU, to 3%; memory is the peak reserved"
     metadata["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
     metadata["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
-    say.print(record.table(COLUMNS, rows))
+    console.print(record.table(COLUMNS, rows))
     page = record.write(args.out or record.default_out("memory"), "Memory", COLUMNS, metadata, rows, args.append)
-    say.print(f"{metadata['how']}; written to {page}")
+    console.print(f"{metadata['how']}; written to {page}")
     return 0
 
 

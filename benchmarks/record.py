@@ -1,4 +1,4 @@
-"""What a reader of a measurement must know, and the files it goes to: JSON to compute with, Markdown to read."""
+"""Records of measurements: metadata (machine, command, commit, versions), and result files in JSON and Markdown."""
 
 import importlib.metadata
 import json
@@ -19,11 +19,11 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
-Columns = Mapping[str, Callable[[Row], str]]  # title to the text of a row
+Columns = Mapping[str, Callable[[Row], str]]  # title: function from a row to the cell's text
 
 
 def processor() -> str:
-    """Name the CPU as the system does."""
+    """Return the CPU's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -34,13 +34,13 @@ def processor() -> str:
 
 
 def hardware() -> str:
-    """Describe the machine: cores this process may use, processor, GPU."""
+    """Return a description of the machine: cores available to this process, processor, GPU."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{len(os.sched_getaffinity(0))} cores of {processor()}{gpu}"
 
 
 def commit() -> str:
-    """Return the commit measured, and whether files differed from it; "" outside a repository."""
+    """Return the current commit, marked if files differ from it; "" outside a repository."""
 
     def git(*words: str) -> str:
         try:
@@ -54,7 +54,7 @@ def commit() -> str:
 
 
 def command(program: str, argv: Sequence[str] | None) -> str:
-    """Write the command that was typed, for someone who types it again."""
+    """Return the command line, quoted for a shell, without --append."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--append"]
     return shlex.join(["python", program, *words])
 
@@ -72,7 +72,7 @@ def metadata(program: str, argv: Sequence[str] | None, packages: Sequence[str] =
 
 
 def console() -> Console:
-    """Return a console, wide where its lines go to a file."""
+    """Return a console, 140 columns wide unless it is a terminal."""
     return Console() if Console().is_terminal else Console(width=140)
 
 
@@ -84,8 +84,14 @@ def table(columns: Columns, rows: Sequence[Row]) -> Table:
     return shown
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a result file's table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
 def write(out: Path, title: str, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool) -> Path:
-    """Write facts and rows to `out`.json and .md, with `append` behind what is there; return the Markdown file."""
+    """Write metadata and rows to `out`.json and .md, with `append` after the existing ones; return the Markdown file."""
     file, page = out.with_suffix(".json"), out.with_suffix(".md")
     out.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(file.read_text())["runs"] if append and file.exists() else []
@@ -94,15 +100,14 @@ def write(out: Path, title: str, columns: Columns, found: Mapping[str, Any], row
     lines = [f"# {title}, {found['date']}, {found['hardware']}"]
     for run in runs:
         lines += ["", f"    {run['facts']['command']}", ""]
-        told = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
-        lines += [f"{key}: {value}.  " for key, value in told]
-        lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(text(row) for text in columns.values()) + " |" for row in run["rows"]]
+        others = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
+        lines += [f"{key}: {value}.  " for key, value in others]
+        lines += ["", *markdown_table(list(columns), [[text(row) for text in columns.values()] for row in run["rows"]])]
     page.write_text("\n".join(lines) + "\n")
     return page
 
 
 def default_out(name: str) -> Path:
-    """Return where a program's result goes if nothing else is said: benchmarks/results/<year-month>-<name>-<device>."""
+    """Return the default path of a program's result: benchmarks/results/<year-month>-<name>-<device>."""
     device = "gpu" if torch.cuda.is_available() else "cpu"
     return RESULTS / f"{time.strftime('%Y-%m')}-{name}-{device}"

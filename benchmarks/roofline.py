@@ -1,7 +1,7 @@
-"""The floor: the time that a step cannot go below on a machine, from its arithmetic and its traffic to memory.
+"""Roofline: the least time (floor) of a step on a machine, from its arithmetic and its memory traffic.
 
 Ideal fusion is assumed: matrix products, convolutions and attention read their inputs and write their outputs once, everything
-else happens on the way. Nothing is computed to find it out: the step runs on fake tensors, shapes without values.
+else is fused into them. The step runs on fake tensors, without computing values.
 """
 
 import math
@@ -20,13 +20,13 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.timing import timed
 from engine.precision import DTYPES
 
-H200 = (0.85 * 4.8e12, 600e12)  # bytes/s and operations/s that can be had, of GPUs of that name
+H200 = (0.85 * 4.8e12, 600e12)  # attainable bytes/s and operations/s of this GPU
 ADAMW_BYTES = 28  # for each float32 weight: read it, its gradient and two moments, write it and the moments
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device can do at best."""
+    """Peak rates of a device."""
 
     bandwidth: float  # bytes/s
     arithmetic: float  # operations/s, a multiply-add counting two
@@ -35,13 +35,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has to do."""
+    """Operations and memory traffic of a step."""
 
     operations: float
     bytes: float
 
     def seconds(self, machine: Machine) -> tuple[float, float]:
-        """Return the floor, and the time where traffic and arithmetic do not overlap."""
+        """Return the floor in seconds, and the time if traffic and arithmetic do not overlap."""
         memory, arithmetic = self.bytes / machine.bandwidth, self.operations / machine.arithmetic
         return max(memory, arithmetic), memory + arithmetic
 
@@ -70,7 +70,7 @@ class Counter(TorchDispatchMode):
 
 
 def stored(tensor: Tensor) -> int:
-    """Return the bytes that a tensor occupies; what it repeats counts once."""
+    """Return the bytes that a tensor occupies; expanded dimensions count once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -83,13 +83,13 @@ def attention_operations(args: Sequence[Any], backward: bool) -> int:
 
 
 def convolution_backward_operations(args: Sequence[Any]) -> int:
-    """Return the operations of a convolution's gradients from its arguments: the forward pass's for each; torch's forgets groups."""
+    """Return the operations of a convolution's gradients from its arguments; torch's own count ignores groups."""
     grad, weight, wanted = args[0], args[2], args[-1]
     return int(2 * grad.numel() * weight[0].numel() * sum(wanted[:2]))
 
 
 def work_of(model: nn.Module, images: tuple[int, int, int, int], precision: str, train: bool) -> Work:
-    """Return what a step of a model, on the CPU, has to do with a batch of shape `images`; training includes AdamW."""
+    """Return the work of a step of a model, on the CPU, for a batch of shape `images`; training includes AdamW."""
     autocast = torch.autocast("cpu", DTYPES[precision]) if precision in DTYPES else nullcontext()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: dict[str, Tensor] = {
@@ -110,7 +110,7 @@ def work_of(model: nn.Module, images: tuple[int, int, int, int], precision: str,
 def machine(
     device: torch.device, precision: str, gbyte_s: float | None, tflops: float | None, clock: str = "wall"
 ) -> Machine:
-    """Return what the device can do: as given, H200's from the table, or measured by a copy and a matrix product."""
+    """Return the device's peak rates: as given, H200's from the table, or measured by a copy and a matrix product."""
     if device.type == "cuda" and "H200" in torch.cuda.get_device_name(device) and precision in DTYPES:
         known, source = H200, "4.8 TB/s at 85%, 600 TFLOP/s"
     else:

@@ -1,11 +1,11 @@
-"""Reckon how long a whole run takes and what it costs, from a floor of its time on one GPU. On paper: nothing is measured.
+"""Estimate the time and cost of whole runs, from a floor of their time on one GPU; nothing is measured.
 
     python -m benchmarks.run_cost
     python -m benchmarks.run_cost --cfg configs/stvit/small_224.yaml --images-per-s 2100 --price 2.5
 
-A floor is what the model must read, write and compute for an image, at the rates of one H200 (4.8 TB/s, of which 85 %; 600 TFLOP/s in
-bfloat16), the two added, each step with an ideal kernel. No run reaches it; --share says what part of it one does, and
---images-per-s replaces both with what a run's log shows. GPUs are taken to scale evenly (benchmarks/cluster_cost.py says how far).
+A floor is the time of the memory traffic plus that of the arithmetic for an image, at the rates of one H200 (85 % of 4.8 TB/s; 600
+TFLOP/s in bfloat16), each step with an ideal kernel. No run reaches it; --share is the part that one reaches, and --images-per-s
+replaces both with the rate in a run's log. Scaling over GPUs is taken as linear (benchmarks/cluster_cost.py estimates its limits).
 """
 
 import sys
@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 import config
 from config.command_line import ROOT, Parser
+from tools.tables import markdown_table
 
 TRAINING, VALIDATION = 1_281_167, 50_000  # images of ImageNet-1k
 GPUS = (1, 8, 16)
@@ -27,14 +28,14 @@ HEAD = ("config", "images, M", "floor, images/s", "GPU-hours at the floor", "GPU
 
 @dataclass(frozen=True)
 class Floor:
-    """Images a second and GPU at 224 that nothing can exceed, and the operations of an image at 224 and 384."""
+    """Upper bounds of images/s of a GPU at 224, in training and inference, and GMACs of an image at 224 and 384."""
 
     training: float
     inference: float
     gmacs: tuple[float, float]
 
     def at(self, size: int) -> tuple[float, float]:
-        """Return (training, inference) images a second at 224, or at 384 by the operations."""
+        """Return (training, inference) images/s at 224, or at 384 scaled by the operations."""
         factor = self.gmacs[0] / self.gmacs[1] if size == 384 else 1.0
         return self.training * factor, self.inference * factor
 
@@ -56,16 +57,16 @@ FLOORS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """A run: images that it trains on and evaluates, and the GPU-hours of both at the floor."""
+    """Cost of a run."""
 
-    training: int
-    evaluation: int
-    floor: float
-    hours: float
+    training: int  # images
+    evaluation: int  # images
+    floor: float  # training images/s of a GPU
+    hours: float  # GPU-hours at the floor
 
 
 def cost(cfg: CfgNode) -> Cost:
-    """Return what a config's run on ImageNet comes to. Raises ValueError for a model or size without a floor."""
+    """Estimate a config's run on ImageNet. Raises ValueError for a model or size without a floor."""
     name, size = cfg.MODEL.NAME, cfg.DATA.IMG_SIZE
     if name not in FLOORS or size not in (224, 384):
         raise ValueError(
@@ -75,7 +76,8 @@ def cost(cfg: CfgNode) -> Cost:
     training = epochs * (TRAINING // cfg.TRAIN.GLOBAL_BATCH) * cfg.TRAIN.GLOBAL_BATCH
     evaluation = epochs // cfg.EVAL.EVERY * VALIDATION * (2 if cfg.EMA.DECAY else 1)
     train_rate, eval_rate = FLOORS[name].at(size)
-    return Cost(training, evaluation, train_rate, (training / train_rate + evaluation / eval_rate) / 3600)
+    hours = (training / train_rate + evaluation / eval_rate) / 3600
+    return Cost(training=training, evaluation=evaluation, floor=train_rate, hours=hours)
 
 
 def recipes() -> list[Path]:
@@ -86,7 +88,7 @@ def recipes() -> list[Path]:
 
 
 def row(path: Path, share: float, images_per_s: float, price: float, gpus: Sequence[int]) -> list[str]:
-    """Return a run's cells, as HEAD and one column for each number of GPUs, then the price."""
+    """Return a run's cells: those of HEAD, a duration for each number of GPUs, the price."""
     c = cost(config.load(str(path)))
     hours = c.hours * c.floor / images_per_s if images_per_s else c.hours / share
     name = f"{path.parent.name}/{path.stem}"
@@ -98,19 +100,21 @@ def row(path: Path, share: float, images_per_s: float, price: float, gpus: Seque
 
 
 def duration(hours: float) -> str:
-    """Write hours as days from two days on."""
+    """Return hours as text, in days from two days on."""
     return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = Parser("Reckon how long runs on ImageNet take and what they cost, from floors of their time.")
+    parser = Parser("Estimate the time and cost of runs on ImageNet, from floors of their time.")
     parser.add_argument("--cfg", nargs="+", type=Path, metavar="FILE", help="configs (default: all ImageNet recipes)")
     parser.add_argument("--share", type=float, default=0.4, help="part of the floor that a run reaches (0.4)")
-    parser.add_argument("--images-per-s", type=float, default=0.0, metavar="N", help="instead: what one GPU trains on")
+    parser.add_argument(
+        "--images-per-s", type=float, default=0.0, metavar="N", help="training rate of one GPU, instead of --share"
+    )
     parser.add_argument("--price", type=float, default=3.0, help="of a GPU-hour, in any currency (3)")
-    parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), metavar="N")
-    parser.add_argument("--markdown", action="store_true", help="print a table of Markdown")
+    parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), metavar="N", help="numbers of GPUs")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = parser.parse_args(argv)
     try:
         if not 0 < args.share <= 1:
@@ -124,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.fail(error)
     if args.markdown:
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)))
+        print("\n".join(markdown_table(head, rows)))
         return 0
     how = f"{args.images_per_s:g} images/s a GPU" if args.images_per_s else f"{100 * args.share:g} % of the floor"
-    shown = Table(title=f"runs on ImageNet, reckoned, not measured: {how}", box=None)
+    shown = Table(title=f"runs on ImageNet, estimated, not measured: {how}", box=None)
     for i, name in enumerate(head):
         shown.add_column(name, justify="right" if i else "left", no_wrap=True)
     for cells in rows:

@@ -1,13 +1,13 @@
-"""Measure the step of our models and of opponents: images/s and memory, in training and inference, all taking turns.
+"""Measure the step of our models and of baselines: images/s and memory, in training and inference, all taking turns.
 
     python benchmarks/step.py --models sgformer_small,stvit_small
     python benchmarks/step.py --models stvit_small --compile --opponent timm.models.vision_transformer:deit_small_patch16_224
     python benchmarks/step.py --models sgformer_small,stvit_small --opponent published=opponents:{model}
 
-A training step is forward, cross-entropy, backward and AdamW. An opponent is a callable that gives a model; `{model}` stands for the
-name it is measured against. Modules are also looked for in oracle/, which git ignores. Ratios are to the first opponent, round by
-round, or to our eager model without one. The floor is that of our model by a roofline (roofline.py); every share is of it.
-Memory: on a GPU the peak; on the CPU what a forward pass keeps for the backward pass. Results go to benchmarks/results/.
+A training step is forward, cross-entropy, backward and AdamW. --opponent names a baseline, a callable that returns a model; `{model}`
+stands for the name of our model. Modules are also searched in oracle/, which git ignores. Ratios are to the first baseline, round
+by round, or to our eager model without one. The floor is the roofline of our model (roofline.py); every share is of it. Memory: on a
+GPU the peak; on the CPU the bytes that a forward pass keeps for the backward pass. Results go to benchmarks/results/.
 """
 
 import os
@@ -42,10 +42,12 @@ WARM_CALLS = 2
 
 
 def rate(row: Row) -> str:
+    """Return a row's images/s as text, or the reason why it failed."""
     return row.get("failed") or f"{row['images_per_s']:.1f}"
 
 
 def spread_of(key: str, digits: int) -> Callable[[Row], str]:
+    """Return a function from a row to its lowest and highest value of `key`, as text."""
     return lambda row: f"{row[key][1]:.{digits}f} .. {row[key][2]:.{digits}f}" if key in row else ""
 
 
@@ -65,37 +67,37 @@ SHOWN = ("model", "step", "contender", "images/s", "ratio", "memory", "share")  
 
 
 class Bench:
-    """The measurements of one run of the program."""
+    """Measurements of one run of the program."""
 
-    def __init__(self, args: Namespace, opponents: Sequence[Baseline], device: torch.device, say: Console):
-        self.args, self.opponents, self.device, self.say = args, opponents, device, say
+    def __init__(self, args: Namespace, baselines: Sequence[Baseline], device: torch.device, console: Console):
+        self.args, self.baselines, self.device, self.console = args, baselines, device, console
         self.machines: dict[str, roofline.Machine] = {}
         if device.type == "cpu":
             keep_freed_memory()  # as train.py does
 
-    def contenders(self, model: Ours, mode: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
-        """Return what builds each contender, ours first."""
+    def candidates(self, model: Ours, mode: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
+        """Return functions that build the candidates, by name, ours first."""
         ours = partial(model.build, self.args.size, self.device)
         found: dict[str, Callable[[], nn.Module]] = {"ours": ours}
         if mode == "infer" and model.folds:
             found["ours, folded"] = partial(model.build_folded, self.args.size, self.device, precision)
         if self.args.compile:
             found["ours, compiled"] = ours
-        for opponent in self.opponents:
-            found[opponent.name] = lambda opponent=opponent: opponent.build(model.name).to(self.device)  # type: ignore[misc]
+        for baseline in self.baselines:
+            found[baseline.name] = lambda baseline=baseline: baseline.build(model.name).to(self.device)  # type: ignore[misc]
             if self.args.compile == "all":
-                found[f"{opponent.name}, compiled"] = found[opponent.name]
+                found[f"{baseline.name}, compiled"] = found[baseline.name]
         return found
 
     def machine(self, precision: str) -> roofline.Machine:
-        """Return what the device can do, measured once."""
+        """Return the device's peak rates, measured once."""
         if precision not in self.machines:
             given = self.args.bandwidth, self.args.tflops
             self.machines[precision] = roofline.machine(self.device, precision, *given, self.args.clock)
         return self.machines[precision]
 
     def warm(self, name: str, build: Callable[[], nn.Module], mode: str, precision: str) -> tuple[ModelStep, int]:
-        """Build a contender and call it; return it with the bytes it needs."""
+        """Build a candidate and warm it up; return its step and the bytes it needs."""
         gc.collect()
         before = 0
         if self.device.type == "cuda":
@@ -113,9 +115,9 @@ class Bench:
         return step, step.kept_bytes() if mode == "train" else 0
 
     def block(self, model: Ours, mode: str, precision: str, progress: Progress) -> list[Row]:
-        """Measure all contenders of a model in one mode and precision."""
-        args, contenders = self.args, self.contenders(model, mode, precision)
-        task = progress.add_task(f"{model.name} {mode} {precision}", total=len(contenders) * (args.rounds + 1))
+        """Measure all candidates of a model in one mode and precision; return a row for each."""
+        args, candidates = self.args, self.candidates(model, mode, precision)
+        task = progress.add_task(f"{model.name} {mode} {precision}", total=len(candidates) * (args.rounds + 1))
         work = roofline.work_of(
             model.build(args.size, torch.device("cpu")),
             (args.batch, 3, args.size, args.size),
@@ -126,25 +128,25 @@ class Bench:
         shared = {"model": model.name, "mode": mode, "precision": precision, "floor": floor, "floor_added": added}
         rows: dict[str, Row] = {}
         steps: dict[str, Callable[[], None]] = {}
-        for name, build in contenders.items():
+        for name, build in candidates.items():
             rows[name] = {**shared, "contender": name, "batch": args.batch, "size": args.size}
             try:
                 step, memory = self.warm(name, build, mode, precision)
-            except (RuntimeError, TypeError, AttributeError) as error:  # others' code, compilers, full memory
+            except (RuntimeError, TypeError, AttributeError) as error:  # baselines, compilers, full memory
                 if name in ("ours", "ours, folded"):
                     raise
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 rows[name]["failed"] = (
                     "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {first[:80]}"
                 )
-                self.say.print(f"{model.name} {mode} {precision}: {name} {rows[name]['failed']}")
+                self.console.print(f"{model.name} {mode} {precision}: {name} {rows[name]['failed']}")
                 continue
             finally:
                 progress.advance(task)
             steps[name] = step.of(mode)
             rows[name]["memory"] = memory
         seconds = in_turn(steps, args.rounds, args.seconds, self.device, lambda: progress.advance(task), args.clock)
-        base = next((o.name for o in self.opponents if o.name in seconds), "ours")
+        base = next((b.name for b in self.baselines if b.name in seconds), "ours")
         for name, times in seconds.items():
             found, against = Spread.of([args.batch / s for s in times]), ratios(seconds[base], times)
             rows[name]["images_per_s"] = found.median
@@ -154,7 +156,7 @@ class Bench:
         return list(rows.values())
 
     def about(self) -> str:
-        """Say what the floors were computed from."""
+        """Return the peak rates that the floors were computed from, as text."""
         return "; ".join(
             f"{precision}: {found.bandwidth / 1e9:.0f} GB/s, {found.arithmetic / 1e12:.2f} TFLOP/s ({found.source})"
             for precision, found in self.machines.items()
@@ -166,7 +168,12 @@ def measure(bench: Bench, models: Sequence[Ours], modes: Sequence[str], precisio
     rows: list[Row] = []
     text, bar = TextColumn("{task.description}"), BarColumn()
     with Progress(
-        text, bar, MofNCompleteColumn(), TimeElapsedColumn(), console=bench.say, disable=not bench.say.is_terminal
+        text,
+        bar,
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=bench.console,
+        disable=not bench.console.is_terminal,
     ) as progress:
         for model in models:
             for precision in precisions:
@@ -177,20 +184,26 @@ def measure(bench: Bench, models: Sequence[Ours], modes: Sequence[str], precisio
 
 
 def make_parser(description: str) -> Parser:
-    """Return the flags that step.py and throughput.py share."""
+    """Return a parser with the flags that step.py and throughput.py share."""
     parser = Parser(description)
-    parser.add_argument("--models", required=True, metavar="A,B", help="names, ours or timm's, with commas between")
+    parser.add_argument(
+        "--models", required=True, metavar="A,B", help="names of our or timm's models, separated by commas"
+    )
     parser.add_argument("--modes", default="train,infer", help="train, infer (default both)")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, with commas between (default fp32)")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, separated by commas (default fp32)")
     parser.add_argument("--size", type=int, default=224, help="side of the images (default 224)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each candidate (default 7)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn, at least one step (default 1)")
     parser.add_argument(
         "--clock", default="wall", choices=list(CLOCKS), help="wall, or cpu: images per CPU-second of all threads"
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory, for the floor (default: measured)")
-    parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="for the floor (default: measured)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (auto)")
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="GB/s", help="memory bandwidth for the floor (default: measured)"
+    )
+    parser.add_argument(
+        "--tflops", type=float, metavar="TFLOP/s", help="arithmetic rate for the floor (default: measured)"
+    )
     parser.add_argument("--backend", default="inductor", help="of torch.compile (default inductor)")
     parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
     parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
@@ -198,14 +211,14 @@ def make_parser(description: str) -> Parser:
 
 
 def find_device(asked: str) -> torch.device:
-    """Return the device. Raises ValueError if CUDA is asked for and missing."""
+    """Return the requested device. Raises ValueError for CUDA without a CUDA device."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; take cpu or auto")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def check(args: Namespace) -> torch.device:
-    """Return the device that the shared flags ask for. Raises ValueError for values that cannot be."""
+    """Check the shared flags and return the device. Raises ValueError for values out of range."""
     for flag in ("size", "rounds"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
@@ -213,16 +226,16 @@ def check(args: Namespace) -> torch.device:
         raise ValueError(f"--backend {args.backend}: torch.compile has {', '.join(known)}")
     device = find_device(args.device)
     if args.clock == "cpu" and device.type == "cuda":
-        raise ValueError("--clock cpu says nothing of a GPU; leave it out, or measure with --device cpu")
+        raise ValueError("--clock cpu does not measure a GPU; leave it out, or measure with --device cpu")
     return device
 
 
 def metadata(program: str, argv: Sequence[str] | None, bench: Bench) -> dict[str, Any]:
-    """Return what a reader must know of the measurements."""
+    """Return the metadata of the result: machine, command, versions, rounds, clock, peak rates."""
     args, threads = bench.args, torch.get_num_threads()
     return {
         **record.metadata(program, argv),
-        "n": f"{args.rounds} rounds of at least {args.seconds:g} s, contenders in turn, {threads} threads",
+        "n": f"{args.rounds} rounds of at least {args.seconds:g} s, candidates in turn, {threads} threads",
         "clock": "wall" if args.clock == "wall" else "CPU time of all threads: images/s are per CPU-second",
         "floor": bench.about(),
     }
@@ -237,12 +250,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="?",
         const="ours",
         choices=("ours", "all"),
-        help="torch.compile of ours too, or of all contenders",
+        help="also measure our models, or all candidates, under torch.compile",
     )
     parser.add_argument(
-        "--opponent", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="measure this model too"
+        "--opponent",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODULE:FACTORY",
+        help="baseline to compare with: a callable that returns a model; may be repeated",
     )
-    args, say = parser.parse_args(argv), record.console()
+    args, console = parser.parse_args(argv), record.console()
     try:
         if args.batch < 1:
             raise ValueError(f"--batch {args.batch}: must be at least 1")
@@ -250,28 +267,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = parse_models(args.models)
         modes = parse_choices("--modes", args.modes, MODES)
         precisions = parse_choices("--precision", args.precision, PRECISIONS)
-        opponents = [parse_baseline(text) for text in args.opponent]
-        check_opponents(opponents, models)
-        bench = Bench(args, opponents, device, say)
+        baselines = [parse_baseline(text) for text in args.opponent]
+        check_baselines(baselines, models)
+        bench = Bench(args, baselines, device, console)
         rows = measure(bench, models, modes, precisions)
     except ValueError as error:
         parser.fail(error)
-    say.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
+    console.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
     found = {**metadata("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
     page = record.write(args.out or record.default_out("step"), "Steps", COLUMNS, found, rows, args.append)
-    say.print(f"written to {page}")
+    console.print(f"written to {page}")
     return 0
 
 
-def check_opponents(opponents: Sequence[Baseline], models: Sequence[Ours]) -> None:
-    """Look every opponent up, so that a wrong name ends the program at once. Raises ValueError."""
-    names = [opponent.name for opponent in opponents]
+def check_baselines(baselines: Sequence[Baseline], models: Sequence[Ours]) -> None:
+    """Look up every baseline before anything is measured. Raises ValueError for one that does not exist."""
+    names = [baseline.name for baseline in baselines]
     for name in names:
         if names.count(name) > 1 or name.startswith("ours"):
-            raise ValueError(f"--opponent: {name!r} names two contenders; write NAME=MODULE:FACTORY with another NAME")
-    for opponent in opponents:
+            raise ValueError(f"--opponent: {name!r} names two candidates; write NAME=MODULE:FACTORY with another NAME")
+    for baseline in baselines:
         for model in models:
-            opponent.find(model.name)
+            baseline.find(model.name)
 
 
 if __name__ == "__main__":

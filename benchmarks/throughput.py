@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py --models stvit_small --batches 1,32,256 --precision fp32,bf16 --compile
 
-The step is that of step.py, and so are the columns; contenders of one batch size take turns. Results go to benchmarks/results/.
+The step and the columns are those of step.py; candidates of one batch size take turns. Results go to benchmarks/results/.
 """
 
 import os
@@ -22,12 +22,12 @@ from benchmarks.record import Row
 from benchmarks.step import COLUMNS, MODES, PRECISIONS, Bench, check, make_parser, measure, metadata
 
 BATCHED: record.Columns = {"batch": lambda row: str(row["batch"]), **COLUMNS}
-RATIO = ("ratio", "its lowest .. highest")  # to the model as it is: nothing without a compiled or a folded one
+RATIO = ("ratio", "its lowest .. highest")  # to the eager model: left out without a compiled or a folded one
 SHOWN = ("batch", "model", "step", "contender", "images/s", "memory", "share")
 
 
 def parse_batches(text: str) -> list[int]:
-    """Read batch sizes with commas between. Raises ValueError."""
+    """Parse batch sizes separated by commas. Raises ValueError."""
     try:
         sizes = [int(word) for word in text.split(",")]
     except ValueError:
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = make_parser("Measure images/s of models over batch sizes.")
     parser.add_argument("--batches", default="1,8,32", metavar="N,M", help="batch sizes (default 1,8,32)")
-    parser.add_argument("--compile", action="store_const", const="ours", help="compiled models beside eager ones")
-    args, say = parser.parse_args(argv), record.console()
+    parser.add_argument("--compile", action="store_const", const="ours", help="also measure compiled models")
+    args, console = parser.parse_args(argv), record.console()
     rows: list[Row] = []
     try:
         device = check(args)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = parse_batches(args.batches)
         modes = parse_choices("--modes", args.modes, MODES)
         precisions = parse_choices("--precision", args.precision, PRECISIONS)
-        bench = Bench(args, (), device, say)
+        bench = Bench(args, (), device, console)
         for batch in batches:
             args.batch = batch
             rows += measure(bench, models, modes, precisions)
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows.sort(key=lambda row: [model.name for model in models].index(row["model"]))
     compared = any(row["contender"] != "ours" for row in rows)
     shown = (*SHOWN, "ratio") if compared else SHOWN
-    say.print(record.table({title: BATCHED[title] for title in shown}, rows))
+    console.print(record.table({title: BATCHED[title] for title in shown}, rows))
     found = {**metadata("benchmarks/throughput.py", argv, bench), "images": f"of {args.size} x {args.size}"}
     columns = {title: cell for title, cell in BATCHED.items() if compared or args.append or title not in RATIO}
     page = record.write(args.out or record.default_out("throughput"), "Throughput", columns, found, rows, args.append)
-    say.print(f"written to {page}")
+    console.print(f"written to {page}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Take turns: what is compared runs alternately in one process, so that a busy machine is unfair to none."""
+"""Timing of candidates in turn, in one process, so that other load on the machine affects all alike."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several measurements, with the lowest and the highest."""
+    """Median, lowest and highest of several measurements."""
 
     median: float
     lowest: float
@@ -21,7 +21,7 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, digits: int = 1) -> str:
-        """Write lowest .. highest."""
+        """Return "lowest .. highest"."""
         return f"{self.lowest:.{digits}f} .. {self.highest:.{digits}f}"
 
 
@@ -31,11 +31,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all threads, for a machine that others use too
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: of all threads, for a shared machine
 
 
 def timed(run: Callable[[], object], calls: int, device: torch.device, clock: str = "wall") -> float:
-    """Return the seconds of one of so many calls."""
+    """Return the mean seconds of a call, over `calls` calls."""
     synchronise(device)
     start = CLOCKS[clock]()
     for _ in range(calls):
@@ -45,26 +45,26 @@ def timed(run: Callable[[], object], calls: int, device: torch.device, clock: st
 
 
 def in_turn(
-    ways: Mapping[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     rounds: int,
     seconds: float,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Return the seconds a call of each way, by round; a turn is as many calls as fill `seconds`.
+    """Return the seconds of a call of each candidate, by round; a turn is as many calls as fill `seconds`.
 
-    Every second round goes backwards. The ways are warm: called before. `advance` is called after each turn.
+    Every second round is in reverse order. Candidates are warm: called before. `advance` is called after each turn.
     """
-    calls = {name: max(1, round(seconds / timed(run, 1, device))) for name, run in ways.items()}
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    calls = {name: max(1, round(seconds / timed(run, 1, device))) for name, run in candidates.items()}
+    found: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds):
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            found[name].append(timed(ways[name], calls[name], device, clock))
+        for name in list(candidates)[:: -1 if number % 2 else 1]:
+            found[name].append(timed(candidates[name], calls[name], device, clock))
             advance()
     return found
 
 
 def ratios(base: Sequence[float], values: Sequence[float]) -> Spread:
-    """Return how many times faster than `base` the values are, round by round."""
+    """Return the spread of the speed-ups of `values` over `base`, round by round."""
     return Spread.of([theirs / ours for theirs, ours in zip(base, values, strict=True)])

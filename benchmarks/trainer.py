@@ -1,14 +1,14 @@
-"""Measure what train.py adds to the bare step of its model: loader, mixing, clipping, EMA, schedule, safety, log, agreement.
+"""Measure the overhead of train.py over the bare step of its model: loader, mixup, clipping, EMA, schedule, log, consensus.
 
     python benchmarks/trainer.py --cfg configs/stvit/small_224.yaml --batch 32 --processes 1,2
     python benchmarks/trainer.py --cfg configs/stvit/small_224.yaml --batch 128 --data DIR
 
-The whole step is train.py's own epoch, of a few updates, in a run directory that is thrown away; checkpoints and evaluation are left
-out. The bare step is forward, loss, backward (with the exchange of gradients) and the optimiser's step on one fixed batch in
-memory, same precision, same optimiser. They take turns; the overhead is their ratio, round by round. Without --data images are synthetic.
+The whole step is train.py's own epoch, of a few updates, in a temporary run directory, without checkpoints and evaluation. The bare
+step is forward, loss, backward (with the all-reduce of gradients) and the optimiser's step on one fixed batch in memory, same
+precision, same optimiser. They take turns; the overhead is their ratio, round by round. Without --data images are synthetic.
 
-Turns feel what else a machine does between them. "Within" does not: on the CPU the pieces of the bare step are clocked where they run
-inside the whole step, and what is left over is divided by them.
+Turns are affected by changes of the machine's load between them. "Within" is not: on the CPU the pieces of the bare step are timed
+where they run inside the whole step, and the remaining time is divided by theirs.
 """
 
 import os
@@ -66,33 +66,23 @@ COLUMNS: record.Columns = {
 
 def load(args: Namespace, world: int, folder: str) -> tuple[Any, Namespace]:
     """Return the config of a run of short epochs, and train.py's arguments."""
-    accumulation = args.accumulation * args.batch * world
+    global_batch = args.accumulation * args.batch * world
     options = [
-        *("OUTPUT", folder, "TRAIN.GLOBAL_BATCH", accumulation, "TRAIN.MICRO_BATCH", args.batch),
+        *("OUTPUT", folder, "TRAIN.GLOBAL_BATCH", global_batch, "TRAIN.MICRO_BATCH", args.batch),
         *("TRAIN.EPOCHS", args.rounds + 1, "LOG.EVERY", 50, "LOG.TENSORBOARD", False),
-        *(
-            "SCHEDULE.WARMUP_EPOCHS",
-            0,
-            "SCHEDULE.COOLDOWN_EPOCHS",
-            0,
-            "OPTIM.SCALE_BATCH",
-            0,
-            "DEVICE",
-            args.device,
-            "TRAIN.AMP",
-            args.amp,
-        ),
+        *("SCHEDULE.WARMUP_EPOCHS", 0, "SCHEDULE.COOLDOWN_EPOCHS", 0, "OPTIM.SCALE_BATCH", 0),
+        *("DEVICE", args.device, "TRAIN.AMP", args.amp),
     ]
     if args.data:
         options += ["DATA.PATH", args.data]
     else:
-        options += ["DATA.LOADER", "synthetic", "DATA.SYNTHETIC_TRAIN", args.updates * accumulation, "AUG.REPEATS", 1]
+        options += ["DATA.LOADER", "synthetic", "DATA.SYNTHETIC_TRAIN", args.updates * global_batch, "AUG.REPEATS", 1]
     typed = command_line.train_parser().parse_args(["--cfg", args.cfg, "--opts", *map(str, options), *args.opts])
     return command_line.resolve(typed, command_line.TRAIN_FLAGS), typed
 
 
 def bare_step(s: session.Session) -> Callable[[], None]:
-    """Return forward, loss, backward and the optimiser's step of the run's model, on one batch."""
+    """Return the bare step on one batch: forward, loss, backward and the optimiser's step of the run's model."""
     cfg, processes = s.cfg, s.processes
     model = prepare_model(build_model(cfg, len(s.data.classes)), processes, cfg.MODEL.SYNC_BN)
     optimizer, net = build_optimizer(cfg, model), wrap_in_ddp(model, processes)
@@ -118,7 +108,7 @@ def bare_step(s: session.Session) -> Callable[[], None]:
 
 
 class Pieces:
-    """Clocks the bare step's pieces within train.py's own: forward, loss, backward, optimiser, release of the gradients."""
+    """Timer of the bare step's pieces within train.py's: forward, loss, backward, optimiser, release of the gradients."""
 
     def __init__(self, s: session.Session, clock: str):
         self.seconds, self._now = 0.0, CLOCKS[clock]
@@ -139,7 +129,7 @@ class Pieces:
         return clocked
 
     def of(self, run: Callable[[], None]) -> float:
-        """Return the seconds of the pieces in a run."""
+        """Return the seconds that the pieces take in a call of `run`."""
         self.seconds = 0.0
         with ExitStack() as stack:
             for patch in self._patches:
@@ -149,7 +139,7 @@ class Pieces:
 
 
 def one_epoch(s: session.Session) -> Callable[[], None]:
-    """Return train.py's next epoch, as a step that is repeated."""
+    """Return a function that runs train.py's next epoch."""
 
     def epoch() -> None:
         train_epoch(s)
@@ -159,7 +149,7 @@ def one_epoch(s: session.Session) -> Callable[[], None]:
 
 
 def run(args: Namespace) -> Row | None:
-    """Measure in this process, one of those that were started together; the main one returns the row."""
+    """Measure in this process, one of those started together; return the row in the main process."""
     with tempfile.TemporaryDirectory() as folder:
         cfg, typed = load(args, int(os.environ.get("WORLD_SIZE", "1")), folder)
         processes = init_processes(cfg.DEVICE)
@@ -209,7 +199,7 @@ def meet(processes: Processes) -> None:
 
 
 def launch(argv: Sequence[str], processes: int) -> Row:
-    """Run this program in processes of its own, through torchrun where there are several; return the row."""
+    """Run this program in new processes, with torchrun if there are several; return the row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         program = [str(Path(__file__).resolve()), *argv, "--row", str(out)]
@@ -225,21 +215,21 @@ def launch(argv: Sequence[str], processes: int) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = command_line.Parser("Measure what train.py adds to the bare step of its model.")
+    parser = command_line.Parser("Measure the overhead of train.py over the bare step of its model.")
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config, e.g. configs/stvit/small_224.yaml")
     parser.add_argument("--batch", type=int, default=32, help="micro-batch (default 32)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches an update (default 1)")
-    parser.add_argument("--processes", default="1", metavar="1,2", help="processes, with commas between (default 1)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an update (default 1)")
+    parser.add_argument("--processes", default="1", metavar="1,2", help="world sizes, separated by commas (default 1)")
     parser.add_argument("--updates", type=int, default=8, help="updates of a turn, with synthetic images (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--data", metavar="DIR", help="train on these images; an epoch of them is a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each step (default 5)")
+    parser.add_argument("--data", metavar="DIR", help="train on these images; a turn is an epoch")
     parser.add_argument("--amp", default="bf16", help="bf16, fp16 or off (default bf16)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="wall, or cpu: of all threads")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (auto)")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="wall, or cpu: time of all threads")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config keys to change")
     parser.add_argument("--out", type=Path, help="result file without suffix (default benchmarks/results/...)")
     parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
-    parser.add_argument("--row", type=Path, help="for the processes that this program starts")
+    parser.add_argument("--row", type=Path, help="internal: result of a process that this program starts")
     args = parser.parse_args(argv)
     try:
         if min(args.batch, args.accumulation, args.updates, args.rounds) < 1:
@@ -253,12 +243,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             counts = [int(word) for word in args.processes.split(",")]
         except ValueError:
             raise ValueError(f"--processes {args.processes}: give numbers with commas between, e.g. 1,2") from None
-        load(args, 1, "output")  # what is wrong with it is said once
+        load(args, 1, "output")  # raises here, before any process starts
         rows = [launch(sys.argv[1:] if argv is None else argv, count) for count in counts]
     except ValueError as error:
         parser.fail(error)
-    say = record.console()
-    say.print(record.table(COLUMNS, rows))
+    console = record.console()
+    console.print(record.table(COLUMNS, rows))
     metadata = record.metadata("benchmarks/trainer.py", argv)
     metadata["n"] = (
         f"{args.rounds} rounds, taking turns; {args.updates} updates a turn"
@@ -268,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metadata["images"] = "a folder's" if args.data else "synthetic"
     metadata["clock"] = args.clock
     page = record.write(args.out or record.default_out("trainer"), "Trainer", COLUMNS, metadata, rows, args.append)
-    say.print(f"written to {page}")
+    console.print(f"written to {page}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A headless Chromium: screenshots of pages, and what their scripts complain of."""
+"""A headless Chromium: screenshots of pages, and the console messages of their scripts."""
 
 import re
 import shutil
@@ -14,20 +14,20 @@ THEMES = {"dark": 0, "light": 1}
 
 
 def find_browser() -> str | None:
-    """Return the program, None if there is none."""
+    """Return the path of an installed browser; None without one."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 def screenshot(page: Path, out: Path, width: int, height: int, theme: str = "light") -> list[str]:
-    """Write a PNG of a page and return what its scripts wrote to the console, errors among it.
+    """Write a PNG of a page; return the messages that its scripts wrote to the console, errors included.
 
-    Nothing outside the machine can be reached by the page. Raises ValueError if there is no browser, or if it fails.
+    The page has no network access. Raises ValueError if there is no browser, or if it fails.
     """
     arguments = [f"--screenshot={out}", f"--window-size={width},{height}", "--hide-scrollbars"]
-    said = _run(page, [*arguments, f"--blink-settings=preferredColorScheme={THEMES[theme]}"]).stderr
+    log = _run(page, [*arguments, f"--blink-settings=preferredColorScheme={THEMES[theme]}"]).stderr
     if not out.is_file():
-        raise ValueError(f"the browser made no screenshot of {page}: {said.strip()[-300:]}")
-    return CONSOLE.findall(said)
+        raise ValueError(f"the browser made no screenshot of {page}: {log.strip()[-300:]}")
+    return CONSOLE.findall(log)
 
 
 def document(page: Path) -> str:
@@ -44,7 +44,7 @@ def _run(page: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
             *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={profile}"),
             *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--force-device-scale-factor=1"),
         ]
-        address = page.resolve().as_uri()
+        url = page.resolve().as_uri()
         return subprocess.run(
-            [browser, *fixed, *arguments, address], capture_output=True, text=True, timeout=SECONDS, check=True
+            [browser, *fixed, *arguments, url], capture_output=True, text=True, timeout=SECONDS, check=True
         )

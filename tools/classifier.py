@@ -1,4 +1,4 @@
-"""A file of weights made ready to answer: the model, how images become its input, what its classes are called."""
+"""Classifiers for images: a model loaded from weights, with its evaluation crop and the names of its classes."""
 
 import difflib
 import io
@@ -22,7 +22,7 @@ from config.command_line import Parser, check_which
 from data.augment.transforms import EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
 from data.stores.class_labels import class_names, readable_names
-from data.stores.folder import SUFFIXES
+from data.stores.folder import SUFFIXES, ClassIndexError
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
@@ -44,18 +44,18 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model in evaluation mode and all that is needed to ask it."""
+    """A model in evaluation mode, with the preprocessing of its images and the names of its classes."""
 
     name: str
     model: nn.Module
     transform: EvalTransform
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    classes: list[str]  # as the file names them
-    readable: list[str]  # as a person does
+    classes: list[str]  # in label order, as in the file
+    readable: list[str]  # English names of WordNet ids, the classes otherwise
     metadata: dict[str, Any]
-    source: str
-    notes: tuple[str, ...] = ()  # what was assumed
+    source: str  # path of the weights, or "random weights"
+    notes: tuple[str, ...] = ()  # assumptions made where the file states nothing
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the normalised evaluation crop, float32 (3, S, S), of an image, uint8 (3, H, W)."""
@@ -63,37 +63,37 @@ class Classifier:
         return (self.transform(image).float() / 255 - mean) / std
 
     def describe(self) -> str:
-        """Return what answers, in a line."""
+        """Return the model, its weights, the number of classes and the crop in one line."""
         return f"{self.name} from {self.source}, {len(self.classes)} classes, {self.transform.describe()}"
 
     def label(self, index: int) -> str:
-        """Return what a class is called, with its own name where that is another."""
+        """Return the readable name of a class, with its name in the file if the two differ."""
         name, readable = self.classes[index], self.readable[index]
         return readable if name == readable else f"{readable} ({name})"
 
 
 def add_checkpoint_options(parser: Parser) -> None:
-    """Add the options that `load_asked` reads."""
-    parser.add_argument("--model", metavar="NAME", default="", help="what the file holds, if it does not say")
+    """Add the options that `load_from_args` reads."""
+    parser.add_argument("--model", metavar="NAME", default="", help="model of a file that does not name it")
+    parser.add_argument("--module", metavar="FILE", default="", help="file or module that registers a custom model")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="weights to take from a file with both (raw)")
+    parser.add_argument("--size", metavar="PIXELS", type=int, help="side of the input images (the checkpoint's)")
+    parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="crop size / resized size (the checkpoint's)")
     parser.add_argument(
-        "--module", metavar="FILE", default="", help="file or module that registers a model of your own"
+        "--class-index", metavar="FILE", default="", help="file with the names of the classes, in label order"
     )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="which weights of a file that holds both (raw)")
-    parser.add_argument("--size", metavar="PIXELS", type=int, help="side of the model's input (the checkpoint's)")
-    parser.add_argument("--crop-pct", metavar="SHARE", type=float, help="crop as a share of the resized image (same)")
-    parser.add_argument("--class-index", metavar="FILE", default="", help="names of the classes, in label order")
 
 
-def load_asked(args: Namespace) -> Classifier:
-    """Load what a command line asks for with `checkpoint` and the options above. Raises ValueError as `load_classifier` does."""
+def load_from_args(args: Namespace) -> Classifier:
+    """Load the classifier that `checkpoint` and the options above name. Raises ValueError as `load_classifier` does."""
     return load_classifier(
         Path(args.checkpoint) if args.checkpoint else None,
-        args.model,
-        args.weights,
-        args.size,
-        args.crop_pct,
-        args.class_index,
-        args.module,
+        model=args.model,
+        weights=args.weights,
+        size=args.size,
+        crop_pct=args.crop_pct,
+        class_index=args.class_index,
+        module=args.module,
     )
 
 
@@ -106,10 +106,11 @@ def load_classifier(
     class_index: str = "",
     module: str = "",
 ) -> Classifier:
-    """Load a file of any layout that models/weights.py lists; without one, `model` gets random weights.
+    """Load weights of any layout that models/weights.py lists; without a path, `model` gets random weights.
 
-    `module` is imported first (models/custom_model.py). The evaluation crop is the one that the file states, else timm's default for
-    the model. Raises ValueError with the remedy for a file that cannot be read or does not fit, and for classes of another number.
+    `module` is imported first (models/custom_model.py). The evaluation crop is that of the file, else timm's default for the
+    model. Raises ValueError with the remedy for a file that cannot be read or does not fit, and for a list of class names of
+    another length.
     """
     if module:
         import_models(module, "--module")
@@ -124,28 +125,28 @@ def load_classifier(
         tensors, metadata = load_weights(path, weights or "raw")
         check_which(metadata, weights, str(path))
         source = str(path)
-        model = _which_model(model, metadata, tensors, source)
-        tensors, metadata = _fitted(model, tensors, metadata, source)
-    transform, notes = _transform(model, metadata, size, crop_pct)
+        model = _find_model(model, metadata, tensors, source)
+        tensors, metadata = _fit_names(model, tensors, metadata, source)
+    transform, notes = _find_transform(model, metadata, size, crop_pct)
     net = _build(model, metadata, transform.crop, tensors, source)
     names = _class_names(metadata, class_index)
-    own = _default(model)
+    default = _default_cfg(model)
     return Classifier(
-        model,
-        net.eval(),
-        transform,
-        tuple(metadata.get("mean", own.mean)),
-        tuple(metadata.get("std", own.std)),
-        names,
-        readable_names(names),
-        metadata,
-        source,
-        tuple(notes),
+        name=model,
+        model=net.eval(),
+        transform=transform,
+        mean=tuple(metadata.get("mean", default.mean)),
+        std=tuple(metadata.get("std", default.std)),
+        classes=names,
+        readable=readable_names(names),
+        metadata=metadata,
+        source=source,
+        notes=tuple(notes),
     )
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
-    """List image files: those named, and those in the folders named and below, sorted.
+    """List image files: those given, and those below the given folders, sorted.
 
     Raises ValueError for a path that does not exist, and if there is no image at all.
     """
@@ -160,17 +161,14 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
             raise ValueError(f"{path} does not exist{f'; did you mean {folder / near[0]}?' if near else ''}")
     if not found:
-        raise ValueError(
-            f"there is no image in {', '.join(paths)}; these suffixes are looked for: {' '.join(SUFFIXES)}"
-        )
+        raise ValueError(f"there is no image in {', '.join(paths)}; these suffixes are searched: {' '.join(SUFFIXES)}")
     return found
 
 
 def read_image(path: Path) -> Tensor:
-    """Decode an image file to uint8 (3, H, W), upright as its camera noted; UnreadableImageError says what is wrong with it.
+    """Decode an image file to uint8 (3, H, W), rotated by its EXIF orientation. Raises UnreadableImageError.
 
-    Training and evaluation leave pictures as they lie in the file, as torchvision and timm do; a telephone lays every
-    photograph on its side and notes that.
+    Training and evaluation ignore the orientation, as torchvision and timm do; photographs of telephones need it.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
@@ -183,15 +181,15 @@ def read_image(path: Path) -> Tensor:
 
 def _orientation(data: np.ndarray) -> int:
     """Return the EXIF orientation of a file's bytes, 1 if it has none."""
-    with suppress(Exception), warnings.catch_warnings():  # Pillow's readers meet damage with many kinds of errors
+    with suppress(Exception), warnings.catch_warnings():  # Pillow raises many kinds of errors for damaged files
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data.tobytes())) as image:
             return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
 
-def _which_model(asked: str, metadata: dict[str, Any], tensors: dict[str, Tensor], source: str) -> str:
-    """Return the name of the model that a file holds."""
+def _find_model(asked: str, metadata: dict[str, Any], tensors: dict[str, Tensor], source: str) -> str:
+    """Return the name of a file's model: as asked, as the file states, or identified by its weights."""
     known = metadata.get("model", "")
     if asked and known and asked != known:
         raise ValueError(f"--model is {asked}, but {source} holds a {known}; leave --model out")
@@ -205,45 +203,47 @@ def _which_model(asked: str, metadata: dict[str, Any], tensors: dict[str, Tensor
     if found is None or found.share < 1:
         near = f"; {found}" if found else ""
         raise ValueError(
-            f"{source} does not say which model it holds{near}; name it with --model ({', '.join(retoken_models())})"
+            f"{source} does not state its model{near}; name it with --model ({', '.join(retoken_models())})"
         )
     return found.name
 
 
-def _fitted(
+def _fit_names(
     model: str, tensors: dict[str, Tensor], metadata: dict[str, Any], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights under our names, and facts with the number of classes."""
+    """Return weights under our names, and metadata with the number of classes."""
     if is_retoken(model):
         done = convert(tensors, metadata, model, published=False, source=source)
         if not done.metadata["num_classes"]:
-            raise ValueError(f"{source} holds no classifier; only whole models can answer")
+            raise ValueError(f"{source} holds no classifier; give weights of a whole model")
         return done.tensors, done.metadata
     if "num_classes" in metadata:
         return tensors, metadata
-    head = next((tensors[f"{name}.weight"] for name in _heads(model) if f"{name}.weight" in tensors), None)
+    head = next((tensors[f"{name}.weight"] for name in _head_names(model) if f"{name}.weight" in tensors), None)
     if head is None:
         raise ValueError(f"{source} holds no classifier of a {model}; check --model")
     return tensors, {**metadata, "num_classes": head.shape[0]}
 
 
 def _class_names(metadata: dict[str, Any], class_index: str) -> list[str]:
+    """Return the names of the classes: the class index file's, else the checkpoint's, else ImageNet's or numbers."""
     try:
         lists = class_names(metadata.get("classes", []), class_index, metadata["num_classes"])
-    except ValueError as error:
-        raise ValueError(str(error).replace("DATA.CLASS_INDEX", "--class-index")) from error
+    except ClassIndexError as error:
+        raise ValueError(f"--class-index={error.file} {error.problem}") from error
     return list(lists.values())[-1]  # --class-index, if it is given
 
 
-def _heads(model: str) -> tuple[str, ...]:
+def _head_names(model: str) -> tuple[str, ...]:
+    """Return the names of a model's classifier layers."""
     with torch.device("meta"):
         return classifier_names(timm.create_model(model))
 
 
-def _transform(
+def _find_transform(
     model: str, metadata: dict[str, Any], size: int | None, crop_pct: float | None
 ) -> tuple[EvalTransform, list[str]]:
-    """Return the evaluation crop, and what was assumed of it."""
+    """Return the evaluation crop, and notes on assumptions made for it."""
     if size is not None and size < 1:
         raise ValueError(f"--size {size}: give a number of pixels, 1 or more")
     if crop_pct is not None and not 0 < crop_pct <= 1:
@@ -253,12 +253,12 @@ def _transform(
     if stated:
         known = EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
     else:
-        own = _default(model)
-        side = metadata.get("img_size", own.input_size[-1])
-        known = EvalTransform(side, math.floor(side / own.crop_pct))
+        default = _default_cfg(model)
+        side = metadata.get("img_size", default.input_size[-1])
+        known = EvalTransform(side, math.floor(side / default.crop_pct))
         if "layout" in metadata and crop_pct is None:
             notes.append(
-                f"the file does not say how images are cropped: timm's default, {own.crop_pct:g} of the shorter side"
+                f"the file does not state the evaluation crop: timm's default, {default.crop_pct:g} of the shorter side"
             )
     crop = size or known.crop
     resize = round(known.resize * crop / known.crop)
@@ -267,14 +267,15 @@ def _transform(
     return EvalTransform(crop, resize, known.interpolation, known.mode, known.fill), notes
 
 
-def _default(model: str) -> PretrainedCfg:
-    """Return what timm knows of a model's images, or assumes where the model says nothing."""
+def _default_cfg(model: str) -> PretrainedCfg:
+    """Return timm's preprocessing defaults of a model."""
     return timm.get_pretrained_cfg(model) or PretrainedCfg()
 
 
 def _build(
     model: str, metadata: dict[str, Any], size: int, tensors: dict[str, Tensor] | None, source: str
 ) -> nn.Module:
+    """Build a model and load its weights, if there are any. Raises ValueError if they do not fit."""
     arguments: dict[str, Any] = {"img_size": size} if takes_img_size(model) else {}
     net = timm.create_model(model, num_classes=metadata["num_classes"], **arguments)
     if tensors is not None:

@@ -1,12 +1,12 @@
-"""Line up run directories: what differed between the runs, and where their numbers part.
+"""Compare run directories: differences in config and manifest, and the first update at which the metrics differ.
 
     python -m tools.compare output/A output/B
     python -m tools.compare output/A output/B output/C --tolerance 1e-5 --markdown
 
-The first run is compared with each of the others at the updates that both have rows of in metrics.jsonl. `loss` and
-`grad_norm` are means since the row before, so they are compared where that row, too, is of the same update; rates (images/s,
-waiting for data, seconds) are not compared. Numbers are the same if they differ by no more than the tolerance times the
-larger of them. The exit status is 0 if all are, 1 if runs part, 2 if they cannot be compared.
+The first run is compared with each of the others at the updates for which both have rows in metrics.jsonl. `loss` and
+`grad_norm` are means since the preceding row, so they are compared only where the preceding rows are of the same update;
+rates (images/s, waiting for data, seconds) are not compared. Two numbers are the same if they differ by no more than the
+tolerance times the larger of them. Exit status: 0 if all are the same, 1 if runs differ, 2 if they cannot be compared.
 """
 
 import json
@@ -17,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from config.command_line import Parser
-from tools.run_comparison import ABSENT, Comparison, compare, number, read_run
+from tools.run_comparison import ABSENT, Comparison, compare, format_number, read_run
+from tools.tables import aligned_columns, markdown_table, terminal_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare_parser() -> Parser:
     """Return the parser of this tool."""
-    parser = Parser("Compare runs: settings, rows of metrics.jsonl, best results, and the update at which they part.")
+    parser = Parser("Compare runs: config, metrics, best results, and the first update at which they differ.")
     parser.prog = "python -m tools.compare"
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories; the first is compared with the others")
     parser.add_argument(
@@ -55,7 +54,7 @@ def compare_parser() -> Parser:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
-    form.add_argument("--markdown", action="store_true", help="print tables of Markdown")
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables")
     return parser
 
 
@@ -65,16 +64,12 @@ def show(found: Sequence[Comparison], markdown: bool) -> None:
     for comparison in found:
         for title, header, rows in sections(comparison):
             if markdown:
-                print("\n".join(_as_markdown(title, header, rows)), end="\n\n")
+                print("\n".join([f"### {title}", "", *markdown_table(header, rows)]), end="\n\n")
             elif screen.is_terminal:
-                table = Table(title=title, title_justify="left", show_header=any(header))
-                for column in header:
-                    table.add_column(column, overflow="fold")
-                for cells in rows:
-                    table.add_row(*map(Text, cells))
-                screen.print(table)
+                screen.print(terminal_table(header, rows, title))
             else:
-                print("\n".join([title, *_as_columns([header, *rows] if any(header) else rows)]))
+                lines = aligned_columns([header, *rows] if any(header) else rows)
+                print("\n".join([title, *(f"  {line}" for line in lines)]))
         count = comparison.rows
         compared = (
             f"compared {count['train']} training rows and {count['eval']} evaluations, to update {comparison.through}"
@@ -89,7 +84,7 @@ def show(found: Sequence[Comparison], markdown: bool) -> None:
 
 
 def sections(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return what there is to show as titles, headers and rows of cells."""
+    """Return the tables of a comparison as titles, headers and rows of cells."""
     name_a, name_b = Path(c.a).name, Path(c.b).name
     names = [c.a, c.b] if name_a == name_b else [name_a, name_b]
     found: list[tuple[str, list[str], list[list[str]]]] = []
@@ -103,7 +98,15 @@ def sections(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     if apart:
         titles = ["first"] * (len(apart) - bool(c.largest_loss)) + ["largest of loss"] * bool(c.largest_loss)
         rows = [
-            [title, f"update {d.update}", d.where, d.name, number(d.a), number(d.b), number(d.relative, 2)]
+            [
+                title,
+                f"update {d.update}",
+                d.where,
+                d.name,
+                format_number(d.a),
+                format_number(d.b),
+                format_number(d.relative, 2),
+            ]
             for title, d in zip(titles, apart, strict=True)
         ]
         found.append(("differences", ["", "", "row", "number", *names, "relative"], rows))
@@ -114,23 +117,6 @@ def sections(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     if rows:
         found.append(("best", ["", *names], rows))
     return found
-
-
-def _as_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in rows
-    ]
-
-
-def _as_markdown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [list(header), ["---"] * len(header), *(list(cells) for cells in rows)]
-    return [
-        f"### {title}",
-        "",
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines),
-    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Convert weights between our names and the published ones, in safetensors or .pth files.
+"""Convert weights between our names and the published names, in safetensors or .pth files.
 
     python -m tools.convert SG-Former-S.pth small.safetensors --model sgformer_small --weights ema
     python -m tools.convert output/NAME/best_raw.safetensors theirs.pth --model stvit_base --to published
 
-IN is a file of any layout that models/weights.py lists; no code in it is run. OUT has the weights alone, bit by bit: a .pth
-with our names is {"model": ..., "facts": ...}, one with the published names is what the authors' code loads.
+IN is a file of any layout that models/weights.py lists; no code in it is run. OUT holds only the weights, unchanged bit for
+bit: a .pth with our names is {"model": ..., "facts": ...}, one with the published names has the authors' layout.
 """
 
 import sys
@@ -26,18 +26,18 @@ from models.published import constants, is_published, to_published
 from models.weights import fit, load_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
-ENTRIES = {"SGFormer": "state_dict"}  # where the authors' code looks for weights; the other families: model
+ENTRIES = {"SGFormer": "state_dict"}  # entry with the weights in the authors' layout; the other families: model
 KINDS = {"raw": "raw", "ema": "EMA"}
 
 
 @dataclass
 class Conversion:
-    """Weights under the names asked for, and what a reader of the file wants to know about them."""
+    """Weights under the requested names, with their metadata."""
 
     tensors: dict[str, Tensor]
     family: str
-    published: bool  # the names, of these and before
-    was_published: bool
+    published: bool  # True if these names are the published ones
+    was_published: bool  # the same for the names in the input
     metadata: dict[str, Any]
 
 
@@ -65,22 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert_parser() -> Parser:
     """Return the parser of this tool."""
-    parser = Parser("Convert weights between our names and the published ones.")
+    parser = Parser("Convert weights between our names and the published names.")
     parser.prog = "python -m tools.convert"
     parser.add_argument("source", metavar="IN", help="file with weights, of any layout: ours, timm's, Swin's, DeiT's")
     parser.add_argument("target", metavar="OUT", help="file to write: .safetensors, .pth or .pt")
     parser.add_argument(
-        "--model", metavar="NAME", help=f"what IN must be, else it is told: {', '.join(retoken_models())}"
+        "--model", metavar="NAME", help=f"model of IN (identified by its weights): {', '.join(retoken_models())}"
     )
-    parser.add_argument("--weights", choices=("raw", "ema"), help="which weights of a file that holds both (raw)")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="weights to take from a file with both (raw)")
     parser.add_argument("--to", choices=("retoken", "published"), default="retoken", help="names to write (retoken)")
     return parser
 
 
 def check_target(source: Path, target: Path) -> None:
-    """Raise ValueError for a file that cannot be written, or that would destroy what is read."""
+    """Raise ValueError for a file that cannot be written, or that is the input."""
     if target.suffix not in SUFFIXES:
-        raise ValueError(f"{target}: the suffix says the format; end it in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{target}: the suffix selects the format; end it in {', '.join(SUFFIXES)}")
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(
             f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name another file"
@@ -92,9 +92,9 @@ def check_target(source: Path, target: Path) -> None:
 def convert(
     weights: Mapping[str, Tensor], metadata: Mapping[str, Any], model: str | None, published: bool, source: str
 ) -> Conversion:
-    """Fit weights to a registered variant and give them our or the published names. Values and types stay.
+    """Fit weights to a registered variant and return them under our or the published names, values and types unchanged.
 
-    Raises ValueError naming the first names and shapes that do not fit, and the variant that would.
+    Raises ValueError naming the first names and shapes that do not fit, and the variant that does.
     """
     if model is None:
         found = identify(weights)
@@ -110,19 +110,19 @@ def convert(
     try:
         fitted = fit(net, weights, source, remedy=f"--model is {model}")
     except ValueError as error:
-        raise ValueError(f"{error}; {_what_it_is(weights, model)}") from error
-    # Counters that the file lacks stay away: they have no value here.
+        raise ValueError(f"{error}; {_nearest_variant(weights, model)}") from error
+    # BatchNorm counters that the file lacks are left out: on the meta device they have no value.
     ours = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in fitted.items()
         if not tensor.is_meta
     }
     return Conversion(
-        with_published_names(net, ours) if published else ours,
-        type(net).__name__,
-        published,
-        is_published(net, weights),
-        {
+        tensors=with_published_names(net, ours) if published else ours,
+        family=type(net).__name__,
+        published=published,
+        was_published=is_published(net, weights),
+        metadata={
             **{key: value for key, value in metadata.items() if key not in ("layout", "holds")},
             "model": model,
             "num_classes": net.num_classes,
@@ -132,13 +132,13 @@ def convert(
 
 
 def with_published_names(model: Backbone, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give weights the published names, each with memory of its own, and the constants that go with them."""
+    """Return copies of weights under the published names, with the constants of published files."""
     theirs = {name: tensor.clone() for name, tensor in to_published(model, ours).items()}
     return theirs | constants(model, theirs)
 
 
 def write(target: Path, done: Conversion) -> None:
-    """Write a conversion in the format that the suffix says."""
+    """Write a conversion in the format of the file's suffix."""
     if target.suffix == ".safetensors":
         save_weights(target, done.tensors, done.metadata)
     elif done.published:
@@ -149,14 +149,14 @@ def write(target: Path, done: Conversion) -> None:
 
 
 def describe_file(source: Path, metadata: Mapping[str, Any]) -> str:
-    """Say what kind of file it is and which weights are taken."""
+    """Return the file's layout and the weights taken from it as text."""
     others = [KINDS[kind] for kind in metadata["holds"] if kind != metadata["weights"]]
     more = f" (it also holds {' and '.join(others)} weights)" if others else ""
     return f"{source}: {metadata['layout']} layout, {KINDS[metadata['weights']]} weights{more}"
 
 
 def describe_weights(done: Conversion) -> str:
-    """Say what the weights are."""
+    """Return the weights' model, names, classes and number of parameters as text."""
     names = "the published" if done.was_published else "our"
     metadata = done.metadata
     return (
@@ -165,7 +165,8 @@ def describe_weights(done: Conversion) -> str:
     )
 
 
-def _what_it_is(weights: Mapping[str, Tensor], model: str) -> str:
+def _nearest_variant(weights: Mapping[str, Tensor], model: str) -> str:
+    """Return a hint that names the variant nearest to the weights."""
     found = identify(weights)
     if found is None:
         return "it resembles no variant"
@@ -173,6 +174,7 @@ def _what_it_is(weights: Mapping[str, Tensor], model: str) -> str:
 
 
 def _size(metadata: Mapping[str, Any]) -> int | tuple[int, int] | None:
+    """Return the image size in metadata, None without one."""
     size = metadata.get("img_size")
     return tuple(size) if isinstance(size, list) else size
 

@@ -1,8 +1,8 @@
-"""Draw the demo data set: ten classes of JPEG pictures in train/ and val/, the same bytes each time.
+"""Draw the demo data set: ten classes of JPEG pictures in train/ and val/, the same bytes on every run.
 
     python -m tools.demo OUT
 
-OUT appears in one step when everything is drawn; a complete OUT is left as it is, an interrupted one is drawn again.
+OUT is created atomically once all pictures are drawn. A complete OUT is left unchanged; an interrupted one is drawn again.
 """
 
 import argparse
@@ -21,34 +21,36 @@ from rich.progress import track
 from common.rng import keyed_generator
 from tools.demo_pictures import FORMS, draw
 
-VERSION = 1  # of the drawing; raise it when the pictures change
+VERSION = 1  # of the pictures; raise it when they change
 MARKER = "demo.json"
-CHUNK = 20  # pictures drawn per task
+CHUNK = 20  # pictures per task of a process
 SPLITS = ("train", "val")
 
-Picture = tuple[str, int, int, str]  # split, number in it, seed, folder to draw into
+Picture = tuple[str, int, int, str]  # split, number within the split, seed, root folder
 
 
 def main() -> None:
-    """Draw the data set that the command line describes."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description="Draw a ten-class JPEG picture folder.")
-    parser.add_argument("out", type=Path, help="folder to draw; it will hold train/ and val/")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.demo", description="Draw the demo data set: ten classes of JPEG pictures."
+    )
+    parser.add_argument("out", type=Path, help="folder to create, with train/ and val/")
     parser.add_argument("--train", type=int, default=2000, help="training pictures (default 2000)")
     parser.add_argument("--val", type=int, default=500, help="validation pictures (default 500)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures (default 0)")
     args = parser.parse_args()
     try:
         draw_dataset(args.out, args.train, args.val, args.seed)
     except ValueError as error:
-        sys.exit(f"data.demo: {error}")
+        sys.exit(f"tools.demo: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"data.demo: interrupted; {args.out} is not drawn, the same command starts again")
+        sys.exit(f"tools.demo: interrupted; {args.out} was not created, run the same command again")
 
 
 def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, workers: int | None = None) -> bool:
-    """Draw the data set into `out` unless it lies there; return whether it was drawn.
+    """Draw the data set into `out`; return False if it is there already.
 
-    ValueError if `out` holds something that this program did not draw.
+    Raises ValueError if `out` holds files that this program did not write.
     """
     if min(train, val) < len(FORMS):
         raise ValueError(f"train={train} and val={val} must be at least {len(FORMS)}, one picture a class")
@@ -60,7 +62,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
             print(f"{out}: {train} + {val} pictures of {len(FORMS)} classes are there already")
             return False
     elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and was not drawn by data.demo; name another folder or remove it")
+        raise ValueError(f"{out} is not empty and was not drawn by tools.demo; name another folder or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for split in SPLITS:
@@ -68,7 +70,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
             (partial / split / name).mkdir(parents=True)
     start = time.perf_counter()
     pictures = [(s, i, seed, str(partial)) for s, n in zip(SPLITS, (train, val), strict=True) for i in range(n)]
-    for _ in _shown(_drawn(pictures, workers), len(pictures)):
+    for _ in _with_progress(_draw_all(pictures, workers), len(pictures)):
         pass
     (partial / MARKER).write_text(json.dumps(described))
     shutil.rmtree(out, ignore_errors=True)
@@ -78,7 +80,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
 
 
 def draw_picture(picture: Picture) -> None:
-    """Draw one picture into its file."""
+    """Draw one picture and write its file."""
     split, number, seed, folder = picture
     name = list(FORMS)[number % len(FORMS)]
     rng = keyed_generator(seed, f"demo {split}", number)
@@ -86,7 +88,8 @@ def draw_picture(picture: Picture) -> None:
     draw(name, rng).save(Path(folder, split, name, f"{name}_{number:05d}.jpg"), quality=quality)
 
 
-def _drawn(pictures: list[Picture], workers: int | None) -> Iterator[None]:
+def _draw_all(pictures: list[Picture], workers: int | None) -> Iterator[None]:
+    """Draw pictures in several processes (default: one a core); yield once for each."""
     workers = workers or len(os.sched_getaffinity(0))
     if workers == 1:
         yield from map(draw_picture, pictures)
@@ -95,8 +98,8 @@ def _drawn(pictures: list[Picture], workers: int | None) -> Iterator[None]:
         yield from pool.map(draw_picture, pictures, chunksize=CHUNK)
 
 
-def _shown(done: Iterator[None], total: int) -> Iterator[None]:
-    """Show progress: a bar on a terminal, a line every tenth elsewhere."""
+def _with_progress(done: Iterator[None], total: int) -> Iterator[None]:
+    """Pass items on and show progress: a bar on a terminal, ten lines elsewhere."""
     if sys.stdout.isatty():
         yield from track(done, "Drawing pictures", total=total)
         return

@@ -1,7 +1,7 @@
-"""Draw one picture of the demo data set: an object of one of ten classes in front of a background, lit and noisy.
+"""Drawing of the demo data set's pictures: an object of one of ten classes on a background, with lighting and noise.
 
-Colours, sizes, positions, angles, background, light, shadow, blur and noise vary in the same way for every class, so that
-only shape or texture tells them apart. All randomness comes from the stream that is passed in.
+Colours, sizes, positions, angles, background, light, shadow, blur and noise have the same distribution in every class, so
+that only shape or texture separates them. All randomness comes from the random generator that is passed in.
 """
 
 import colorsys
@@ -14,14 +14,14 @@ from PIL import Image, ImageFilter
 # r, a: polar coordinates of the object's own frame, its outline at about r = 1; u, v: the same, Cartesian.
 Array = np.ndarray
 Rng = np.random.RandomState
-# The part of the object that is painted in its first colour, and the whole object (paint <= body); 1 inside, 0 outside.
+# Masks, 1 inside, 0 outside: the part of the object in its first colour, and the whole object (paint <= body).
 Form = tuple[Array, Array]
 
 MEAN_AREA = 174_000.0  # with the spreads below about 470 x 400 pixels in the mean, as ImageNet's
 
 
 def draw(name: str, rng: Rng) -> Image.Image:
-    """Draw a picture of a class."""
+    """Draw a picture of the class `name`."""
     width, height = _size(rng)
     y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)  # (H, 1), (W,)
     ground, ink, second = _colours(rng)
@@ -40,7 +40,7 @@ def _size(rng: Rng) -> tuple[int, int]:
 
 
 def _colours(rng: Rng) -> tuple[Array, Array, Array]:
-    """Return background, object and second object colour; the object's differs from both others in brightness."""
+    """Return the background, object and second object colours; the object's differs from both others in brightness."""
     dark, bright = rng.uniform(0.15, 0.4), rng.uniform(0.65, 0.95)
     values = (dark, bright) if rng.random_sample() < 0.5 else (bright, dark)
     ground, ink = (_colour(rng, value) for value in values)
@@ -55,14 +55,14 @@ def _colour(rng: Rng, value: float) -> Array:
 
 
 def _smooth_noise(rng: Rng, shape: tuple[int, ...], cells: int) -> Array:
-    """Return noise of about -1 .. 1 that varies over 1 / cells of the picture."""
+    """Return noise of about -1 .. 1 with a wavelength of 1 / cells of the picture."""
     grid = Image.fromarray(rng.randint(0, 256, size=(cells, cells), dtype=np.uint8))
     noise = grid.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
     return np.asarray(noise, dtype=np.float32) / 127.5 - 1
 
 
 def _background(rng: Rng, x: Array, y: Array, colour: Array) -> Array:
-    """Return a ground of one colour that runs into a neighbouring one, clouded and grained: (3, H, W) of 0 .. 1."""
+    """Return a background with a colour gradient and noise of several scales: (3, H, W) of 0 .. 1."""
     angle = rng.uniform(0, 2 * math.pi)
     along = (x * math.cos(angle) + y * math.sin(angle)) / max(len(x), len(y))
     shade = 0.25 * rng.uniform(0, 1) * (along - along.mean())
@@ -74,7 +74,7 @@ def _background(rng: Rng, x: Array, y: Array, colour: Array) -> Array:
 
 
 def _strokes(rng: Rng, picture: Array, x: Array, y: Array, count: int, thin: bool = False) -> None:
-    """Paint bent brush strokes that mean nothing, in place."""
+    """Paint curved brush strokes as distractors, in place."""
     height, width = len(y), len(x)
     short = min(height, width)
     for _ in range(count):
@@ -117,7 +117,7 @@ def _shadow(rng: Rng, view: Array, body: Array, radius: float) -> None:
 
 
 def _light(rng: Rng, x: Array, y: Array) -> Array:
-    """Return the brightness of the light at each pixel: from one side, darker to the corners."""
+    """Return the brightness of each pixel (H, W): lit from one side, darker towards the corners."""
     height, width = len(y), len(x)
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.35)
     u, v = x / width - 0.5, y / height - 0.5
@@ -126,7 +126,7 @@ def _light(rng: Rng, x: Array, y: Array) -> Array:
 
 
 def _camera(rng: Rng, picture: Array) -> Image.Image:
-    """Blur a little, add noise, round to 8 bits."""
+    """Add sensor noise, round to 8 bits, blur a little."""
     noise = rng.randint(0, 256, size=picture.shape, dtype=np.uint8).view(np.int8)
     picture *= 255
     picture += np.multiply(noise, rng.uniform(0.02, 0.16), dtype=np.float32)
@@ -149,7 +149,7 @@ def _blend(view: Array, mask: Array, colour: Array, grain: Array | float = 1.0) 
 
 
 def _inside(distance: Array, pixel: float) -> Array:
-    """Turn a signed distance, negative inside, into coverage 0 .. 1 with an edge of one pixel."""
+    """Convert a signed distance, negative inside, to coverage 0 .. 1 with an edge of one pixel."""
     return np.clip(0.5 - distance / pixel, 0, 1)
 
 
@@ -190,7 +190,7 @@ def _cross(rng: Rng, u: Array, v: Array, pixel: float) -> Form:
 
 
 def _patch(rng: Rng, u: Array, v: Array, pixel: float) -> Array:
-    """Return an irregular round patch, the outline of the textures."""
+    """Return the mask of an irregular round patch, the outline of the texture classes."""
     a, outline = np.arctan2(v, u), np.full_like(u, 0.92)
     for waves in (2, 3, 5):
         outline += rng.uniform(0, 0.06) * np.cos(waves * a + rng.uniform(0, 2 * math.pi))

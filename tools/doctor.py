@@ -1,10 +1,10 @@
-"""Look at everything that a long run depends on, before it is started: each finding is ok, a warning or a failure.
+"""Check everything that a long run depends on before it starts; each finding is ok, a warning or a failure.
 
     python -m tools.doctor                                                    the machine
-    python -m tools.doctor --cfg configs/stvit/small_224.yaml --data-path DIR --processes 8     and what a run would meet
+    python -m tools.doctor --cfg configs/stvit/small_224.yaml --data-path DIR --processes 8     the machine and a run
 
-Nothing is changed; a file of 64 MiB is written to see how fast OUTPUT is, and removed. Exit status 0: nothing fails. 1: something
-does. 2: there is a mistake in the command or the config.
+Nothing is changed; a file of 64 MiB is written to measure the speed of OUTPUT, and removed. Exit status 0: no failure. 1: a
+failure. 2: an error in the command or the config.
 """
 
 import json
@@ -56,34 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{counts['ok']} ok, {counts['warn']} warning{many['warn']}, {counts['fail']} failure{many['fail']}"
         )
         if not asked:
-            screen.print("a config was not looked at: --cfg FILE --data-path DIR", style="dim")
+            screen.print("no config was checked: add --cfg FILE --data-path DIR", style="dim")
     return 1 if counts["fail"] else 0
 
 
 def doctor_parser() -> Parser:
     """Return the parser of this command."""
-    parser = Parser("Look at everything that a long run depends on; what is wrong, and what to do.")
+    parser = Parser("Check everything that a long run depends on; report problems and their remedies.")
     parser.prog = "python -m tools.doctor"
-    parser.add_argument("--cfg", metavar="FILE", help="YAML config of the run to look at")
+    parser.add_argument("--cfg", metavar="FILE", help="YAML config of the run to check")
     parser.add_argument(
         "--opts", metavar="KEY VALUE", nargs="*", action="extend", default=[], help="config keys to change"
     )
     for flag, (key, text) in KEY_FLAGS.items():
         parser.add_argument(flag, metavar=key.rsplit(".", 1)[-1], help=f"{text} [{key}]")
-    parser.add_argument(
-        "--processes", metavar="N", type=int, help="processes that will be launched (GPUs of this machine)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the findings for programs")
+    parser.add_argument("--processes", metavar="N", type=int, help="world size of the run (GPUs of this machine)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 
 def examine(cfg: CfgNode, world: int, with_run: bool) -> Iterator[Finding]:
-    """Yield all findings, one by one; those of a run only if asked for."""
+    """Yield the findings of the machine, and those of the run if `with_run`."""
     own = cfg if with_run else None
     parts: list[tuple[str, Iterable[Finding]]] = [
         ("packages", doctor_machine.packages(own)),
         ("gpu", doctor_machine.gpus(own)),
-        ("exchange", doctor_machine.exchange()),
+        ("exchange", doctor_machine.communication()),
         ("limits", doctor_machine.limits(own)),
         ("output", doctor_run.storage(Path(cfg.OUTPUT))),
     ]
@@ -95,7 +93,7 @@ def examine(cfg: CfgNode, world: int, with_run: bool) -> Iterator[Finding]:
 
 
 def show(screen: Console, finding: Finding) -> None:
-    """Print a finding, and below it what to do."""
+    """Print a finding, and below it the remedy."""
     line = Text(finding.level.ljust(WIDTH), style=COLOURS[finding.level])
     screen.print(line + Text(f"  {finding.subject}: {finding.text}", style=""))
     if finding.remedy:

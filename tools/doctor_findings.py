@@ -1,4 +1,4 @@
-"""What the doctor finds: how bad it is, and what to do about it."""
+"""Findings of tools.doctor: severity, subject, text and remedy."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ LEVELS = ("ok", "warn", "fail")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was examined."""
+    """Result of one check."""
 
-    level: str  # ok, warn: it may cost time or accuracy, fail: the run would not start or would not survive
+    level: str  # ok; warn: may cost time or accuracy; fail: the run would not start or would end early
     subject: str
     text: str
     remedy: str = ""
@@ -29,9 +29,9 @@ def fail(subject: str, text: str, remedy: str) -> Finding:
 
 
 def guarded(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Yield findings; an examination that breaks off is a finding itself and does not end the others."""
+    """Yield findings; an exception of a check becomes a warning, so that the other checks go on."""
     try:
         yield from findings
-    except Exception as error:  # whatever a driver or a file system comes up with
+    except Exception as error:  # drivers and file systems raise many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         yield warn(subject, f"could not be examined ({type(error).__name__}: {reason[:200]})", "try it by hand")

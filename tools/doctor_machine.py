@@ -1,4 +1,4 @@
-"""What the doctor looks at whatever is to be trained: packages, GPUs, exchange between processes, limits of the system."""
+"""Checks of the machine for tools.doctor: packages, GPUs, communication between processes, system limits."""
 
 import importlib.metadata
 import os
@@ -25,11 +25,11 @@ from data.loaders.shared_memory import SHM, default_workers, neighbours
 from tools.doctor_findings import Finding, fail, ok, warn
 
 PYTHON = (3, 11)
-DALI, MATPLOTLIB = "nvidia-dali", "matplotlib"  # what can be done without
+DALI, MATPLOTLIB = "nvidia-dali", "matplotlib"  # optional packages
 TORCHRUN_PORT = 29500
-SMALL_SHM = 2**30  # bytes; containers begin with 64 MiB
-FILES = 1024  # open files that a process may need beside those of its loader
-FREE = 0.9  # of a GPU's memory, when nobody else is on it
+SMALL_SHM = 2**30  # bytes; the default of containers is 64 MiB
+FILES = 1024  # open files of a process besides those of its loader
+FREE = 0.9  # least free part of a GPU's memory without other users
 
 
 def packages(cfg: CfgNode | None) -> Iterator[Finding]:
@@ -69,7 +69,7 @@ def packages(cfg: CfgNode | None) -> Iterator[Finding]:
 
 
 def requirements(path: Path) -> list[Requirement]:
-    """Return the requirements of a file that count on this system."""
+    """Return the requirements of a file that apply to this system."""
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     found = [Requirement(line) for line in lines if line and not line.startswith("-")]
     return [one for one in found if one.marker is None or one.marker.evaluate()]
@@ -83,7 +83,7 @@ def _apex() -> Finding:
 
 
 def gpus(cfg: CfgNode | None) -> Iterator[Finding]:
-    """Look at the GPUs: number, memory, bfloat16, driver, who else is on them."""
+    """Check the GPUs: number, memory, bfloat16, driver, other users."""
     asked = cfg.DEVICE if cfg else "auto"
     driver = _driver()
     if not torch.cuda.is_available():
@@ -134,27 +134,26 @@ def _driver() -> str:
     return done.stdout.split("\n")[0].strip()
 
 
-def exchange() -> Iterator[Finding]:
-    """Try the exchange between processes with one process; look at name and port."""
+def communication() -> Iterator[Finding]:
+    """Check collective communication with one process, the host name, and torchrun's port."""
     cuda = torch.cuda.is_available()
     for backend, device in (("nccl", "cuda"), ("gloo", "cpu")):
         if backend == "nccl" and not cuda:
             yield ok("nccl", "not needed without a GPU")
             continue
-        subject = backend
         try:
             with tempfile.TemporaryDirectory() as folder:
-                _sum_alone(backend, device, folder)
+                _all_reduce_alone(backend, device, folder)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[0]
             yield fail(
-                subject,
+                backend,
                 f"a sum over one process fails ({first[:160]})",
                 "set NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME to a network interface, and try again",
             )
         else:
             version = f" {'.'.join(map(str, torch.cuda.nccl.version()))}" if backend == "nccl" else ""
-            yield ok(subject, f"works{version}")
+            yield ok(backend, f"works{version}")
     yield _host()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -170,7 +169,8 @@ def exchange() -> Iterator[Finding]:
             yield ok("port", f"{TORCHRUN_PORT} is free")
 
 
-def _sum_alone(backend: str, device: str, folder: str) -> None:
+def _all_reduce_alone(backend: str, device: str, folder: str) -> None:
+    """All-reduce a tensor over a world of one process. Raises RuntimeError if that fails."""
     if dist.is_initialized():
         return
     dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
@@ -184,6 +184,7 @@ def _sum_alone(backend: str, device: str, folder: str) -> None:
 
 
 def _host() -> Finding:
+    """Check that the host name resolves."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -197,7 +198,7 @@ def _host() -> Finding:
 
 
 def limits(cfg: CfgNode | None) -> Iterator[Finding]:
-    """Look at cores, memory, /dev/shm, open files and the clock."""
+    """Check cores, /dev/shm, open files and the clock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cfg.DATA.WORKERS if cfg and cfg.DATA.WORKERS >= 0 else default_workers()
     if workers * neighbours() > 2 * cores:
@@ -211,7 +212,7 @@ def limits(cfg: CfgNode | None) -> Iterator[Finding]:
     yield _shm()
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     prefetch = cfg.DATA.PREFETCH if cfg else 4
-    need = FILES + 4 * workers * prefetch  # a batch is handed over as three tensors, each a file, and one more
+    need = FILES + 4 * workers * prefetch  # a batch takes four: three tensors and one more
     if files != resource.RLIM_INFINITY and files < need:
         raised = (
             f"ulimit -n {need}"
@@ -228,14 +229,16 @@ def limits(cfg: CfgNode | None) -> Iterator[Finding]:
     year = time.localtime().tm_year
     if year < 2025:
         yield warn(
-            "clock", f"says {time.strftime('%Y-%m-%d %H:%M')}", "set it: logs, manifests and certificates go by it"
+            "clock",
+            f"is set to {time.strftime('%Y-%m-%d %H:%M')}",
+            "set it: logs, manifests and certificates depend on it",
         )
     else:
         yield ok("clock", time.strftime("%Y-%m-%d %H:%M %Z"))
 
 
 def _shm() -> Finding:
-    """Say how large /dev/shm is; whether it is enough for a config's loader is found when its data is built."""
+    """Check the free space in /dev/shm; the need of a config's loader is checked when its data is built."""
     if not SHM.is_dir():
         return ok(str(SHM), "not there; loader processes hand over batches in files")
     status = os.statvfs(SHM)

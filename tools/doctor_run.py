@@ -1,4 +1,4 @@
-"""What the doctor looks at for one config: the run directory's file system, the data, the model, memory and disk."""
+"""Checks of a config for tools.doctor: the run directory's file system, the data, the model, memory and disk."""
 
 import argparse
 import fcntl
@@ -27,19 +27,19 @@ from trainer.session import build_session
 from trainer.summary import estimate_memory
 from trainer.unused_options import unused_options
 
-PROBE = 64 * 2**20  # bytes written to see how fast the disk is
-SLOW = 50e6  # bytes/s; a checkpoint then takes long, though training goes on meanwhile
-SKEW = 5.0  # seconds between this clock and that of the file system
+PROBE = 64 * 2**20  # bytes written to measure the speed of the disk
+SLOW = 50e6  # bytes/s below which checkpoints take long; training goes on meanwhile
+SKEW = 5.0  # tolerated seconds between this clock and the file system's
 NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "cifs", "smb3", "ceph", "fuse", "beegfs", "9p")
-IMAGES = 200  # read from the validation images to see how fast that goes
-FULL = 0.9  # of the memory: workspace and fragments want the rest
-ROOM = 2.0  # times what the run will write, for nothing to be said
+IMAGES = 200  # validation images read to measure the speed
+FULL = 0.9  # of the memory; the rest is for workspace and fragmentation
+ROOM = 2.0  # free space, as a multiple of the bytes that the run writes, below which there is a warning
 
 
 def storage(output: Path) -> Iterator[Finding]:
-    """Look at the folder that run directories are made in: type, permission, locks, speed, clock."""
-    places = output, *output.absolute().parents
-    folder = next(path for path in places if os.path.exists(path))  # noqa: PTH110  Path raises where it may not look
+    """Check the folder of the run directories: file system, permission, locks, speed, clock."""
+    candidates = output, *output.absolute().parents
+    folder = next(path for path in candidates if os.path.exists(path))  # noqa: PTH110  Path raises without permission
     if not folder.is_dir():
         yield fail("output", f"{folder} is a file, no folder can be made there", "choose another folder with --output")
         return
@@ -76,19 +76,20 @@ def storage(output: Path) -> Iterator[Finding]:
 
 
 def _locks(file: int, folder: Path) -> Finding:
+    """Check that the file system supports locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return warn(
             "locks",
-            f"{folder} knows none ({error.strerror}): two starts of a run are not kept apart",
+            f"{folder} supports none ({error.strerror}): two processes could write one run directory",
             "start each run once",
         )
-    return ok("locks", "work: a run directory keeps a second start out")
+    return ok("locks", "work: a second start of a run is refused")
 
 
 def file_system(folder: Path) -> str:
-    """Return the type of the file system that a folder lies in, "unknown" where the system does not say."""
+    """Return the type of a folder's file system; "unknown" without /proc/mounts."""
     mounts = Path("/proc/mounts")
     if not mounts.is_file():
         return "unknown"
@@ -102,7 +103,7 @@ def file_system(folder: Path) -> str:
 
 
 def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
-    """Build everything as train.py --dry-run does, and look at the data, the memory and the disk it will take."""
+    """Build everything as train.py --dry-run does; check the batch, data, model, memory and disk."""
     try:
         factor = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, world)
     except ValueError as error:
@@ -111,11 +112,11 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
         parts = f"{cfg.TRAIN.MICRO_BATCH} images x {world} processes x {factor} accumulation"
         yield ok("batch", f"{cfg.TRAIN.GLOBAL_BATCH} = {parts}")
     if cfg.DATA.LOADER != "synthetic" and not cfg.DATA.PATH:
-        yield warn("data", "DATA.PATH is not set: nothing is known of the images", "--data-path DIR")
+        yield warn("data", "DATA.PATH is not set: the images were not checked", "--data-path DIR")
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.DEVICE != "cpu" else "cpu")
     directory = RunDirectory(Path(cfg.OUTPUT) / config.run_name(cfg), cfg.CHECKPOINT.KEEP)
     log = Log(False)
-    alone = _alone(cfg)
+    alone = _for_one_process(cfg)
     args = argparse.Namespace(dry_run=True, eval=False, resume=None)
     try:
         session = build_session(
@@ -128,7 +129,7 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
             interrupted=lambda: False,
         )
     except ValueError as error:
-        yield fail("run", str(error), "train.py would stop with the same words")
+        yield fail("run", str(error), "train.py would stop with the same message")
         return
     if cfg.DATA.PATH or cfg.DATA.LOADER == "synthetic":
         yield from data(cfg, session.data)
@@ -141,8 +142,8 @@ def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
     yield _disk(cfg, memory, directory.path)
 
 
-def _alone(cfg: CfgNode) -> CfgNode:
-    """Return the config with a batch that one process can have: how the real one divides is examined by itself."""
+def _for_one_process(cfg: CfgNode) -> CfgNode:
+    """Return the config with a micro-batch that divides among one process; the real one is checked separately."""
     alone = cfg.clone()
     alone.defrost()
     alone.TRAIN.MICRO_BATCH = next(
@@ -153,7 +154,7 @@ def _alone(cfg: CfgNode) -> CfgNode:
 
 
 def data(cfg: CfgNode, found: Data) -> Iterator[Finding]:
-    """Say what data was found, and how fast some of it can be read."""
+    """Report the data that was found, and measure the speed of reading it."""
     train = f"{found.fingerprint['train']:,} training and {found.val.num_images:,} validation images"
     yield ok("data", f"{train} of {len(found.classes):,} classes; {found.origin}")
     for note in found.notes:
@@ -182,6 +183,7 @@ def data(cfg: CfgNode, found: Data) -> Iterator[Finding]:
 
 
 def _memory(cfg: CfgNode, memory: Memory, device: torch.device) -> Iterator[Finding]:
+    """Compare the estimated memory of training with that of the device."""
     text = f"about {format_bytes(memory.total)} a process for {cfg.TRAIN.MICRO_BATCH} images (estimated)"
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -205,7 +207,7 @@ def _memory(cfg: CfgNode, memory: Memory, device: torch.device) -> Iterator[Find
 
 
 def _disk(cfg: CfgNode, memory: Memory, path: Path) -> Finding:
-    """Compare the free space with what a run directory comes to: checkpoints, one being written, best weights."""
+    """Compare the free space with the size of a run directory: checkpoints, one being written, best weights."""
     kinds = 2 if cfg.EMA.DECAY else 1
     need = memory.stored * (cfg.CHECKPOINT.KEEP + 1) + memory.weights * (kinds + 1)
     folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
@@ -215,5 +217,5 @@ def _disk(cfg: CfgNode, memory: Memory, path: Path) -> Finding:
     if free < need:
         return fail("disk", text, "make room, lower CHECKPOINT.KEEP, or --output elsewhere")
     if free < ROOM * need:
-        return warn("disk", text, "logs, TensorBoard and other runs want room too")
+        return warn("disk", text, "logs, TensorBoard and other runs need space too")
     return ok("disk", text)

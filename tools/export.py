@@ -1,15 +1,15 @@
-"""Take a trained model elsewhere: ONNX, torch.export, timm and the Hugging Face hub, the authors' downstream code.
+"""Export a trained model: ONNX, torch.export, timm and the Hugging Face hub, the authors' downstream code.
 
     python -m tools.export output/NAME/best_raw.safetensors --format onnx --out model.onnx --fold
     python -m tools.export output/NAME/best_raw.safetensors --format timm --out model/
 
-    onnx         a file for onnxruntime and the like; takes any number of normalised images (B, 3, SIZE, SIZE)
-    torch        a program of torch.export (.pt2) for the same; needs torch, but not this repository
+    onnx         a file for onnxruntime and others; takes any number of normalised images (B, 3, SIZE, SIZE)
+    torch        a program of torch.export (.pt2) for the same images; needs torch, but not this repository
     timm         a folder for timm.create_model("local-dir:FOLDER"), and "hf-hub:..." once it is uploaded
-    published    a .pth with the authors' names, for their detection and segmentation code
+    published    a .pth with the published names, for the authors' detection and segmentation code
 
-What was written is read back and compared with the model on random images; the difference is printed, and a file that differs by
-more than the bound is not left behind.
+The output is read back and compared with the model on random images; the difference is printed, and an output that differs
+by more than the bound is deleted.
 """
 
 import copy
@@ -28,13 +28,13 @@ from common.atomic_files import write_atomically
 from config.command_line import Parser
 from models.backbone import Backbone
 from models.inference.fold import fold
-from tools.classifier import Classifier, add_checkpoint_options, load_asked
+from tools.classifier import Classifier, add_checkpoint_options, load_from_args
 from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "published": ".pth"}
 BATCHES = (1, 3)  # images of the comparisons
 BOUND = 1e-4  # largest difference, as a share of the logits' norm
-TIES = 0.02  # of SG-Former in other float32 arithmetic: tokens of nearly the same significance may change places
+TIES = 0.02  # bound of SG-Former: rounding may change the order of tokens with nearly equal significance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if args.opset is not None and args.format != "onnx":
             raise ValueError(f"--opset has no effect with --format {args.format}; leave it out")
-        classifier = load_asked(args)
+        classifier = load_from_args(args)
         screen.print(classifier.describe(), markup=False)
         for note in classifier.notes:
             screen.print(f"note: {note}", markup=False)
-        model = folded(classifier, screen) if args.fold else classifier.model
+        model = fold_and_check(classifier, screen) if args.fold else classifier.model
         export(classifier, model, args.format, out, args.opset, screen)
     except (ValueError, OSError) as error:
         parser.fail(error)
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_parser() -> Parser:
     """Return the parser of this command."""
-    parser = Parser("Write a trained model for other programs, and check what was written.")
+    parser = Parser("Export a trained model for other programs, and check the output.")
     parser.prog = "python -m tools.export"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best_*.safetensors, update-*.pt or a published file")
-    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write")
-    parser.add_argument("--out", metavar="PATH", required=True, help="file to write; for timm a folder")
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="format to write")
+    parser.add_argument("--out", metavar="PATH", required=True, help="file to write; a folder for timm")
     parser.add_argument("--fold", action="store_true", help="multiply BatchNorm and other constants into the weights")
     parser.add_argument("--opset", metavar="N", type=int, help="ONNX operator set (torch's default)")
     add_checkpoint_options(parser)
@@ -78,11 +78,11 @@ def export_parser() -> Parser:
 
 
 class DifferenceError(Exception):
-    """What was written does not compute what the model does."""
+    """An exported or folded model whose outputs differ from the model's."""
 
 
 def check_out(out: Path, kind: str) -> Path:
-    """Return where to write; ValueError if that cannot be."""
+    """Return the path to write. Raises ValueError if it does not fit the format or cannot be written."""
     suffix = FORMATS[kind]
     if suffix and out.suffix != suffix:
         raise ValueError(f"--out {out}: --format {kind} writes a {suffix} file; name it {out.with_suffix(suffix)}")
@@ -105,25 +105,25 @@ def check_packages(kind: str) -> None:
         raise ValueError(f"--format {kind} needs {', '.join(missing)}; run pip install {' '.join(missing)}")
 
 
-def folded(classifier: Classifier, screen: Console) -> nn.Module:
-    """Return a folded copy of the model, compared with it in float64 on random images."""
+def fold_and_check(classifier: Classifier, screen: Console) -> nn.Module:
+    """Return a folded copy of the model. Raises DifferenceError if the two differ in float64 on random images."""
     if not isinstance(classifier.model, Backbone):
-        raise ValueError(f"--fold knows SG-Former, GroupMixFormer and STViT, not {classifier.name}; leave it out")
+        raise ValueError(f"--fold supports SG-Former, GroupMixFormer and STViT, not {classifier.name}; leave it out")
     plain = copy.deepcopy(classifier.model).double()
     other = copy.deepcopy(plain)
     done = fold(other)
     images = random_images(BATCHES[-1], classifier.transform.crop).double()
     with torch.no_grad():
         want, got = plain(images), other(images)
-    what = ", ".join(f"{count} x {name}" for name, count in done.items())
-    screen.print(f"folded {what}: largest difference in float64 {(got - want).abs().max():.1e}", markup=False)
+    counts = ", ".join(f"{count} x {name}" for name, count in done.items())
+    screen.print(f"folded {counts}: largest difference in float64 {(got - want).abs().max():.1e}", markup=False)
     if difference(got, want) > 1e-9:
         raise DifferenceError(f"the folded model differs by {difference(got, want):.1e} of the logits' norm in float64")
     return other.float()
 
 
 def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset: int | None, screen: Console) -> None:
-    """Write a model and say how far what was read back is from it. Raises DifferenceError, and leaves nothing, if too far."""
+    """Write a model, read it back and print the difference. Raises DifferenceError, and leaves no file, above the bound."""
     bound = BOUND
 
     def checked(path: Path, write: Callable[[Path], Callable[[Tensor], Tensor]]) -> None:
@@ -133,7 +133,7 @@ def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset
     if kind in ("onnx", "torch"):
         screen.print("exporting: the model is traced, which may take minutes", markup=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch of its own deprecated parts, while it exports
+        warnings.simplefilter("ignore")  # deprecations inside torch's exporter
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         if kind == "onnx":
             bound = TIES if classifier.name.startswith("sgformer") else BOUND
@@ -148,28 +148,31 @@ def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset
             except DifferenceError:
                 shutil.rmtree(out)
                 raise
-    for line in how_to_use(classifier, kind, out):
+    for line in usage(classifier, kind, out):
         screen.print(line, markup=False)
 
 
 def compare(model: nn.Module, other: Callable[[Tensor], Tensor], size: int, bound: float) -> list[str]:
-    """Compare what was read back with the model, at several batch sizes; raise DifferenceError if it is too far off."""
-    said = []
+    """Compare the exported model with the original at several batch sizes; return a line for each.
+
+    Raises DifferenceError for a difference above the bound, and for values that are not finite.
+    """
+    lines = []
     for batch in BATCHES:
         images = random_images(batch, size)
         with torch.no_grad():
             want, got = model(images), other(images)
         off = difference(got, want)
-        said.append(
+        lines.append(
             f"batch of {batch}: largest difference {(got - want).abs().max():.1e}, {off:.1e} of the logits' norm (bound {bound:g})"
         )
         if not off <= bound:
-            raise DifferenceError(f"what was written computes something else; {said[-1]}")
-    return said
+            raise DifferenceError(f"the exported model computes something else; {lines[-1]}")
+    return lines
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm."""
+    """Return the norm of the difference relative to the norm of `want`."""
     return float((got - want).norm() / want.norm())
 
 
@@ -177,8 +180,8 @@ def random_images(batch: int, size: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
 
 
-def how_to_use(classifier: Classifier, kind: str, out: Path) -> list[str]:
-    """Say what can be done with a file."""
+def usage(classifier: Classifier, kind: str, out: Path) -> list[str]:
+    """Return the input format of an exported model, and the code that loads it, as lines."""
     size = classifier.transform.crop
     mean, std = ([round(value, 4) for value in values] for values in (classifier.mean, classifier.std))
     takes = f"takes (B, 3, {size}, {size}), float32, RGB in 0..1 less mean {mean}, divided by {std}; gives logits"

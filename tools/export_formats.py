@@ -1,4 +1,4 @@
-"""The four formats that tools/export.py writes; each function writes a model and returns what was read back from the file."""
+"""The four formats of tools/export.py: each function writes a model and returns the function read back from the file."""
 
 import json
 import sys
@@ -16,18 +16,18 @@ from models.weights import fit, load_weights
 from tools.classifier import Classifier
 from tools.convert import ENTRIES, with_published_names
 
-Answer = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]  # images (B, 3, H, W) to logits
 BATCH = ({0: torch.export.Dim.DYNAMIC},)
 INPUT, OUTPUT = "images", "logits"
-CLAUSES = {  # where a model is registered: what the card says of it
+CLAUSES = {  # sentence of the model card, by the package that registers the model
     "retoken": "The architecture is registered with timm by `import models` of its repository, which must be on `PYTHONPATH`.",
     "timm": "The architecture is timm's own.",
     "own": "The architecture is registered with timm by the file `{file}`, which is not part of this folder.",
 }
 
 
-def write_onnx(classifier: Classifier, model: nn.Module, path: Path, opset: int | None = None) -> Answer:
-    """Write an ONNX file whose batch may have any size, with the facts that a user needs as metadata."""
+def write_onnx(classifier: Classifier, model: nn.Module, path: Path, opset: int | None = None) -> Forward:
+    """Write an ONNX file whose batch may have any size, with preprocessing and class names as metadata."""
     import onnxruntime
 
     size = classifier.transform.crop
@@ -51,14 +51,14 @@ def write_onnx(classifier: Classifier, model: nn.Module, path: Path, opset: int 
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def answer(images: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         (logits,) = session.run([OUTPUT], {INPUT: images.numpy()})
         return torch.from_numpy(logits)
 
-    return answer
+    return forward
 
 
-def write_program(classifier: Classifier, model: nn.Module, path: Path) -> Answer:
+def write_program(classifier: Classifier, model: nn.Module, path: Path) -> Forward:
     """Write a program of torch.export whose batch may have any size."""
     size = classifier.transform.crop
     program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=BATCH)
@@ -68,20 +68,20 @@ def write_program(classifier: Classifier, model: nn.Module, path: Path) -> Answe
         return torch.export.load(file).module()
 
 
-def write_published(classifier: Classifier, path: Path) -> Answer:
-    """Write a .pth with the authors' parameter names, laid out as their code loads it."""
+def write_published(classifier: Classifier, path: Path) -> Forward:
+    """Write a .pth with the published parameter names, in the layout that the authors' code loads."""
     if not is_retoken(classifier.name):
         raise ValueError(f"{classifier.name} has no published names; choose another --format")
     net = classifier.model
     theirs = with_published_names(net, net.state_dict())  # type: ignore[arg-type]
     torch.save({ENTRIES.get(type(net).__name__, "model"): theirs}, path)
-    other = _empty(classifier)
+    other = _untrained(classifier)
     weights, _ = load_weights(path)
     other.load_state_dict(fit(other, weights, str(path)))
     return other.eval()
 
 
-def write_timm(classifier: Classifier, folder: Path) -> Answer:
+def write_timm(classifier: Classifier, folder: Path) -> Forward:
     """Write a folder that timm loads with local-dir: and, uploaded, with hf-hub:."""
     transform = classifier.transform
     if not getattr(classifier.model, "pretrained_cfg", None):
@@ -110,7 +110,7 @@ def write_timm(classifier: Classifier, folder: Path) -> Answer:
 
 
 def metadata(classifier: Classifier) -> dict[str, Any]:
-    """Return what a user of an exported file has to know."""
+    """Return the metadata of an exported file: model, classes, normalisation, evaluation crop."""
     transform = classifier.transform
     return {
         "model": classifier.name,
@@ -124,7 +124,7 @@ def metadata(classifier: Classifier) -> dict[str, Any]:
 
 
 def registered_by(name: str) -> tuple[str, Path]:
-    """Say who registers a model with timm, retoken, timm or own, and in which file."""
+    """Return the origin of a model registered with timm, "retoken", "timm" or "own", and its file."""
     module = model_entrypoint(name).__module__
     kind = "retoken" if is_retoken(name) else "timm" if module.startswith("timm.") else "own"
     return kind, Path(sys.modules[module].__file__ or module)
@@ -150,7 +150,7 @@ def card(classifier: Classifier) -> str:
     )
 
 
-def _empty(classifier: Classifier) -> nn.Module:
-    """Return another model of the same kind, of other weights."""
+def _untrained(classifier: Classifier) -> nn.Module:
+    """Return a new model of the same architecture, with random weights."""
     arguments = {"num_classes": len(classifier.classes), "img_size": classifier.transform.crop}
     return timm.create_model(classifier.name, **arguments)

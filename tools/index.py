@@ -1,10 +1,10 @@
-"""Build the index of a data set's archives, and verify what lies there, archives or folders.
+"""Index the archives of a data set, and verify its images, in archives or folders.
 
     python -m tools.index PATH                 index, counts, sizes, class balance; decodes 1000 images of each split
     python -m tools.index PATH --full          decodes every image
     python -m tools.index PATH --split val --val-labels FILE
 
-Exit status 0: nothing is wrong. 1: the report ends with what is. 2: the data set cannot be opened.
+Exit status 0: no problems. 1: problems, listed at the end of each split. 2: the data set cannot be opened.
 """
 
 import multiprocessing
@@ -31,17 +31,17 @@ from data.stores.layout import NoSplitError
 from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
 
 SAMPLE = 1000  # images decoded of each split without --full
-CHUNK = 32
-NAMED = 20  # problems of a kind that are listed
-_source: ImageSource | None = None  # of a checking process
+CHUNK = 32  # images per task of a process
+NAMED = 20  # problems of one kind that are listed
+_source: ImageSource | None = None  # image source of a decoding process
 
 
 @dataclass
-class Report:
-    """What was found of a split, and what is wrong with it."""
+class SplitSummary:
+    """Counts and problems of a split."""
 
     split: str
-    lines: list[tuple[str, str]] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)  # name and text
     problems: list[str] = field(default_factory=list)
 
 
@@ -53,70 +53,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.sample < 0 or args.workers < 1:
             raise ValueError(f"--sample {args.sample} and --workers {args.workers} must be at least 0 and 1")
-        stores = open_stores(args, screen)
+        stores = open_splits(args, screen)
         classes = read_class_index(args.class_index) if args.class_index else next(iter(stores.values())).classes()
-        reports = []
+        summaries = []
         for split, store in stores.items():
             source = store.source(classes, must_hold_all=False)
-            report = describe(split, store, source, classes)
+            summary = describe(split, store, source, classes)
             indices = np.arange(len(source)) if args.full else spread(len(source), args.sample)
-            check(report, source, indices, args.workers)
-            print_report(report, screen)
-            reports.append(report)
+            check(summary, source, indices, args.workers)
+            print_summary(summary, screen)
+            summaries.append(summary)
     except ValueError as error:
         parser.fail(error)
-    count = sum(len(report.problems) for report in reports)
+    count = sum(len(summary.problems) for summary in summaries)
     screen.print(f"{count} problems" if count else "no problems")
     return 1 if count else 0
 
 
 def index_parser() -> Parser:
     """Return the parser of this command."""
-    parser = Parser("Index a data set's archives, and verify what lies there.")
+    parser = Parser("Index a data set's archives, and verify its images.")
     parser.prog = "python -m tools.index"
-    parser.add_argument("path", metavar="PATH", help="what DATA.PATH would be")
-    parser.add_argument("--split", choices=("train", "val"), help="one split only")
+    parser.add_argument("path", metavar="PATH", help="data set, as in DATA.PATH")
+    parser.add_argument("--split", choices=("train", "val"), help="check only this split")
     parser.add_argument("--full", action="store_true", help="decode every image")
-    parser.add_argument("--sample", type=int, default=SAMPLE, metavar="N", help=f"else decode N of a split ({SAMPLE})")
-    parser.add_argument("--val-labels", default="", metavar="FILE", help="what DATA.VAL_LABELS would be")
-    parser.add_argument("--class-index", default="", metavar="FILE", help="what DATA.CLASS_INDEX would be")
+    parser.add_argument(
+        "--sample", type=int, default=SAMPLE, metavar="N", help=f"otherwise decode N of each split ({SAMPLE})"
+    )
+    parser.add_argument("--val-labels", default="", metavar="FILE", help="as DATA.VAL_LABELS")
+    parser.add_argument("--class-index", default="", metavar="FILE", help="as DATA.CLASS_INDEX")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes that decode ({cores})")
     return parser
 
 
-def open_stores(args: object, screen: Console) -> dict[str, Split]:
-    """Open the splits asked for, or those there are."""
+def open_splits(args: object, screen: Console) -> dict[str, Split]:
+    """Open the split asked for, or all that exist."""
     path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
     found: dict[str, Split] = {}
     for name in [split] if split else ["train", "val"]:
         try:
             found[name] = open_split(path, name, labels if name == "val" else "", partial(screen.print, style="dim"))
-        except (NoSplitError, NoImagesError) as error:  # the latter: an archive that holds one split only
+        except (NoSplitError, NoImagesError) as error:  # NoImagesError: an archive with one split only
             if split or (name == "val" and not found):
                 raise
             screen.print(f"{name}: {error}", style="dim", markup=False)
     return found
 
 
-def describe(split: str, store: Split, source: ImageSource, classes: Sequence[str]) -> Report:
-    """Count images, classes and bytes; note what is wrong without reading an image."""
-    report = Report(split)
-    say, problems = report.lines.append, report.problems
-    say(("store", f"{store.name} ({store.kind})"))
+def describe(split: str, store: Split, source: ImageSource, classes: Sequence[str]) -> SplitSummary:
+    """Count images, classes and bytes of a split; note problems that show without reading an image."""
+    summary = SplitSummary(split)
+    lines, problems = summary.lines, summary.problems
+    lines.append(("store", f"{store.name} ({store.kind})"))
     if isinstance(store, ArchiveSplit):
-        say(("index", str(store.index_file)))
+        lines.append(("index", str(store.index_file)))
         problems += store.index.metadata["problems"]
-        again = store.index.metadata["duplicates"]
-        if again:
+        duplicates = store.index.metadata["duplicates"]
+        if duplicates:
             problems.append(
-                f"{again} images have the class and name of another: {', '.join(store.index.metadata['duplicate_names'][:5])}"
+                f"{duplicates} images have the class and name of another: {', '.join(store.index.metadata['duplicate_names'][:5])}"
             )
     counts = np.bincount(source.labels, minlength=len(classes))
     held = counts[counts > 0]
-    say(("images", f"{len(source)} of {len(held)} classes"))
+    lines.append(("images", f"{len(source)} of {len(held)} classes"))
     few, many = (int(i) for i in (counts.argmin(), counts.argmax()))
-    say(
+    lines.append(
         (
             "balance",
             f"{held.mean():.1f} a class; fewest {counts[few]} ({classes[few]}), most {counts[many]} ({classes[many]})",
@@ -126,7 +128,7 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
     if missing:
         problems.append(f"{len(missing)} of {len(classes)} classes have no image: {', '.join(missing[:5])}")
     sizes = file_sizes(source)
-    say(
+    lines.append(
         (
             "bytes",
             f"{sizes.sum() / 2**30:.2f} GiB; an image {sizes.mean() / 1000:.1f} kB, from {sizes.min()} to {sizes.max()}",
@@ -135,7 +137,7 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
     empty = np.flatnonzero(sizes == 0)
     problems += [f"{source.name(int(i))} is empty" for i in empty[:NAMED]]
     problems += [f"{len(empty) - NAMED} more are empty"] if len(empty) > NAMED else []
-    return report
+    return summary
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -143,36 +145,33 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(np.int64))
 
 
-def check(report: Report, source: ImageSource, indices: np.ndarray, workers: int) -> None:
-    """Decode the images, in several processes, and note those that cannot be."""
+def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, workers: int) -> None:
+    """Decode images in several processes, and note those that cannot be decoded."""
     stored = indices
-    if isinstance(source, ArchiveSource):  # in the order in which they lie
+    if isinstance(source, ArchiveSource):  # in storage order
         rank = np.empty(len(source), dtype=np.int64)
         rank[source.storage_order()] = np.arange(len(source))
         stored = indices[np.argsort(rank[indices])]
-    found = [reason for reason in shown(decoded(source, stored.tolist(), workers), len(stored), report.split) if reason]
+    reasons = decode_all(source, stored.tolist(), workers)
+    found = [reason for reason in with_progress(reasons, len(stored), summary.split) if reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
-    report.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
-    report.problems += found[:NAMED]
+    summary.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
+    summary.problems += found[:NAMED]
     if len(found) > NAMED:
         kinds = Counter(reason.split("(")[-1].split(";")[-1].split(")")[0].strip() for reason in found[NAMED:])
-        report.problems.append(
+        summary.problems.append(
             f"{len(found) - NAMED} more are unreadable ({', '.join(f'{n} x {k}' for k, n in kinds.most_common(3))})"
         )
 
 
-def decoded(source: ImageSource, indices: list[int], workers: int) -> Iterator[str]:
-    """Yield what is wrong with each image, "" for nothing."""
-    if workers == 1 or len(indices) <= CHUNK:
-        yield from (
-            reason
-            for start in range(0, len(indices), CHUNK)
-            for reason in _check(indices[start : start + CHUNK], source)
-        )
-        return
+def decode_all(source: ImageSource, indices: list[int], workers: int) -> Iterator[str]:
+    """Decode images; yield for each the reason why it cannot be decoded, "" if it can."""
     chunks = (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
-    context = multiprocessing.get_context("fork")  # of which the loaders' workers are, too
-    with ProcessPoolExecutor(workers, context, initializer=_take, initargs=(source,)) as pool:
+    if workers == 1 or len(indices) <= CHUNK:
+        yield from (reason for chunk in chunks for reason in _check(chunk, source))
+        return
+    context = multiprocessing.get_context("fork")  # as the workers of the loaders
+    with ProcessPoolExecutor(workers, context, initializer=_set_source, initargs=(source,)) as pool:
         pending = [pool.submit(_check, chunk) for chunk in islice(chunks, 4 * workers)]
         while pending:
             reasons = pending.pop(0).result()
@@ -180,12 +179,13 @@ def decoded(source: ImageSource, indices: list[int], workers: int) -> Iterator[s
             yield from reasons
 
 
-def _take(source: ImageSource) -> None:
+def _set_source(source: ImageSource) -> None:
     global _source
     _source = source
 
 
 def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
+    """Decode images of a source (default: this process's); return a reason for each, "" if it can be decoded."""
     source = source or _source
     assert source is not None
     reasons = []
@@ -198,8 +198,8 @@ def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
     return reasons
 
 
-def shown(reasons: Iterator[str], total: int, split: str) -> Iterator[str]:
-    """Yield the results, with a bar on a terminal and a line at each tenth of a long check elsewhere."""
+def with_progress(reasons: Iterator[str], total: int, split: str) -> Iterator[str]:
+    """Pass results on and show progress: a bar on a terminal, ten lines for a long check elsewhere."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         yield from track(reasons, f"decoding {split}", total, console=console, transient=True)
@@ -210,12 +210,12 @@ def shown(reasons: Iterator[str], total: int, split: str) -> Iterator[str]:
         yield reason
 
 
-def print_report(report: Report, screen: Console) -> None:
-    """Print a split's facts, then its problems."""
-    screen.print(report.split, style="bold")
-    for name, text in report.lines:
+def print_summary(summary: SplitSummary, screen: Console) -> None:
+    """Print the counts of a split, then its problems."""
+    screen.print(summary.split, style="bold")
+    for name, text in summary.lines:
         screen.print(f"  {name:<8} {text}", markup=False)
-    for problem in report.problems:
+    for problem in summary.problems:
         screen.print(f"  problem  {problem}", style="red", markup=False)
 
 

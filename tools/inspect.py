@@ -5,9 +5,10 @@
     python -m tools.inspect stvit_base --stages
 
 GMACs count each multiplication with its addition once, for one image, in matrix products (those of attention too) and
-convolutions; norms, softmax, activation functions and sums are not counted. Activations are the values that these operations
-put out, in millions. Latency is the median time of a forward pass of one image in float32 on the CPU. Training memory is what a
-process holds for a micro-batch (--memory) under bfloat16 with AdamW: weights, gradients, moments, activations, no workspace.
+convolutions; norms, softmax, activation functions and sums are not counted. Activations are the output values of these
+operations, in millions. Latency is the median time of a forward pass of one image in float32 on the CPU. Training memory is
+the memory of a process for a micro-batch (--memory) under bfloat16 with AdamW: weights, gradients, moments, activations,
+without workspace.
 """
 
 import json
@@ -22,7 +23,6 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,16 +32,17 @@ from config.command_line import Parser
 from engine.memory import estimate
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
+from tools.tables import aligned_columns, markdown_table, terminal_table
 
 PARTS = ("output", "params M", "GMACs", "activations M")
 BATCH = 64  # images of the training step whose memory is estimated
-RUNS = 7  # timed forward passes, after one that is not
+RUNS = 7  # timed forward passes, after one warm-up pass
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)  # torch 2.11 lacks it
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What was measured of a variant; macs by image size, the rest at the first of them."""
+    """Measurements of a variant: macs by image size, the others at the first size."""
 
     name: str
     parameters: int
@@ -53,7 +54,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured of a stem, stage, neck or head, for one image."""
+    """Measurements of a stem, stage, neck or head, for one image."""
 
     name: str
     output: tuple[int, ...]  # shape, without the batch
@@ -63,7 +64,7 @@ class Part:
 
 
 class ActivationCounter(TorchDispatchMode):
-    """Adds up the sizes of what matrix products and convolutions put out."""
+    """Sum of the output sizes of matrix products and convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,25 +112,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
     titles, rows = header(args.size, args.latency, args.memory), [row(measures) for measures, _ in found]
-    say(screen, titles, rows, args.markdown)
+    print_table(screen, titles, rows, args.markdown)
     print_legend(screen, legend(args.latency, args.memory))
     for measures, parts in found if args.stages else ():
-        say(screen, [f"{measures.name} at {args.size[0]}", *PARTS], [part_row(part) for part in parts], args.markdown)
+        titles = [f"{measures.name} at {args.size[0]}", *PARTS]
+        print_table(screen, titles, [part_row(part) for part in parts], args.markdown)
     return 0
 
 
-def say(screen: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
-    """Print rows as a table of a terminal, aligned columns or Markdown."""
+def print_table(screen: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
+    """Print rows as Markdown, as a table on a terminal, as aligned columns elsewhere."""
     if markdown:
-        print("\n".join(as_markdown(titles, rows)))
+        print("\n".join(markdown_table(titles, rows, numeric=True)))
     elif screen.is_terminal:
-        screen.print(as_table(titles, rows))
+        screen.print(terminal_table(titles, rows, numeric=True))
     else:
-        print("\n".join(as_columns([titles, *rows])))
+        print("\n".join(aligned_columns([titles, *rows], numeric=True)))
 
 
 def print_legend(screen: Console, text: str) -> None:
-    """Print what is counted, dimmed on a terminal."""
+    """Print the legend, dimmed on a terminal."""
     if screen.is_terminal:
         screen.print(text, style="dim")
     else:
@@ -142,7 +144,7 @@ def inspect_parser() -> Parser:
     parser.prog = "python -m tools.inspect"
     parser.add_argument("names", metavar="NAME", nargs="*", help="models of Retoken or timm")
     parser.add_argument("--all", action="store_true", help="all of Retoken's")
-    parser.add_argument("--module", metavar="FILE", help="file or module that registers models of your own")
+    parser.add_argument("--module", metavar="FILE", help="file or module that registers custom models")
     parser.add_argument("--size", metavar="PIXELS", type=int, nargs="+", default=[224, 384], help="sides of the image")
     parser.add_argument("--stages", action="store_true", help="also a table of each model's stem, stages and head")
     parser.add_argument(
@@ -150,16 +152,21 @@ def inspect_parser() -> Parser:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    form.add_argument("--json", action="store_true", help="print everything for programs")
-    parser.add_argument("--no-latency", dest="latency", action="store_false", help="do not run the models: quick")
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--no-latency", dest="latency", action="store_false", help="skip the latency, which runs the models"
+    )
     return parser
 
 
 def measure(name: str, sizes: Sequence[int], latency: bool, batch: int = 0) -> Measures:
-    """Count a model at each size, without memory for its values; at the first, time it and estimate its memory if asked for."""
+    """Count a model's operations at each size, on fake tensors; time it and estimate its memory at the first.
+
+    `latency` False skips the timing, `batch` 0 the memory of training on micro-batches of that size.
+    """
     macs: dict[int, int] = {}
     activations = []
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # everything goes as on the CPU, but nothing is computed
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # as on the CPU, without computing values
     first = empty(name, sizes[0], fake)
     for size in sizes:
         model = first if is_retoken(name) else empty(name, size, fake)  # ours work at any size
@@ -174,7 +181,7 @@ def measure(name: str, sizes: Sequence[int], latency: bool, batch: int = 0) -> M
 
 
 def training_memory(name: str, size: int, batch: int) -> int:
-    """Estimate the bytes that a process holds to train on micro-batches of `batch` images."""
+    """Estimate the memory of a process, in bytes, for training on micro-batches of `batch` images."""
 
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16)
@@ -186,7 +193,7 @@ def training_memory(name: str, size: int, batch: int) -> int:
 
 
 def stages(name: str, size: int) -> list[Part]:
-    """Measure a model part by part, in the order in which they run; the parts are a model's children, stages one by one."""
+    """Measure each part of a model in the order of execution; parts are the model's children, with each stage its own."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = empty(name, size, fake)
     found: list[Part] = []
@@ -213,7 +220,7 @@ def stages(name: str, size: int) -> list[Part]:
 
 
 def children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a model, and in place of those that are lists or sequences theirs."""
+    """Yield the children of a model by name; those of lists and sequences instead of the lists themselves."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList | nn.Sequential):
             yield from ((f"{name}.{number}", part) for number, part in child.named_children())
@@ -222,7 +229,7 @@ def children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def empty(name: str, size: int, fake: FakeTensorMode) -> nn.Module:
-    """Build a model of fake tensors; its initialisation looks at values, which the meta device alone can do without."""
+    """Build a model of fake tensors, on the meta device first: its initialisation reads values, which fake tensors lack."""
     with torch.device("meta"):
         model = build(name, size)
     with fake:
@@ -248,7 +255,7 @@ def time_forward(name: str, size: int) -> float:
 
 
 def header(sizes: Sequence[int], latency: bool, batch: int = 0) -> list[str]:
-    """Name the columns."""
+    """Return the titles of the columns."""
     macs = [f"GMACs {size}" for size in sizes]
     more = [f"latency ms {sizes[0]}"] if latency else []
     more += [f"training GiB {sizes[0]} x {batch}"] if batch else []
@@ -256,7 +263,7 @@ def header(sizes: Sequence[int], latency: bool, batch: int = 0) -> list[str]:
 
 
 def row(measures: Measures) -> list[str]:
-    """Write a variant's measures as cells."""
+    """Return a variant's measurements as cells."""
     macs = [f"{count / 1e9:.2f}" for count in measures.macs.values()]
     latency = [] if measures.latency_ms is None else [f"{measures.latency_ms:.0f}"]
     memory = [] if measures.memory is None else [f"{measures.memory / 2**30:.2f}"]
@@ -265,42 +272,16 @@ def row(measures: Measures) -> list[str]:
 
 
 def part_row(part: Part) -> list[str]:
-    """Write a part's measures as cells."""
+    """Return a part's measurements as cells."""
     shape = " x ".join(map(str, part.output))
     return [part.name, shape, f"{part.parameters / 1e6:.3f}", f"{part.macs / 1e9:.3f}", f"{part.activations / 1e6:.2f}"]
 
 
-def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Set rows as a Markdown table, numbers at the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Set rows as a table for a terminal."""
-    table = Table()
-    for i, title in enumerate(header):
-        table.add_column(title, justify="right" if i else "left", no_wrap=not i)
-    for cells in rows:
-        table.add_row(*cells)
-    return table
-
-
-def as_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Set rows as lines of aligned columns, two spaces apart."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        for cells in rows
-    ]
-
-
 def legend(latency: bool, batch: int = 0) -> str:
-    """Say what is counted, and where it was timed."""
-    text = "GMACs: 1 per multiply-add, in matrix products (attention's too) and convolutions; activations: what these put out"
+    """Return an explanation of the columns, with the conditions of the latency and memory measurements."""
+    text = (
+        "GMACs: 1 per multiply-add, in matrix products (attention's too) and convolutions; activations: their outputs"
+    )
     threads = f"; latency: 1 image, float32, median of {RUNS} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     memory = f"; training: estimated for {batch} images, bfloat16, AdamW, without workspace"
     return text + (threads if latency else "") + (memory if batch else "")

@@ -1,17 +1,17 @@
-"""Compare the torch and the DALI loader on your data: order, labels and pixels, and with a checkpoint the accuracy.
+"""Compare the torch and the DALI loader on a data set: order, labels, pixels, and the accuracy of a checkpoint.
 
     python -m tools.loader_parity --cfg configs/groupmixformer/tiny_224.yaml --data-path DIR
     python -m tools.loader_parity --cfg CONFIG --data-path DIR --checkpoint output/NAME/best_raw.safetensors
 
-Pixels are compared on the evaluation images and on training batches, with RandAugment and without: an operation such as
-equalize or solarize makes much of a difference of one level, so the plain crops say how the loaders differ.
-DATA.DALI_DEVICE (--opts) says where DALI runs. Exit status 0: order, labels and erasing are the same, and the evaluation
-images and plain crops differ by less than a mean of LIMIT levels. 1: they do not. 2: the comparison cannot be made.
+Pixels are compared on the evaluation images and on training batches, with and without RandAugment: operations such as
+equalize and solarize amplify a difference of one level, so the crops without it show how the loaders themselves differ.
+DATA.DALI_DEVICE (--opts) selects DALI's device. Exit status 0: order, labels and random erasing are the same, and the
+evaluation images and plain crops differ by less than a mean of LIMIT levels. 1: they differ. 2: an error in the command.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin steal the loader's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads take the loader's cores
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,13 +37,13 @@ from engine.precision import Precision
 from models.build import build_model
 from models.weights import fit, load_weights
 
-LIMIT = 0.2  # levels; photographs at 224 differ by a mean of 0.17 to 0.18, as the two resamplings round
+LIMIT = 0.2  # levels; photographs at 224 differ by a mean of 0.17 to 0.18 by the rounding of the two resamplings
 LOADERS = ("torch", "dali")
 
 
 @dataclass
 class Differences:
-    """How the pixels of pairs of batches differ, in levels."""
+    """Differences between the pixels of pairs of batches, in levels (0 .. 255)."""
 
     name: str
     images: int = 0
@@ -51,10 +51,10 @@ class Differences:
     total: int = 0
     largest: int = 0
     above: int = 0  # values that differ by more than one level
-    same: bool = True  # indices, labels and erasing boxes
+    same: bool = True  # indices, labels and boxes of random erasing
 
     def add(self, one: Batch, other: Batch) -> None:
-        """Count a batch of each loader."""
+        """Compare a batch of each loader."""
         self.images += len(one)
         self.same &= len(one) == len(other) and all(
             torch.equal(a.cpu(), b.cpu())
@@ -69,11 +69,11 @@ class Differences:
 
     @property
     def mean(self) -> float:
-        """The mean difference."""
+        """Mean absolute difference."""
         return self.total / max(1, self.values)
 
     def cells(self) -> list[str]:
-        """Return a row of the table."""
+        """Return the cells of the table's row."""
         share = f"{100 * self.above / max(1, self.values):.3f} %"
         same = "the same" if self.same else "DIFFER"
         return [self.name, str(self.images), same, f"{self.mean:.3f}", str(self.largest), share]
@@ -81,27 +81,31 @@ class Differences:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = command_line.Parser("Compare the torch and the DALI loader on your data.")
+    parser = command_line.Parser("Compare the torch and the DALI loader on a data set.")
     parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML config")
     parser.add_argument("--data-path", metavar="PATH", help="as in train.py [DATA.PATH]")
-    parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", action="extend", default=[], help="keys to change")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to evaluate with both loaders")
-    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which of a checkpoint with both")
     parser.add_argument(
-        "--batches", type=int, default=8, help="training micro-batches and evaluation batches (default 8)"
+        "--opts", metavar="KEY VALUE", nargs="*", action="extend", default=[], help="config keys to change"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to evaluate with both loaders")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema"), default="raw", help="weights to take from a file with both (raw)"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=8, help="training micro-batches and evaluation batches to compare (default 8)"
     )
     args = parser.parse_args(argv)
-    say = Console()
+    console = Console()
     try:
         processes = init_processes(load(args, "torch").DEVICE)
         found = list(compare(args, processes))
         table = Table("", "images", "indices, labels, boxes", "mean difference", "largest", "above 1 level")
         for differences in found:
             table.add_row(*differences.cells())
-        say.print(table)
+        console.print(table)
         if args.checkpoint:
             for line in accuracies(args, processes):
-                say.print(line)
+                console.print(line)
     except ValueError as error:
         parser.fail(error)
     augmented = [differences for differences in found if "RandAugment" in differences.name]
@@ -110,32 +114,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load(args: Any, loader: str) -> CfgNode:
-    """Return the config with a loader; only DALI's may name its device."""
+    """Return the config with a loader; DATA.DALI_DEVICE is dropped for the torch loader."""
     flags = {"--data-path": ("DATA.PATH", args.data_path)} if args.data_path else {}
     if len(args.opts) % 2:
-        config.load(args.cfg, args.opts, flags)  # says that a value is missing
-    away = ("DATA.LOADER", "DATA.DALI_DEVICE") if loader == "torch" else ("DATA.LOADER",)
+        config.load(args.cfg, args.opts, flags)  # raises: a value is missing
+    dropped = ("DATA.LOADER", "DATA.DALI_DEVICE") if loader == "torch" else ("DATA.LOADER",)
     pairs = zip(args.opts[::2], args.opts[1::2], strict=True)
-    kept = [text for key, value in pairs if key not in away for text in (key, value)]
-    auto = ["DATA.DALI_DEVICE", "auto"] if loader == "torch" else []  # what the YAML says is for DALI
+    kept = [text for key, value in pairs if key not in dropped for text in (key, value)]
+    auto = ["DATA.DALI_DEVICE", "auto"] if loader == "torch" else []  # the YAML's value is for DALI
     return config.load(args.cfg, [*kept, "DATA.LOADER", loader, *auto], flags)
 
 
 def compare(args: Any, processes: Processes) -> Iterator[Differences]:
-    """Yield the differences of evaluation, and of training where there are training images."""
+    """Yield the differences in evaluation and, if there are training images, in training."""
     cfgs = [load(args, loader) for loader in LOADERS]
-    share = processes.rank, processes.world, processes.device
-    one, other = (build_eval_data(cfg, *share).val for cfg in cfgs)
-    yield _compared("evaluation", one, other, args.batches)
+    first, second = (build_eval_data(cfg, processes.rank, processes.world, processes.device).val for cfg in cfgs)
+    yield _compare_batches("evaluation", first, second, args.batches)
     if not has_split(cfgs[0].DATA.PATH, "train"):
         return
     for name, policy in (("training, crop and flip", ""), ("training, RandAugment", cfgs[0].AUG.RAND_AUGMENT)):
         if name.endswith("flip") or policy:
-            ours, theirs = (build_data(_with_policy(cfg, policy), *share).train.epoch(0) for cfg in cfgs)
-            yield _compared(name, ours, theirs, args.batches)
+            one, other = (_train_batches(_with_policy(cfg, policy), processes) for cfg in cfgs)
+            yield _compare_batches(name, one, other, args.batches)
+
+
+def _train_batches(cfg: CfgNode, processes: Processes) -> Iterable[Batch]:
+    """Return the batches of epoch 0."""
+    return build_data(cfg, processes.rank, processes.world, processes.device).train.epoch(0)
 
 
 def _with_policy(cfg: CfgNode, policy: str) -> CfgNode:
+    """Return the config with a RandAugment policy."""
     changed = cfg.clone()
     changed.defrost()
     changed.AUG.RAND_AUGMENT = policy
@@ -143,7 +152,8 @@ def _with_policy(cfg: CfgNode, policy: str) -> CfgNode:
     return changed
 
 
-def _compared(name: str, one: Iterable[Batch], other: Iterable[Batch], batches: int) -> Differences:
+def _compare_batches(name: str, one: Iterable[Batch], other: Iterable[Batch], batches: int) -> Differences:
+    """Return the differences between the first batches of two loaders."""
     found = Differences(name)
     for pair in islice(zip(one, other, strict=True), batches):
         found.add(*pair)
@@ -151,11 +161,12 @@ def _compared(name: str, one: Iterable[Batch], other: Iterable[Batch], batches: 
 
 
 def _boxes(batch: Batch) -> torch.Tensor:
+    """Return the boxes of random erasing; empty without it."""
     return torch.zeros(0) if batch.erase is None else batch.erase
 
 
 def accuracies(args: Any, processes: Processes) -> Iterator[str]:
-    """Yield the accuracy of the checkpoint with each loader, on all validation images."""
+    """Yield lines with the accuracy of the checkpoint on all validation images, with each loader."""
     weights, _ = load_weights(Path(args.checkpoint), args.weights)
     top1 = []
     for loader in LOADERS:

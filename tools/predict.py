@@ -1,10 +1,10 @@
-"""Name what is on photographs: the best classes of a checkpoint's model, for files and for folders of them.
+"""Classify images: the most probable classes of a checkpoint's model, for image files and folders.
 
     python -m tools.predict output/NAME/best_raw.safetensors cat.jpg holiday/
     python -m tools.predict output/NAME/best_raw.safetensors holiday/ --csv holiday.csv --top 3
 
-Images are turned upright and cropped as in the run's evaluation. Files that cannot be read are listed at the end. Exit status 0: at
-least one image was named. 1: none could be read. 2: there is a mistake in the command.
+Images are rotated by their EXIF orientation and cropped as in the run's evaluation. Files that cannot be read are listed at
+the end. Exit status 0: at least one image was classified. 1: none could be read. 2: an error in the command.
 """
 
 import sys
@@ -23,15 +23,15 @@ from data.loaders.decode import UnreadableImageError
 from engine.malloc import keep_freed_memory
 from engine.result_files import TABLES, check_target, write_table
 from models.inference.prepare import is_foldable, prepare_inference
-from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
+from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
 
-THREADS = 8  # that decode
+THREADS = 8  # for decoding
 SHOWN = 20  # unreadable files that are listed
 
 
 @dataclass
-class Answers:
-    """What was answered: for each readable image its best classes, best first, and their probabilities."""
+class Predictions:
+    """Most probable classes of each readable image, in descending order, with their probabilities."""
 
     paths: list[str] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{flag} {number} must be 1 or more")
         table = check_target("--csv", args.csv, TABLES) if args.csv else None
         images = find_images(args.images)
-        classifier = load_asked(args)
+        classifier = load_from_args(args)
         device = choose_device(args.device)
     except ValueError as error:
         parser.fail(error)
@@ -64,40 +64,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.print(f"note: {note}", markup=False)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("images", total=len(images))
-        answers = predict(
+        predictions = predict(
             classifier, images, top, args.batch_size, device, lambda count: progress.update(task, advance=count)
         )
     if table:
-        write_table(table, columns(classifier, answers, top))
-        screen.print(f"{len(answers.paths)} images: {table}", markup=False)
+        write_table(table, columns(classifier, predictions, top))
+        screen.print(f"{len(predictions.paths)} images: {table}", markup=False)
     else:
-        for line in lines(classifier, answers):
+        for line in lines(classifier, predictions):
             print(line)
-    for missed in answers.unreadable[:SHOWN]:
-        screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
-    if len(answers.unreadable) > SHOWN:
-        screen.print(f"not read: {len(answers.unreadable) - SHOWN} more")
-    return 0 if answers.paths else 1
+    for unreadable in predictions.unreadable[:SHOWN]:
+        screen.print(f"not read: {unreadable.name} {unreadable.reason}", markup=False)
+    if len(predictions.unreadable) > SHOWN:
+        screen.print(f"not read: {len(predictions.unreadable) - SHOWN} more")
+    return 0 if predictions.paths else 1
 
 
 def predict_parser() -> Parser:
     """Return the parser of this command."""
-    parser = Parser("Name what is on photographs with the model of a checkpoint.")
+    parser = Parser("Classify images with the model of a checkpoint.")
     parser.prog = "python -m tools.predict"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best_*.safetensors, update-*.pt or a published file")
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="image files and folders of them, with what is below"
-    )
-    parser.add_argument("--top", metavar="N", type=int, default=5, help="best classes to name (5)")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, and folders to search for them")
+    parser.add_argument("--top", metavar="N", type=int, default=5, help="classes to print for each image (5)")
     parser.add_argument("--csv", metavar="FILE", help="write a table, .csv or .parquet, instead of printing")
     parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images per forward pass (32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (auto)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to compute on (auto)")
     add_checkpoint_options(parser)
     return parser
 
 
 def choose_device(asked: str) -> torch.device:
-    """Return the device that was asked for; ValueError for a GPU that is not there."""
+    """Return the requested device. Raises ValueError for CUDA without a CUDA device."""
     if asked == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; leave it out, or check the driver with nvidia-smi")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
@@ -111,50 +109,52 @@ def predict(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda count: None,
-) -> Answers:
-    """Answer for each image; `advance` hears how many more are done."""
-    answers = Answers()
+) -> Predictions:
+    """Classify images in batches; `advance` is called with the number of images of each batch."""
+    predictions = Predictions()
     model = classifier.model.to(device)
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(images), batch_size):
             paths = images[start : start + batch_size]
             prepared = list(pool.map(lambda path: _prepare(classifier, path), paths))
             good = [(path, x) for path, x in zip(paths, prepared, strict=True) if isinstance(x, Tensor)]
-            answers.unreadable += [x for x in prepared if isinstance(x, UnreadableImageError)]
+            predictions.unreadable += [x for x in prepared if isinstance(x, UnreadableImageError)]
             if good:
                 probabilities = model(torch.stack([x for _, x in good]).to(device)).float().softmax(1)
                 best = probabilities.topk(top)
-                answers.paths += [str(path) for path, _ in good]
-                answers.labels += best.indices.tolist()
-                answers.probabilities += best.values.tolist()
+                predictions.paths += [str(path) for path, _ in good]
+                predictions.labels += best.indices.tolist()
+                predictions.probabilities += best.values.tolist()
             advance(len(paths))
-    return answers
+    return predictions
 
 
 def _prepare(classifier: Classifier, path: Path) -> Tensor | UnreadableImageError:
+    """Return the model's input for an image file, or the error that prevents it."""
     try:
         return classifier.prepare(read_image(path))
     except UnreadableImageError as error:
         return error
 
 
-def lines(classifier: Classifier, answers: Answers) -> Iterator[str]:
-    """Write answers for a person: the image, then a class a line."""
-    for path, labels, probabilities in zip(answers.paths, answers.labels, answers.probabilities, strict=True):
+def lines(classifier: Classifier, predictions: Predictions) -> Iterator[str]:
+    """Yield predictions as lines of text: the image, then a line for each class."""
+    rows = zip(predictions.paths, predictions.labels, predictions.probabilities, strict=True)
+    for path, labels, probabilities in rows:
         yield path
         for label, probability in zip(labels, probabilities, strict=True):
             yield f"  {100 * probability:5.1f} %  {classifier.label(label)}"
 
 
-def columns(classifier: Classifier, answers: Answers, top: int) -> dict[str, list[str] | list[float]]:
-    """Write answers as a table: the image, then class, name and probability for each rank."""
-    table: dict[str, list[str] | list[float]] = {"image": answers.paths}
+def columns(classifier: Classifier, predictions: Predictions, top: int) -> dict[str, list[str] | list[float]]:
+    """Return predictions as columns of a table: the image, then class, name and probability for each rank."""
+    table: dict[str, list[str] | list[float]] = {"image": predictions.paths}
     named = classifier.readable != classifier.classes
     for rank in range(top):
-        table[f"class_{rank + 1}"] = [classifier.classes[labels[rank]] for labels in answers.labels]
+        table[f"class_{rank + 1}"] = [classifier.classes[labels[rank]] for labels in predictions.labels]
         if named:
-            table[f"name_{rank + 1}"] = [classifier.readable[labels[rank]] for labels in answers.labels]
-        table[f"probability_{rank + 1}"] = [round(values[rank], 6) for values in answers.probabilities]
+            table[f"name_{rank + 1}"] = [classifier.readable[labels[rank]] for labels in predictions.labels]
+        table[f"probability_{rank + 1}"] = [round(values[rank], 6) for values in predictions.probabilities]
     return table
 
 

@@ -1,4 +1,4 @@
-"""The authors' own results on ImageNet-1k, as their papers and repositories state them."""
+"""Published top-1 accuracies on ImageNet-1k, from the authors' papers and repositories."""
 
 TOP1: dict[tuple[str, int], float] = {  # model, image size: top-1 in percent
     ("sgformer_small", 224): 83.2,

@@ -1,14 +1,12 @@
-"""Write one HTML page about a run, or about several side by side: curves, results, pictures, config, environment.
+"""Write one HTML page about a run or several runs: metric curves, results, pictures, config, environment.
 
     python -m tools.report output/NAME                    writes output/NAME/report.html
     python -m tools.report output/A output/B --out page.html
 
-The page holds everything it shows and opens without a server and without a network. A run may be running, interrupted or
-complete; write the page again to see what is new.
+The page is self-contained: it needs neither a server nor a network. The run may be running, interrupted or complete; run
+the command again to update the page.
 """
 
-import base64
-import io
 import os
 import sys
 import time
@@ -17,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
-import config
 from common.atomic_files import write_atomically
 from config.command_line import Parser
-from tools.run_comparison import ABSENT, manifest_differences
-from tools.run_info import HEADLINES, LOG_LINES, RunInfo, ago, lasting
+from tools.report_pictures import embed_picture
+from tools.report_tables import (
+    START_HEADER,
+    changed_keys,
+    differing_keys,
+    evaluation_row,
+    metadata,
+    side_by_side,
+    start_row,
+)
+from tools.run_comparison import ABSENT
+from tools.run_info import HEADLINES, LOG_LINES, RunInfo, format_age, format_duration
 
 PAGE = Path(__file__).parent / "page"
-QUALITY = 88  # of pictures as JPEG, where that is smaller
-SIDE = 1600  # pixels of a picture's longer side in the page
-LISTED = 12  # entries of a list
-DATA_URI = "data:image/{};base64,{}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len({path.resolve() for path in paths}) < len(paths):
             raise ValueError(f"{' '.join(args.runs)} names a run twice; name each once")
         runs = [RunInfo.read(path) for path in paths]
-        out = Path(args.out) if args.out else place(paths)
+        out = Path(args.out) if args.out else default_page(paths)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, lambda file: _write(file, render(runs)))
+            page = render(runs)
+            write_atomically(out, lambda file: _write_text(file, page))
         except OSError as error:
             raise ValueError(f"{out} cannot be written ({error.strerror}); choose another file with --out") from error
     except ValueError as error:
@@ -55,26 +58,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_parser() -> Parser:
     """Return the parser of this tool."""
-    parser = Parser("Write one self-contained HTML page about runs: curves, results, pictures, config, environment.")
+    parser = Parser(
+        "Write one self-contained HTML page about runs: metric curves, results, pictures, config, environment."
+    )
     parser.prog = "python -m tools.report"
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="the page (default: report.html in the run directory, or in the folder of several)",
+        help="file to write (default: report.html in the run directory, or in the common folder of several)",
     )
     return parser
 
 
-def place(paths: Sequence[Path]) -> Path:
-    """Return where the page of these runs goes by default."""
+def default_page(paths: Sequence[Path]) -> Path:
+    """Return the default path of the page of these runs."""
     if len(paths) == 1:
         return paths[0] / "report.html"
     return Path(os.path.relpath(os.path.commonpath([path.resolve().parent for path in paths]))) / "report.html"
 
 
 def render(runs: Sequence[RunInfo]) -> str:
-    """Return the page."""
+    """Return the HTML page about runs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -91,7 +96,7 @@ def render(runs: Sequence[RunInfo]) -> str:
         js=jinja2.filters.Markup((PAGE / "page.js").read_text()),
         runs=contexts,
         names=names,
-        comparison=compare(runs) if len(runs) > 1 else [],
+        comparison=side_by_side(runs) if len(runs) > 1 else [],
         differing=differing_keys(runs) if len(runs) > 1 else [],
         data=data,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -100,12 +105,12 @@ def render(runs: Sequence[RunInfo]) -> str:
 
 
 def describe(run: RunInfo) -> dict[str, Any]:
-    """Return what the page says of a run, as the template wants it."""
+    """Return the template's variables for a run."""
     pictures = run.pictures()
     epochs = [folder for folder in pictures if folder]
     shown = [*pictures.get("", []), *(path for folder in epochs[-1:] for path in pictures[folder])]
-    older = f"{len(epochs) - 1} earlier sets lie in {run.path / 'pictures'}." if len(epochs) > 1 else ""
-    drawn = {path: picture(path) for path in shown}
+    older = f"{len(epochs) - 1} earlier sets are in {run.path / 'pictures'}." if len(epochs) > 1 else ""
+    drawn = {path: embed_picture(path) for path in shown}
     damaged = [str(path) for path, found in drawn.items() if found is None]
     notes = [older, f"Damaged: {', '.join(damaged)}." if damaged else ""]
     return {
@@ -119,9 +124,9 @@ def describe(run: RunInfo) -> dict[str, Any]:
         "warnings": run.warnings(),
         "bad_images": run.bad_images(),
         "diverged": run.diverged(),
-        "start_header": ["started", "at update", "processes", "device", "torch", "commit", "command"],
+        "start_header": START_HEADER,
         "starts": [start_row(start) for start in run.starts],
-        "facts": metadata(run),
+        "metadata": metadata(run),
         "changed": changed_keys(run),
         "config_text": run.config_text(),
         "checkpoints": run.files(),
@@ -133,7 +138,7 @@ def describe(run: RunInfo) -> dict[str, Any]:
 
 
 def summary(run: RunInfo) -> str:
-    """Say in a line what was trained on what."""
+    """Return the model, data, batch size and recipe of a run in one line."""
     data, parameters = run.run.manifest.get("data", {}), run.run.manifest.get("parameters")
     parts = [
         f"{run.key('MODEL.NAME', ABSENT)}{f', {parameters / 1e6:.1f} million parameters' if parameters else ''}",
@@ -147,24 +152,22 @@ def summary(run: RunInfo) -> str:
 
 
 def progress(run: RunInfo) -> dict[str, Any]:
-    """Say how far the run is."""
-    each = run.updates_per_epoch
-    total = run.epochs * each if each else 0
-    epoch = run.last / each if each else 0.0
+    """Return the progress of a run: epochs, percentage, and a note with updates and the time left."""
+    total = run.epochs * (run.updates_per_epoch or 0)
     percent = 100.0 if run.status == "complete" else min(100 * run.last / total, 100) if total else 0.0
     note = f"update {run.last:,}{f' of {total:,}' if total else ''}"
     if run.status == "running":
-        note += f"; last row {ago(run.written)}" if run.written else ""
-        note += f"; about {lasting(left)} of training left" if (left := run.left(total)) else ""
+        note += f"; last row {format_age(run.written)}" if run.written else ""
+        note += f"; about {format_duration(left)} of training left" if (left := run.left(total)) else ""
     return {
-        "title": f"{epoch:.{0 if epoch == int(epoch) else 1}f} / {run.epochs}",
+        "title": run.epochs_text(),
         "percent": f"{percent:.1f}",
         "note": note,
     }
 
 
 def result(run: RunInfo, which: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the best evaluation of the raw or EMA weights, beside the published figure if there is one."""
+    """Return the best evaluation of the raw or EMA weights as texts, with the difference to a published top-1."""
     row = run.run.evals[found["update"], which]
     published = run.published
     difference = f"{row['top1'] - published:+.2f} to the published {published}" if published else ""
@@ -178,7 +181,7 @@ def result(run: RunInfo, which: str, found: Mapping[str, Any]) -> dict[str, Any]
 
 
 def cards(run: RunInfo) -> list[dict[str, str]]:
-    """Return the numbers at the top of the page that are no accuracies."""
+    """Return the number cards at the top of the page besides the accuracies: loss, throughput, skips, starts."""
     found = []
     last = run.run.train[max(run.run.train)] if run.run.train else None
     if last:
@@ -201,152 +204,13 @@ def cards(run: RunInfo) -> list[dict[str, str]]:
     return found
 
 
-def start_row(start: Mapping[str, Any]) -> list[str]:
-    """Return a start of the run as cells."""
-    commit, changed = str(start.get("commit") or "unknown")[:10], start.get("changed_files")
-    return [
-        str(start.get("time", ABSENT)).replace("T", " ")[:19],
-        f"{start.get('update', 0):,}",
-        str(start.get("processes", ABSENT)),
-        str(start.get("device", ABSENT)),
-        str(start.get("packages", {}).get("torch", ABSENT)),
-        f"{commit} + {changed} changed files" if changed else commit,
-        " ".join(map(str, start.get("command", []))),
-    ]
-
-
-def metadata(run: RunInfo) -> list[tuple[str, str]]:
-    """List what the manifest says of the run and of its last start."""
-    found: dict[str, Any] = {}
-    for name, value in run.run.manifest.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}: {key}": entry for key, entry in value.items()}
-        elif name != "starts":
-            found[name] = value
-    for name, value in (run.starts[-1] if run.starts else {}).items():
-        if name == "packages":
-            found[name] = ", ".join(f"{package} {version}" for package, version in value.items())
-        elif name not in ("config", "command", "time", "update"):
-            found[name] = value
-    return [(name.replace("_", " "), _counted(name, _brief(value))) for name, value in found.items()]
-
-
-def evaluation_row(row: Mapping[str, Any]) -> list[str]:
-    """Return an evaluation as cells."""
-    counts = f"{row['correct1']:,} of {row['images']:,}"
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-    top1 = f"{row['top1']:.3f}{' best' if row.get('best') else ''}"
-    which = HEADLINES.get(row["weights"], row["weights"])
-    seconds = f"{row['seconds']:.1f}" if "seconds" in row else ABSENT
-    return [str(row["epoch"] + 1), f"{row['update']:,}", which, top1, counts, f"{row['top5']:.3f}", loss, seconds]
-
-
-def changed_keys(run: RunInfo) -> list[tuple[str, str, str]]:
-    """List the config keys that differ from their defaults: key, value, default; a key that is gone has none."""
-    defaults = config.defaults()
-    known = set(config.keys(defaults))
-    found = []
-    for name, value in _flat(run.config).items():
-        default = config.get(defaults, name) if name in known else ABSENT
-        if value != default and not (name == "PUBLISHED" or name.startswith("PUBLISHED.")):
-            found.append((name, _value(value), _value(default)))
-    return found
-
-
-def compare(runs: Sequence[RunInfo]) -> list[tuple[str, list[str]]]:
-    """Return the table of runs side by side, as rows of a name and a value for each run."""
-    rows: list[tuple[str, list[str]]] = [
-        ("status", [run.status for run in runs]),
-        ("model", [str(run.key("MODEL.NAME", ABSENT)) for run in runs]),
-        ("epochs", [progress(run)["title"] for run in runs]),
-    ]
-    for which, label in HEADLINES.items():
-        found = [next((best for name, best in run.results() if name == which), None) for run in runs]
-        if any(found):
-            best = [f"{one['top1']:.3f} (epoch {one['epoch']})" if one else ABSENT for one in found]
-            rows.append((f"best top-1, {label} weights", best))
-    if any(run.published for run in runs):
-        rows.append(("published top-1", [str(run.published or ABSENT) for run in runs]))
-    rates = [run.rate() for run in runs]
-    rows.append(("images per second, median", [f"{rate:,.0f}" if rate else ABSENT for rate in rates]))
-    for other in range(1, len(runs)):
-        for name, first, value in manifest_differences(runs[0].run.manifest, runs[other].run.manifest):
-            row = next((values for known, values in rows if known == name), None)
-            if row is None:
-                row = [_counted(name, first)] * len(runs)
-                rows.append((name, row))
-            row[other] = _counted(name, value)
-    return rows
-
-
-def differing_keys(runs: Sequence[RunInfo]) -> list[list[str]]:
-    """List the config keys in which runs differ: the key, then each run's value."""
-    flat = [_flat(run.config) for run in runs]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [[key, *(_value(one.get(key, ABSENT)) for one in flat)] for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def picture(path: Path) -> dict[str, Any] | None:
-    """Return a picture with its data in the page: as it is, or as a JPEG where that is smaller; None if it is damaged."""
-    stored = path.read_bytes()
-    try:
-        image = Image.open(io.BytesIO(stored)).convert("RGB")
-    except (OSError, SyntaxError):  # Pillow's words for a PNG that ends early, or is none
-        return None
-    small = max(image.size) <= SIDE
-    image.thumbnail((SIDE, SIDE))
-    packed = io.BytesIO()
-    image.save(packed, "JPEG", quality=QUALITY, subsampling=0)
-    kind, found = ("png", stored) if small and len(stored) <= packed.tell() else ("jpeg", packed.getvalue())
-    epoch = path.parent.name.removeprefix("epoch_")
-    after = f", after epoch {int(epoch)}" if epoch.isdecimal() else ""
-    number, _, label = path.stem.partition("_")
-    title = (
-        f"What the model makes of an image of the class {label}"
-        if number.isdecimal()
-        else "The first batch, as the model gets it"
-    )
-    return {
-        "uri": DATA_URI.format(kind, base64.b64encode(found).decode()),
-        "caption": f"{title}{after}",
-        "width": image.width,
-        "height": image.height,
-        "large": not number.isdecimal(),
-    }
-
-
 def _names(runs: Sequence[RunInfo]) -> list[str]:
+    """Return the runs' names, or their paths where names repeat."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
-def _value(value: Any) -> str:
-    return repr(value) if value == "" else str(value)
-
-
-def _counted(name: str, text: str) -> str:
-    """Write a large count so that it can be read; a seed is none."""
-    return f"{int(text):,}" if text.isdecimal() and len(text) > 3 and name != "seed" else text
-
-
-def _brief(value: Any) -> str:
-    if not isinstance(value, list):
-        return ABSENT if value is None else str(value)
-    return ", ".join(map(str, value[:LISTED])) + (f", ... ({len(value):,})" if len(value) > LISTED else "")
-
-
-def _write(file: Path, text: str) -> None:
+def _write_text(file: Path, text: str) -> None:
     file.write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""Runs read back from their directories, and what differs between two: settings, facts, numbers at common updates."""
+"""Comparison of runs, read from their directories: config, manifest, metrics at common updates, best results."""
 
 import difflib
 import json
@@ -14,33 +14,18 @@ import yaml
 
 from engine.checkpoint.run_directory import config_differences
 
-RATES = ("images_per_s", "data_share", "seconds")  # of the machine, not of the run
-PLACE = (
-    "kind",
-    "weights",
-    "epoch",
-    "update",
-    "update_in_epoch",
-    "best",
-)  # where a row belongs, and what follows from it
+RATES = ("images_per_s", "data_share", "seconds")  # properties of the machine: not compared
+ROW_KEYS = ("kind", "weights", "epoch", "update", "update_in_epoch", "best")  # identify a row or follow from the others
 SINCE_ROW = ("loss", "grad_norm")  # of training rows: means since the row before
-SINCE_EPOCH = ("epoch_loss",)
-START_FACTS = (
-    "processes",
-    "device",
-    "cuda",
-    "cores",
-    "system",
-    "python",
-    "model_file_sha256",
-)  # of the manifest's starts; also commit, packages
-NEEDED = {"train": ("epoch", "loss"), "eval": ("epoch", "weights", "top1")}  # of a row, by kind
+SINCE_EPOCH = ("epoch_loss",)  # mean since the start of the epoch
+START_KEYS = ("processes", "device", "cuda", "cores", "system", "python", "model_file_sha256")  # and commit, packages
+REQUIRED_KEYS = {"train": ("epoch", "loss"), "eval": ("epoch", "weights", "top1")}  # of a row, by kind
 ABSENT = "-"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says of itself."""
+    """Config, manifest and rows of metrics of a run directory."""
 
     path: Path
     config: dict[str, Any]
@@ -50,18 +35,18 @@ class Run:
 
     @cached_property
     def before(self) -> dict[int, int]:
-        """The update of the row before each training row's; 0 for the first."""
+        """Update of the preceding training row, by the update of each; 0 for the first."""
         return dict(map(reversed, pairwise([0, *sorted(self.train)])))  # type: ignore[arg-type]
 
     @property
     def last(self) -> int:
-        """The last update that a row is of."""
+        """Number of the last update with a row."""
         return max([*self.train, *(update for update, _ in self.evals)])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A number that is not the same in two runs; None where it was not finite."""
+    """A metric that differs between two runs; None where it was not finite."""
 
     update: int
     where: str  # train, eval raw or eval ema
@@ -71,7 +56,7 @@ class Difference:
     relative: float | None  # to the larger one; None where one of them is not finite
 
     def beyond(self, tolerance: float) -> bool:
-        """Say whether it is more than what is tolerated."""
+        """Return True if the relative difference exceeds the tolerance."""
         return self.relative is None or self.relative > tolerance
 
     def __str__(self) -> str:
@@ -83,18 +68,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs side by side."""
+    """Result of the comparison of two runs."""
 
     a: str
     b: str
     config: list[str]
     manifest: list[tuple[str, str, str]]
-    parting: dict[
-        str, list[Difference]
-    ]  # all that differ beyond the tolerance in the first row that has any: train, eval
+    parting: dict[str, list[Difference]]  # train, eval: those beyond the tolerance, of the first row with any
     largest_loss: Difference | None
     best: dict[str, list[dict[str, Any] | None]]  # by weights: of a, of b
-    rows: dict[str, int]  # compared
+    rows: dict[str, int]  # train, eval: number of rows compared
     through: int  # the last update compared
     same: bool
     verdict: str
@@ -115,7 +98,7 @@ def read_run(path: Path, may_be_empty: bool = False) -> Run:
         try:
             row = json.loads(line, parse_constant=lambda _: None)
             update = int(row["update"])
-            for name in NEEDED.get(row["kind"], ()):
+            for name in REQUIRED_KEYS.get(row["kind"], ()):
                 row[name]
             if row["kind"] == "train":
                 train[update] = row
@@ -124,10 +107,10 @@ def read_run(path: Path, may_be_empty: bool = False) -> Run:
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):  # a crash may cut off the last one
                 raise ValueError(
-                    f"{metrics}, line {number} is no row of metrics: {line[:80]!r}; mend or delete it"
+                    f"{metrics}, line {number} is no row of metrics: {line[:80]!r}; repair or delete it"
                 ) from error
     if not (train or evals or may_be_empty):
-        raise ValueError(f"{metrics} has no rows yet: the run has not come to its first report{_near(path)}")
+        raise ValueError(f"{metrics} has no rows yet: the run has not reached its first logging step{_near(path)}")
     return Run(path, _read_tree(path / "config.yaml"), _read_tree(path / "manifest.json"), train, evals)
 
 
@@ -156,7 +139,7 @@ def compare(a: Run, b: Run, tolerance: float) -> Comparison:
         rows={"train": len(updates), "eval": len(evaluations)},
         through=through,
         same=same,
-        verdict=_verdict(found, parting, tolerance, through, [*updates, *(update for update, _ in evaluations)]),
+        verdict=_summary(found, parting, tolerance, through, [*updates, *(update for update, _ in evaluations)]),
         notes=_notes(a, b, updates),
     )
 
@@ -164,8 +147,8 @@ def compare(a: Run, b: Run, tolerance: float) -> Comparison:
 def row_differences(
     a: Mapping[str, Any], b: Mapping[str, Any], where: str, skip: Sequence[str] = ()
 ) -> Iterator[Difference]:
-    """Yield the numbers that differ between two rows of an update, the loss first."""
-    names = [name for name in a if name in b and name not in (*PLACE, *RATES, *skip)]
+    """Yield the metrics that differ between two rows of an update, the loss first."""
+    names = [name for name in a if name in b and name not in (*ROW_KEYS, *RATES, *skip)]
     for name in sorted(names, key=lambda name: name != "loss"):
         x, y = a[name], b[name]
         if x == y or not all(value is None or isinstance(value, int | float) for value in (x, y)):
@@ -175,12 +158,12 @@ def row_differences(
 
 
 def manifest_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """List what differs of commit, packages, hardware, processes, data, seed and model, as (name, of a, of b)."""
-    facts_a, facts_b = _facts(a), _facts(b)
+    """List the differences in commit, packages, hardware, processes, data, seed and model, as (name, of a, of b)."""
+    flat_a, flat_b = _flat_metadata(a), _flat_metadata(b)
     return [
-        (name, _brief(facts_a.get(name, ABSENT)), _brief(facts_b.get(name, ABSENT)))
-        for name in {**facts_a, **facts_b}
-        if facts_a.get(name) != facts_b.get(name)
+        (name, _brief(flat_a.get(name, ABSENT)), _brief(flat_b.get(name, ABSENT)))
+        for name in {**flat_a, **flat_b}
+        if flat_a.get(name) != flat_b.get(name)
     ]
 
 
@@ -193,8 +176,8 @@ def best(run: Run, which: str) -> dict[str, Any] | None:
     return {"top1": row["top1"], "epoch": row["epoch"] + 1, "update": row["update"]}
 
 
-def number(value: float | None, digits: int = 9) -> str:
-    """Write a number that may not be finite."""
+def format_number(value: float | None, digits: int = 9) -> str:
+    """Return a number as text; "not finite" for None."""
     return "not finite" if value is None else f"{value:.{digits}g}"
 
 
@@ -209,18 +192,19 @@ def _train_differences(a: Run, b: Run, update: int) -> Iterator[Difference]:
 
 
 def _first(found: Sequence[Difference], kind: str, tolerance: float) -> list[Difference]:
-    """Return what is beyond the tolerance in the first row, of training or evaluation, that has anything beyond it."""
+    """Return the differences beyond the tolerance of the first row, of training or evaluation, that has any."""
     beyond = [d for d in found if d.where.startswith(kind) and d.beyond(tolerance)]
     return [d for d in beyond if (d.update, d.where) == (beyond[0].update, beyond[0].where)]
 
 
-def _verdict(
+def _summary(
     found: Sequence[Difference],
     parting: Mapping[str, Sequence[Difference]],
     tolerance: float,
     through: int,
     updates: Sequence[int],
 ) -> str:
+    """Return the comparison's result in one line: identical, within the tolerance, or the update at which runs part."""
     firsts = [differences[0] for differences in parting.values() if differences]
     if firsts:
         first = min(firsts, key=lambda d: d.update)
@@ -228,7 +212,7 @@ def _verdict(
         return f"part at update {first.update}: {first}" + (f"; the same through update {before}" if before else "")
     if found:
         largest = max(found, key=_size)
-        return f"within {tolerance:g} throughout, to update {through}; the largest difference is {number(largest.relative, 2)}"
+        return f"within {tolerance:g} throughout, to update {through}; the largest difference is {format_number(largest.relative, 2)}"
     return f"identical through update {through}"
 
 
@@ -247,14 +231,14 @@ def _notes(a: Run, b: Run, updates: Sequence[int]) -> list[str]:
     return notes
 
 
-def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten what a manifest says of the run and, in order, of its starts."""
+def _flat_metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest as one level of names; values that changed from start to start are joined in order."""
     metadata: dict[str, Any] = {}
     starts = manifest.get("starts", [])
     packages = sorted({name for start in starts for name in start.get("packages", {})})
     columns = {
-        "commit": [_commit(start) for start in starts],
-        **{name: [start.get(name) for start in starts] for name in START_FACTS},
+        "commit": [describe_commit(start) for start in starts],
+        **{name: [start.get(name) for start in starts] for name in START_KEYS},
         **{name: [start.get("packages", {}).get(name) for start in starts] for name in packages},
     }
     for name, values in columns.items():
@@ -267,24 +251,26 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _commit(start: Mapping[str, Any]) -> str:
+def describe_commit(start: Mapping[str, Any]) -> str:
+    """Return the commit of a start of a run, and the number of files that differed from it."""
     commit, changed = str(start.get("commit") or "unknown")[:10], start.get("changed_files")
     return f"{commit} + {changed} changed files" if changed else commit
 
 
 def _brief(value: Any) -> str:
+    """Return a value as text of at most 60 characters."""
     text = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    """Read YAML or JSON; nothing if there is no such file."""
+    """Return the content of a YAML or JSON file; an empty dict without the file."""
     if not path.is_file():
         return {}
     try:
         tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
     except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); mend or delete it") from error
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); repair or delete it") from error
     return tree if isinstance(tree, dict) else {}
 
 
@@ -293,14 +279,16 @@ def _size(difference: Difference) -> float:
 
 
 def _span(run: Run) -> str:
+    """Return the first and the last updates that a run has rows of, as text."""
     updates = sorted({*run.train, *(update for update, _ in run.evals)})
     return ", ".join(map(str, updates[:3])) + (f", ... {updates[-1]}" if len(updates) > 3 else "")
 
 
 def _near(path: Path) -> str:
+    """Return a hint that names the run directories near a path that is none."""
     folder = next((p for p in path.resolve().parents if p.is_dir()), Path())
     runs = [p.parent for p in sorted({*folder.glob("*/metrics.jsonl"), *folder.glob("*/*/metrics.jsonl")})]
     runs = [run for run in runs if run.resolve() != path.resolve()]
     names = difflib.get_close_matches(path.name, [run.name for run in runs], n=3, cutoff=0.0)
     shown = [next(run for run in runs if run.name == name) for name in dict.fromkeys(names)]
-    return f"; near it lie {', '.join(map(str, shown))}" if shown else f"; {folder} holds no run"
+    return f"; runs near it: {', '.join(map(str, shown))}" if shown else f"; {folder} holds no run"

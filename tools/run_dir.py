@@ -1,4 +1,4 @@
-"""Print the directory of the run that train.py makes or continues with the same arguments; for scripts, and without torch.
+"""Print the run directory of train.py with the same arguments; for scripts, does not import torch.
 
 python -m tools.run_dir --cfg configs/stvit/small_224.yaml --tag second
 """
@@ -14,6 +14,7 @@ from config import command_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = command_line.train_parser()
+    parser.description = "Print the run directory of train.py with the same arguments."
     args = parser.parse_args(argv)
     try:
         cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)

@@ -1,4 +1,4 @@
-"""What there is to tell of a run, read from its directory: running, interrupted or complete, with or without rows yet."""
+"""Information about a run, read from its directory: status, progress, results, warnings, files."""
 
 import contextlib
 import json
@@ -27,13 +27,13 @@ HEADLINES = {"raw": "raw", "ema": "EMA"}
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run directory, and what can be derived from it."""
+    """Information derived from a run directory, in any status and with or without rows of metrics yet."""
 
     run: Run
 
     @classmethod
     def read(cls, path: Path) -> "RunInfo":
-        """Read a run directory. Raises ValueError if it is none."""
+        """Read a run directory. Raises ValueError for any other folder."""
         return cls(read_run(path, may_be_empty=True))
 
     @property
@@ -46,7 +46,7 @@ class RunInfo:
 
     @cached_property
     def status(self) -> str:
-        """What the run does: complete, running (a process holds its directory), interrupted (by a signal) or stopped."""
+        """Return complete, running (a process holds the lock), interrupted (by a signal) or stopped."""
         if (self.path / "done").exists():
             return "complete"
         if RunDirectory(self.path, keep=1).is_locked():
@@ -70,12 +70,12 @@ class RunInfo:
 
     @property
     def last(self) -> int:
-        """The last update that a row tells of; 0 before any."""
+        """Number of the last update with a row of metrics; 0 before any."""
         return self.run.last if self.run.train or self.run.evals else 0
 
     @cached_property
     def updates_per_epoch(self) -> int | None:
-        """Updates in an epoch, from the data's size or the rows; None if neither tells."""
+        """Number of updates in an epoch, from the rows or the data's size; None if unknown."""
         images, batch = self.run.manifest.get("data", {}).get("train"), self.key("TRAIN.GLOBAL_BATCH")
         for row in self.run.train.values():
             if row.get("epoch"):
@@ -86,40 +86,46 @@ class RunInfo:
 
     @property
     def epochs(self) -> int:
+        """Number of epochs in the whole run, with cooldown."""
         return int(self.key("TRAIN.EPOCHS", 0)) + int(self.key("SCHEDULE.COOLDOWN_EPOCHS", 0))
+
+    def epochs_text(self) -> str:
+        """Return the epochs done of all epochs, such as "2.5 / 5"."""
+        epoch = self.last / self.updates_per_epoch if self.updates_per_epoch else 0.0
+        return f"{epoch:.{0 if epoch == int(epoch) else 1}f} / {self.epochs}"
 
     @property
     def published(self) -> float | None:
-        """The authors' top-1 of this model at this size, if the run is on ImageNet-1k."""
+        """Published top-1 of this model at this image size; None unless the run is on ImageNet-1k."""
         data = self.run.manifest.get("data", {})
         if (data.get("classes"), data.get("train")) != (1000, 1_281_167) or data.get("synthetic"):
             return None
         return published_top1(self.key("MODEL.NAME", ""), self.key("DATA.IMG_SIZE", 0))
 
     def results(self) -> list[tuple[str, dict[str, Any]]]:
-        """List the best evaluations of the raw and the EMA weights, the recipe's own first."""
+        """List the best evaluations of the raw and the EMA weights, the recipe's headline first."""
         headline = self.key("RECIPE.HEADLINE", "raw")
         order = sorted(HEADLINES, key=lambda which: which != headline)
         return [(which, found) for which in order if (found := best(self.run, which))]
 
     def rate(self) -> float | None:
-        """Return the median of images/s."""
+        """Return the median images/s of the training rows; None without rows."""
         rates = [row["images_per_s"] for row in self.run.train.values() if row.get("images_per_s")]
         return statistics.median(rates) if rates else None
 
     def left(self, updates: int) -> float | None:
-        """Return the seconds that the rest of so many updates takes at the median rate, evaluations aside; None if unknown."""
+        """Return the seconds left of a run of `updates` at the median rate, without evaluations; None if unknown."""
         rate, batch = self.rate(), self.key("TRAIN.GLOBAL_BATCH")
         return (updates - self.last) * batch / rate if rate and batch and updates > self.last else None
 
     @property
     def written(self) -> float | None:
-        """When the newest row was written, in seconds since 1970."""
+        """Time of the last write to metrics.jsonl, in seconds since 1970; None without the file."""
         metrics = self.path / "metrics.jsonl"
         return metrics.stat().st_mtime if metrics.is_file() else None
 
     def first_start(self) -> datetime | None:
-        """Return when the run began."""
+        """Return the time of the run's first start."""
         return _time(self.starts[0].get("time", "")) if self.starts else None
 
     def columns(self) -> dict[str, Any]:
@@ -134,11 +140,12 @@ class RunInfo:
 
     @cached_property
     def log(self) -> list[str]:
+        """Lines of log.txt."""
         path = self.path / "log.txt"
         return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
     def warnings(self) -> list[tuple[str, int, str]]:
-        """List the log's warnings that differ by more than numbers: time of the last, how often, text of the last."""
+        """List the log's warnings, grouped where only numbers differ: time of the last, count, text of the last."""
         counts: Counter[str] = Counter()
         last: dict[str, tuple[str, str]] = {}
         for line in self.log:
@@ -149,7 +156,7 @@ class RunInfo:
         return [(last[kind][0], count, last[kind][1]) for kind, count in counts.items()]
 
     def bad_images(self) -> list[tuple[str, str]]:
-        """List the training images that could not be read, and why."""
+        """List the training images that could not be read, with the reason."""
         path = self.path / "bad_images.jsonl"
         found = []
         for line in path.read_text().splitlines() if path.is_file() else ():
@@ -159,7 +166,7 @@ class RunInfo:
         return found
 
     def diverged(self) -> str:
-        """Return what diverged.json says, "" if there is none."""
+        """Return a summary of diverged.json; "" without the file."""
         path = self.path / "diverged.json"
         if not path.is_file():
             return ""
@@ -175,11 +182,11 @@ class RunInfo:
         return [(str(path.relative_to(self.path)), format_bytes(path.stat().st_size)) for path in paths]
 
     def config_text(self) -> str:
-        """Return config.yaml as it is."""
+        """Return the config as YAML; "" without one."""
         return yaml.safe_dump(self.config, sort_keys=False) if self.config else ""
 
     def pictures(self) -> dict[str, list[Path]]:
-        """Return the pictures by the folder they lie in, "" first, then epoch_0010 and so on."""
+        """Return the run's pictures by their folder: "" first, then epoch_0010 and so on."""
         folder = self.path / "pictures"
         found: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob("*.png")):
@@ -187,13 +194,13 @@ class RunInfo:
         return dict(sorted(found.items()))
 
 
-def ago(moment: float) -> str:
-    """Write how long ago something was."""
-    return f"{lasting(max(time.time() - moment, 0))} ago"
+def format_age(moment: float) -> str:
+    """Return the time since a moment (seconds since 1970) as text."""
+    return f"{format_duration(max(time.time() - moment, 0))} ago"
 
 
-def lasting(seconds: float) -> str:
-    """Write a duration in a number of two digits or so and its unit."""
+def format_duration(seconds: float) -> str:
+    """Return a duration as text: a rounded number with its unit, seconds to days."""
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {name}"
@@ -201,6 +208,7 @@ def lasting(seconds: float) -> str:
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of rows by column; None where a row lacks it."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("kind", "weights")]
     return {name: [row.get(name) for row in rows] for name in names}
 

@@ -1,9 +1,9 @@
-"""Draw the pictures of docs/images anew: the live view, the report, what models look at. From the demo data set only.
+"""Regenerate the pictures in docs/images: the live view, the report, attention maps; from the demo data set only.
 
     python -m tools.screenshots            (make screenshots)
 
-Trains the demo, and two small models briefly, on a terminal of its own; ten minutes to an hour on two cores. What was
-trained under --work is taken as it is. Needs a headless Chromium and matplotlib.
+Trains the demo, and two small models briefly, on a pseudo-terminal: ten minutes to an hour on two cores. Complete runs under
+--work are used again. Needs a headless Chromium and matplotlib.
 """
 
 import os
@@ -27,26 +27,29 @@ from tools.terminal_recorder import record, screen_when
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, ROWS = 100, 24
 LIMIT = 300_000  # bytes of an image in the repository
-SHEET = 1400  # pixels of the width of what a model looks at
+SHEET = 1400  # width in pixels of the attention maps' sheet
 BRIEFLY = ("--opts", "TRAIN.EPOCHS", "3", "SCHEDULE.WARMUP_EPOCHS", "0.5")
 RUNS: dict[str, tuple[str, ...]] = {  # run directory: arguments of train.py
     "demo": ("--cfg", "configs/demo.yaml"),
     "sgformer_small_64": ("--cfg", "configs/sgformer/small_64.yaml", *BRIEFLY),
     "stvit_small_64": ("--cfg", "configs/stvit/small_64.yaml", *BRIEFLY),
 }
-LOOKS = {"demo": "groupmixformer", "sgformer_small_64": "sgformer", "stvit_small_64": "stvit"}
-PICTURE = "spiral"  # the class whose most nearly square validation picture is looked at
-SIZE = 224  # pixels that it is looked at in
+ATTENTION_MAPS = {"demo": "groupmixformer", "sgformer_small_64": "sgformer", "stvit_small_64": "stvit"}
+PICTURE = "spiral"  # attention maps are of this class's most nearly square validation picture
+SIZE = 224  # side in pixels of the models' input for them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = Parser("Draw the pictures of docs/images anew, from the demo data set.")
+    parser = Parser("Regenerate the pictures in docs/images from the demo data set.")
     parser.prog = "python -m tools.screenshots"
     parser.add_argument(
-        "--work", metavar="DIR", default="output/screenshots", help="data and runs (output/screenshots)"
+        "--work",
+        metavar="DIR",
+        default="output/screenshots",
+        help="folder for the data and the runs (output/screenshots)",
     )
-    parser.add_argument("--out", metavar="DIR", default="docs/images", help="where the pictures go (docs/images)")
+    parser.add_argument("--out", metavar="DIR", default="docs/images", help="folder for the pictures (docs/images)")
     args = parser.parse_args(argv)
     work, out = Path(args.work), Path(args.out)
     try:
@@ -56,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_dataset(work / "data")
         for name in RUNS:
             train(work, name)
-        (out / "live.svg").write_text(live(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"))
-        pages(work, out)
+        (out / "live.svg").write_text(draw_live_view(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"))
+        draw_reports(work, out)
         first = work / "stvit_small_64" / "pictures" / "first_batch.png"
-        keep(Image.open(first), out / "first_batch.png")
-        for name, family in LOOKS.items():
-            look(work, name, out / f"look_{family}.jpg")
+        save_small(Image.open(first), out / "first_batch.png")
+        for name, family in ATTENTION_MAPS.items():
+            draw_attention_maps(work, name, out / f"look_{family}.jpg")
     except (ValueError, OSError, subprocess.SubprocessError) as error:
         parser.fail(error)
     for path in sorted(out.iterdir()):
@@ -70,27 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(work: Path, name: str) -> None:
-    """Train a run on a terminal, unless it was."""
+    """Train a run on a pseudo-terminal, unless it is complete."""
     if (work / name / "done").is_file() and (work / f"{name}.terminal").is_file():
         return
     shutil.rmtree(work / name, ignore_errors=True)
     Console().print(f"training {work / name} ...", markup=False)
-    places = ("--data-path", str(work / "data"), "--output", str(work))
-    argv = [sys.executable, str(ROOT / "train.py"), *places, *RUNS[name]]
+    folders = ("--data-path", str(work / "data"), "--output", str(work))
+    argv = [sys.executable, str(ROOT / "train.py"), *folders, *RUNS[name]]
     if record(argv, work / f"{name}.terminal", COLUMNS, ROWS, os.environ):
-        raise ValueError(f"{' '.join(argv)} failed; {work / name}.terminal holds what it said")
+        raise ValueError(f"{' '.join(argv)} failed; its output is in {work / name}.terminal")
 
 
-def live(recorded: Path, moment: str) -> str:
-    """Draw a moment of a recorded training, when the text of the screen matches."""
+def draw_live_view(recorded: Path, moment: str) -> str:
+    """Return an SVG of a recorded training at the moment when the screen's text matches a pattern."""
     pattern = re.compile(moment, re.S)
     found = screen_when(recorded.read_bytes().decode(), "╯", lambda text: bool(pattern.search(text)))
     return found.svg(COLUMNS, ROWS, "python train.py --cfg configs/demo.yaml --data-path output/demo-data")
 
 
-def pages(work: Path, out: Path) -> None:
-    """Photograph the report of one run, by day and on a telephone, and of two by night."""
-    one, two = ([RunInfo.read(work / name) for name in names] for names in (["demo"], list(LOOKS)[1:]))
+def draw_reports(work: Path, out: Path) -> None:
+    """Take screenshots of the report: one run on a desktop and on a telephone, two runs in the dark theme."""
+    one, two = ([RunInfo.read(work / name) for name in names] for names in (["demo"], list(ATTENTION_MAPS)[1:]))
     for name, runs, width, height, theme in (
         ("report", one, 1280, 1560, "light"),
         ("report_two_runs", two, 1280, 1560, "dark"),
@@ -98,29 +101,29 @@ def pages(work: Path, out: Path) -> None:
     ):
         page, shot = work / f"{name}.html", work / f"{name}.png"
         page.write_text(report.render(runs))
-        if said := screenshot(page, shot, width, height, theme):
-            raise ValueError(f"{page}: the browser complains: {'; '.join(said)}")
-        keep(Image.open(shot), out / f"{name}.png")
+        if messages := screenshot(page, shot, width, height, theme):
+            raise ValueError(f"{page}: its scripts write to the console: {'; '.join(messages)}")
+        save_small(Image.open(shot), out / f"{name}.png")
 
 
-def look(work: Path, name: str, out: Path) -> None:
-    """Show what a trained model looks at in a validation picture."""
+def draw_attention_maps(work: Path, name: str, out: Path) -> None:
+    """Draw the attention maps of a trained model for a validation picture."""
     photo, folder = min((work / "data" / "val" / PICTURE).glob("*.jpg"), key=elongation), work / f"look_{name}"
     weights = ("--checkpoint", str(work / name / "best_raw.safetensors"), "--size", str(SIZE))
     argv = [sys.executable, "-m", "tools.visualize", str(photo), *weights, "--out", str(folder)]
     subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     image = Image.open(folder / "sheet.png").convert("RGB")
-    keep(image.resize((SHEET, round(image.height * SHEET / image.width)), Image.Resampling.LANCZOS), out)
+    save_small(image.resize((SHEET, round(image.height * SHEET / image.width)), Image.Resampling.LANCZOS), out)
 
 
 def elongation(path: Path) -> tuple[float, str]:
-    """Return how far a picture is from a square, and its name."""
+    """Return a picture's aspect ratio, longer to shorter side, and its name."""
     with Image.open(path) as image:
         return max(image.size) / min(image.size), path.name
 
 
-def keep(image: Image.Image, path: Path) -> None:
-    """Write an image as small as it can be: a PNG of 256 colours, a JPEG. Raises ValueError if it is too large all the same."""
+def save_small(image: Image.Image, path: Path) -> None:
+    """Write an image as a PNG of 256 colours or a JPEG. Raises ValueError if the file is larger than LIMIT."""
     image = image.convert("RGB")
     if path.suffix == ".png":
         image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -1,6 +1,6 @@
-"""A program on a terminal of its own: what it writes is recorded, and any moment of it can be drawn.
+"""Recording of a program's output on a pseudo-terminal, and drawing of its screen at any moment.
 
-Only what rich writes is understood: text, colours, carriage returns, line feeds, moves upward, erased lines.
+Only the control codes that rich writes are interpreted: colours, carriage return, line feed, cursor up, erase line.
 """
 
 import errno
@@ -19,17 +19,17 @@ from rich.console import Console
 
 PIECE = re.compile(r"(\x1b\[\?[0-9;]*[hl])|\x1b\[(\d*)([AK])|(\r)|(\n)|((?:\x1b\[[0-9;]*m|[^\x1b\r\n])+)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-FONT = re.compile(r"@font-face \{[^}]*\}\s*")  # rich's pictures name a font on a server
+FONT = re.compile(r"@font-face \{[^}]*\}\s*")  # rich's SVGs load a font from a server
 
 
 class Screen:
-    """The lines that a terminal shows, with their colours."""
+    """Lines on a terminal's screen, with their colours."""
 
     def __init__(self) -> None:
         self.lines, self.row = [""], 0
 
     def feed(self, output: str) -> None:
-        """Take a part of the output that ends between two control codes."""
+        """Process a part of the output; it must not end within a control code."""
         for _, number, move, _, feed, text in (match.groups(default="") for match in PIECE.finditer(output)):
             if text:
                 self.lines[self.row] += text
@@ -43,7 +43,7 @@ class Screen:
 
     @property
     def plain(self) -> list[str]:
-        """The lines without colours, those below the last text left out."""
+        """Lines without colours, up to the last one with text."""
         return [COLOUR.sub("", line).rstrip() for line in self._shown]
 
     @property
@@ -52,7 +52,7 @@ class Screen:
         return self.lines[: last + 1]
 
     def svg(self, columns: int, rows: int, title: str) -> str:
-        """Draw the last `rows` lines, those that are too long folded, as a terminal window."""
+        """Return an SVG of a terminal window with the last `rows` lines, long ones wrapped."""
         console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
         lines = [line for text in AnsiDecoder().decode("\n".join(self._shown)) for line in text.wrap(console, columns)]
         for line in lines[-rows:]:
@@ -62,7 +62,7 @@ class Screen:
 
 
 def record(argv: Sequence[str], out: Path, columns: int, rows: int, env: Mapping[str, str]) -> int:
-    """Run a program on a terminal of this size; write all of its output to `out`, return its exit status."""
+    """Run a program on a pseudo-terminal of this size; write its output to `out` and return its exit status."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     unset = {"COLUMNS", "LINES", "NO_COLOR"}
@@ -74,7 +74,7 @@ def record(argv: Sequence[str], out: Path, columns: int, rows: int, env: Mapping
             try:
                 piece = os.read(ours, 1 << 16)
             except OSError as error:
-                if error.errno != errno.EIO:  # which is how Linux says that the other end is closed
+                if error.errno != errno.EIO:  # Linux's error when the other end is closed
                     raise
                 piece = b""
             if not piece:
@@ -85,7 +85,7 @@ def record(argv: Sequence[str], out: Path, columns: int, rows: int, env: Mapping
 
 
 def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> Screen:
-    """Return the first screen, of those on which `end` was written last, whose text is wanted; the last of them if none is.
+    """Return the first screen after a write of `end` for whose text `wanted` is true; the last screen if there is none.
 
     Raises ValueError if `end` was never written.
     """

@@ -1,14 +1,14 @@
-"""Show what a model looks at in photographs of one's own: the pictures that are its own, for a paper.
+"""Draw attention maps of a model over photographs, as figures for a paper.
 
     python -m tools.visualize --checkpoint output/NAME/best_raw.safetensors photo.jpg --out pictures
     python -m tools.visualize --checkpoint SG-Former-S.pth photo.jpg --out pictures --at 310,240 --format pdf
 
-    SG-Former        significance of the tokens, which tokens were merged into one
+    SG-Former        significance of the tokens, and the tokens that were merged
     STViT            super tokens, and the attention that pixels receive through them
-    GroupMixFormer   how much each group's keys gather from each token
-    --at             instead of these: the attention of the token at a place of the photograph
+    GroupMixFormer   the weight of each token in the keys of each group
+    --at             instead of these: the attention of the token at a point of the photograph
 
-Maps are laid where the evaluation crop lies, at the photograph's own resolution. docs/attention_maps.md describes each of them.
+Maps cover the evaluation crop, at the resolution of the photograph. docs/attention_maps.md explains each of them.
 """
 
 import os
@@ -24,7 +24,7 @@ from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
 from models.attention_maps import BlockIndex, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
 from models.backbone import Backbone
-from tools.classifier import Classifier, add_checkpoint_options, find_images, load_asked, read_image
+from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
 
 PAGE = 4  # photographs on a page of the contact sheet
 FORMATS = ("png", "pdf", "svg")
@@ -40,44 +40,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_matplotlib()
         check_folder(out)
         images = find_images(args.images)
-        classifier = load_asked(args)
+        classifier = load_from_args(args)
         if not has_maps(classifier.model):
             raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
         blocks = parse_blocks(args.blocks, classifier.model)
-        place = parse_place(args.at) if args.at else None
+        point = parse_point(args.at) if args.at else None
         out.mkdir(parents=True, exist_ok=True)
         screen.print(classifier.describe(), markup=False, style="dim")
         for note in classifier.notes:
             screen.print(f"note: {note}", markup=False)
         todo = track(images, "drawing", console=screen, transient=True, disable=not screen.is_terminal)
-        written, unreadable = draw_all(classifier, todo, blocks, place, args.smooth, out, args.format)
+        written, unreadable = draw_all(classifier, todo, blocks, point, args.smooth, out, args.format)
     except (ValueError, OSError) as error:
         parser.fail(error)
-    for missed in unreadable:
-        screen.print(f"not read: {missed.name} {missed.reason}", markup=False)
+    for failed in unreadable:
+        screen.print(f"not read: {failed.name} {failed.reason}", markup=False)
     for path in written:
         print(path)
     if not written:
-        screen.print("nothing is drawn: none of the images can be read")
+        screen.print("nothing was drawn: none of the images can be read")
     return 0 if written else 1
 
 
 def visualize_parser() -> Parser:
     """Return the parser of this command."""
-    parser = Parser("Show what a model looks at in photographs.")
+    parser = Parser("Draw attention maps of a model over photographs.")
     parser.prog = "python -m tools.visualize"
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, and folders to search for them")
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="image files and folders of them, with what is below"
+        "--checkpoint", metavar="FILE", help="weights of any layout (default: random weights of --model)"
     )
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights of any layout; without, --model's are random")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the pictures, made if it is not there")
-    parser.add_argument("--at", metavar="X,Y", help="show the attention of this pixel of the photograph; or 40%%,60%%")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the figures, created if missing")
     parser.add_argument(
-        "--blocks", metavar="S.B", nargs="+", default=["last"], help="stage.block, from 1; last (of each stage), or all"
+        "--at", metavar="X,Y", help="draw the attention of the token at this pixel, e.g. 310,240 or 40%%,60%%"
     )
-    parser.add_argument("--smooth", action="store_true", help="interpolate between tokens instead of showing each")
     parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=["png"], help="png; pdf and svg have vector lines"
+        "--blocks",
+        metavar="S.B",
+        nargs="+",
+        default=["last"],
+        help="blocks as stage.block, from 1; last (of each stage), or all",
+    )
+    parser.add_argument("--smooth", action="store_true", help="interpolate between tokens instead of drawing each")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["png"],
+        help="file formats (png); pdf and svg have vector lines",
     )
     add_checkpoint_options(parser)
     return parser
@@ -92,7 +102,7 @@ def check_matplotlib() -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Raise ValueError if pictures could not be written into a folder in the end."""
+    """Raise ValueError if the output folder cannot be created or written."""
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"--out {out}: {nearest} is a file; name a folder")
@@ -101,7 +111,7 @@ def check_folder(out: Path) -> None:
 
 
 def parse_blocks(texts: Sequence[str], model: Backbone) -> list[BlockIndex]:
-    """Return the blocks that were asked for; ValueError for one that the model lacks."""
+    """Return the positions of the requested blocks. Raises ValueError for a block that the model lacks."""
     known = {"last": last_blocks, "all": all_blocks}
     found: list[BlockIndex] = []
     for text in texts:
@@ -115,29 +125,29 @@ def parse_blocks(texts: Sequence[str], model: Backbone) -> list[BlockIndex]:
     return check_blocks(model, found)
 
 
-def parse_place(text: str) -> tuple[float, float, bool]:
-    """Return x, y and whether they are shares of the photograph rather than pixels."""
+def parse_point(text: str) -> tuple[float, float, bool]:
+    """Return x, y and True if they are fractions of the photograph's sides, False for pixels."""
     parts = text.split(",")
-    shares = all(part.strip().endswith("%") for part in parts)
+    relative = all(part.strip().endswith("%") for part in parts)
     try:
-        x, y = (float(part.strip().removesuffix("%") if shares else part) for part in parts)
+        x, y = (float(part.strip().removesuffix("%") if relative else part) for part in parts)
     except ValueError as error:
         raise ValueError(
-            f"--at {text} is not understood; give pixels, e.g. 310,240, or shares, e.g. 40%,60%"
+            f"--at {text} is not understood; give pixels, e.g. 310,240, or percentages, e.g. 40%,60%"
         ) from error
-    return (x / 100, y / 100, True) if shares else (x, y, False)
+    return (x / 100, y / 100, True) if relative else (x, y, False)
 
 
 def draw_all(
     classifier: Classifier,
     images: Iterable[Path],
     blocks: Sequence[BlockIndex],
-    place: tuple[float, float, bool] | None,
+    point: tuple[float, float, bool] | None,
     smooth: bool,
     out: Path,
     formats: Sequence[str],
 ) -> tuple[list[Path], list[UnreadableImageError]]:
-    """Write a folder of pictures for each photograph and contact sheets; return the sheets and what could not be read."""
+    """Write a folder of figures for each photograph, and contact sheets; return the sheets and the unreadable images."""
     from trainer.figures.figure import save, sheet, single
     from trainer.figures.panels import Panel
 
@@ -151,7 +161,7 @@ def draw_all(
         except UnreadableImageError as error:
             unreadable.append(error)
             continue
-        panels, caption = draw(classifier, image, path, blocks, place, smooth)
+        panels, caption = draw(classifier, image, path, blocks, point, smooth)
         name = path.stem if path.stem not in names else path.name
         name = name if name not in names else f"{len(names)}_{name}"
         names.add(name)
@@ -176,18 +186,18 @@ def draw(
     image: Tensor,
     path: Path,
     blocks: Sequence[BlockIndex],
-    place: tuple[float, float, bool] | None,
+    point: tuple[float, float, bool] | None,
     smooth: bool,
 ) -> tuple[list, str]:
-    """Return the panels of a photograph, uint8 (3, H, W), and the model's answer."""
+    """Return the panels of a photograph, uint8 (3, H, W), and a caption with the model's prediction."""
     from trainer.figures.panels import original, panels
     from trainer.figures.photograph import Photograph
 
     height, width = image.shape[1:]
     photo = Photograph.framed(image.permute(1, 2, 0).numpy(), *classifier.transform.geometry(height, width), path.name)
     mark = at = None
-    if place:
-        mark = (place[0] * width, place[1] * height) if place[2] else place[:2]
+    if point:
+        mark = (point[0] * width, point[1] * height) if point[2] else point[:2]
         at = photo.fractions(*mark)
     logits, maps = attention_maps(classifier.model, classifier.prepare(image)[None], at, blocks)
     best = logits.softmax(1).max(1)

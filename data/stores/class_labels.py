@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from timm.data import ImageNetInfo
 
-from data.stores.folder import read_class_index
+from data.stores.folder import ClassIndexError, read_class_index
 
 IMAGENET = 1000
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -46,10 +46,11 @@ def class_names(known: Sequence[str], class_index: str, num_classes: int) -> dic
     length is not `num_classes`.
     """
     lists: dict[str, list[str]] = {}
+    index_list = f"DATA.CLASS_INDEX={class_index}"
     if known:
         lists["the checkpoint"] = list(known)
     if class_index:
-        lists[f"DATA.CLASS_INDEX={class_index}"] = read_class_index(class_index)
+        lists[index_list] = read_class_index(class_index)
     if not lists and num_classes in (0, IMAGENET):
         lists["ImageNet-1k's list"] = list(imagenet_wnids())
     elif not lists:
@@ -57,9 +58,8 @@ def class_names(known: Sequence[str], class_index: str, num_classes: int) -> dic
     wanted = num_classes or len(next(iter(lists.values())))
     for title, names in lists.items():
         if len(names) != wanted:
-            raise ValueError(
-                f"{title} names {len(names)} classes, the model has {wanted}; give the list it was trained with"
-            )
+            problem = f"names {len(names)} classes, the model has {wanted}; give the list it was trained with"
+            raise ClassIndexError(class_index, problem) if title == index_list else ValueError(f"{title} {problem}")
     return lists
 
 

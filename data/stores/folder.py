@@ -17,6 +17,17 @@ SCAN_THREADS = 16  # class folders listed in parallel; bound by the latency of n
 NAMED = 5  # names listed in an error
 
 
+class ClassIndexError(ValueError):
+    """A class index file that cannot be used: `file` and `problem`, for callers that know the option by another name."""
+
+    def __init__(self, file: str, problem: str) -> None:
+        super().__init__(file, problem)
+        self.file, self.problem = file, problem
+
+    def __str__(self) -> str:
+        return f"DATA.CLASS_INDEX={self.file} {self.problem}"
+
+
 class FolderSource:
     """Labels of the images of a folder, and their bytes by index."""
 
@@ -47,24 +58,25 @@ def read_class_index(path: str | Path) -> list[str]:
     """Read the class folder names in label order from a file of one of four formats.
 
     JSON: {"0": ["n01440764", "tench"], ...}, a list of names, or {"name": index, ...}. Text: a name a line.
-    ValueError for a missing file, another format, or a class that is not unique.
+    ClassIndexError for a missing file, another format, or a class that is not unique.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"DATA.CLASS_INDEX={str(path)!r} is not a file; give its path, or '' to sort the folder names")
+        raise ClassIndexError(repr(str(path)), "is not a file; give its path, or '' to sort the folder names")
     text = path.read_text(encoding="utf-8")
     try:
         names = _names_of_json(json.loads(text)) if text.lstrip()[:1] in ("{", "[") else text.splitlines()
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"DATA.CLASS_INDEX={str(path)!r} is not understood ({error}); it must be JSON such as "
-            '{"0": ["n01440764", "tench"], ...}, ["cat", "dog"] or {"cat": 0, "dog": 1}, or text with a name a line'
+        raise ClassIndexError(
+            repr(str(path)),
+            f"is not understood ({error}); it must be JSON such as "
+            '{"0": ["n01440764", "tench"], ...}, ["cat", "dog"] or {"cat": 0, "dog": 1}, or text with a name a line',
         ) from error
     names = [name.strip() for name in names if name.strip()]
     doubles = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if doubles or not names:
         what = f"names {some(doubles)} more than once" if doubles else "holds no class"
-        raise ValueError(f"DATA.CLASS_INDEX={str(path)!r} {what}; each class must stand in it exactly once")
+        raise ClassIndexError(repr(str(path)), f"{what}; each class must stand in it exactly once")
     return names
 
 

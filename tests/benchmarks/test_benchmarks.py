@@ -1,4 +1,4 @@
-"""The programs that measure: that they run, count rightly and say what is wrong. No time is asserted."""
+"""The benchmarks: they run, count exactly and report errors. No time is asserted."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def small_variants(monkeypatch):
     monkeypatch.setattr(Ours, "build", lambda self, size, device: shrunken(self.name, num_classes=1000, img_size=size))
 
 
-class Opponents:
+class Baselines:
     @staticmethod
     def convolution():
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
@@ -40,11 +40,11 @@ class Opponents:
 
 
 @pytest.fixture
-def opponents(monkeypatch):
-    monkeypatch.setitem(sys.modules, "somebodys", Opponents)
+def baselines(monkeypatch):
+    monkeypatch.setitem(sys.modules, "somebodys", Baselines)
 
 
-def test_step_writes_what_it_measured(tmp_path, capsys, opponents):
+def test_step_writes_what_it_measured(tmp_path, capsys, baselines):
     out = tmp_path / "found"
     flags = [*TINY, *FLOOR, "--batch", "2", "--out", str(out)]
     assert step.main([*flags, "--opponent", "theirs=somebodys:{model}", "--opponent", "bad=somebodys:raises"]) == 0
@@ -79,20 +79,20 @@ def test_step_writes_what_it_measured(tmp_path, capsys, opponents):
         (["--opponent", "somebodys:convolutio"], "did you mean convolution"),
         (["--opponent", "nobodys:convolution"], "No module named 'nobodys'"),
         (["--opponent", "somebodys"], "[NAME=]MODULE:FACTORY"),
-        (["--opponent", "ours=somebodys:convolution"], "names two contenders"),
+        (["--opponent", "ours=somebodys:convolution"], "names two candidates"),
         (["--opponent", "somebodys:broken"], "gave list, not a model"),
         (["--backend", "inducter"], "torch.compile has"),
         (["--batch", "0"], "at least 1"),
     ],
 )
-def test_step_says_what_is_wrong(capsys, opponents, flags, told):
+def test_step_says_what_is_wrong(capsys, baselines, flags, told):
     with pytest.raises(SystemExit) as stop:
         step.main([*TINY, *FLOOR, *flags])
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
 
 
-def test_opponent_is_read_with_and_without_name(opponents):
+def test_baseline_is_parsed_with_and_without_name(baselines):
     assert parse_baseline("theirs=somebodys:{model}").name == "theirs"
     assert parse_baseline("somebodys:convolution").name == "convolution"
     assert isinstance(parse_baseline("somebodys:{model}").build("groupmixformer_mobile"), nn.Module)
@@ -141,8 +141,8 @@ def test_kept_bytes_are_what_autograd_keeps():
 
 def test_turns_alternate_and_ratios_are_by_round():
     called = []
-    ways = {name: lambda name=name: called.append(name) for name in "ab"}
-    found = timing.in_turn(ways, 2, 0, torch.device("cpu"))
+    candidates = {name: lambda name=name: called.append(name) for name in "ab"}
+    found = timing.in_turn(candidates, 2, 0, torch.device("cpu"))
     assert "".join(called) == "ab" + "ab" + "ba"
     assert [len(values) for values in found.values()] == [2, 2]
     assert timing.ratios([2.0, 3.0, 8.0], [1.0, 3.0, 2.0]) == timing.Spread(2.0, 1.0, 4.0)
@@ -244,7 +244,7 @@ def test_trainer_overhead_is_measured(tmp_path):
 
 
 def test_record_names_the_machine_and_the_command():
-    facts = record.facts("benchmarks/x.py", ["--models", "a b", "--append"])
-    assert facts["command"] == "python benchmarks/x.py --models 'a b'"
-    assert f"torch {torch.__version__}" in facts["versions"]
-    assert "cores of" in facts["hardware"]
+    metadata = record.metadata("benchmarks/x.py", ["--models", "a b", "--append"])
+    assert metadata["command"] == "python benchmarks/x.py --models 'a b'"
+    assert f"torch {torch.__version__}" in metadata["versions"]
+    assert "cores of" in metadata["hardware"]

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/cluster_cost.py, against plain simulations and numbers reckoned by hand."""
+"""The arithmetic of benchmarks/cluster_cost.py, against plain simulations and numbers computed by hand."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def ring_by_steps(values):
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-def test_ring_sends_as_much_as_one_that_is_played_through(n):
+def test_ring_sends_as_much_as_a_simulated_one(n):
     values = [[10**r * (piece + 1) for piece in range(n)] for r in range(n)]
     held, sent = ring_by_steps(values)
     assert all(row == [sum(column) for column in zip(*values, strict=True)] for row in held)
@@ -42,7 +42,7 @@ def test_ring_sends_as_much_as_one_that_is_played_through(n):
     assert all_reduce_seconds(SIMPLE, size, n) == pytest.approx(expected)
 
 
-def test_all_reduce_is_as_narrow_as_the_way_between_nodes_and_waits_for_its_messages():
+def test_all_reduce_is_limited_by_the_link_between_nodes_and_by_latency():
     assert all_reduce_seconds(SIMPLE, 1e9, 1) == 0
     assert all_reduce_seconds(SIMPLE, 1e9, 16) == pytest.approx(2 * 15 / 16 * 1e9 / 10e9)
     slow = replace(SIMPLE, gpu_latency_us=1, node_latency_us=10)
@@ -59,7 +59,7 @@ def test_only_what_outlasts_the_backward_pass_is_exposed(times, expected):
     assert exposed_seconds(4.0, [1, 1, 1, 1], times) == pytest.approx(expected)
 
 
-def test_update_is_reckoned_as_by_hand():
+def test_cost_of_an_update_is_that_computed_by_hand():
     alone = cost(SIMPLE, 1)
     assert alone.compute == pytest.approx(3 * 2 * 10e9 * 100 / 60e12)  # 0.1 s
     assert alone.seconds == alone.compute
@@ -69,7 +69,7 @@ def test_update_is_reckoned_as_by_hand():
     assert many.images == 1600
 
 
-def test_statistics_are_waited_for_and_the_agreement_only_if_it_lasts_longer_than_an_update():
+def test_statistics_are_waited_for_and_the_consensus_only_if_it_lasts_longer_than_an_update():
     plain, more = (cost(replace(SIMPLE, statistics_k=s, host_latency_us=10), 16) for s in (0, 1000))
     assert more.statistics == pytest.approx(2 * 15 / 16 * 4e6 / 10e9)
     assert more.exposed - plain.exposed == pytest.approx(more.statistics)
@@ -95,7 +95,7 @@ def test_command_prints_a_row_for_each_number_of_gpus(capsys):
     assert [line.split()[0] for line in said.splitlines()[2:5]] == ["1", "8", "512"]
     assert "380 MB an update" in said
     assert "BatchNorm statistics: 144 KB an update" in said
-    assert "agreement whether to stop: 8 bytes an update" in said
+    assert "consensus on stopping: 8 bytes an update" in said
     with pytest.raises(SystemExit):
         main(["--tflops", "0"])
     assert "--tflops 0.0: give a positive number" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/run_cost.py, and that docs/reproducing.md says the same."""
+"""The arithmetic of benchmarks/run_cost.py, and its table in docs/reproducing.md."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.helpers.documented import commands
 PAGE = ROOT / "docs/reproducing.md"
 
 
-def test_hours_are_those_reckoned_by_hand():
+def test_hours_are_those_computed_by_hand():
     c = cost(config.load(str(ROOT / "configs/stvit/small_224.yaml")))
     assert c.training == 300 * 1251 * 1024
     assert c.evaluation == 300 * 50_000 * 2  # raw and EMA

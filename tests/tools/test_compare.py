@@ -214,7 +214,7 @@ def fails(capsys, *argv):
 def test_what_cannot_be_compared_is_a_message_with_near_names(a, tmp_path, capsys):
     text = fails(capsys, a, tmp_path / "runs/aa")
     assert "runs/aa does not exist" in text
-    assert f"near it lie {a}" in text
+    assert f"runs near it: {a}" in text
     (tmp_path / "runs/empty").mkdir()
     assert "holds no metrics.jsonl" in fails(capsys, a, tmp_path / "runs/empty")
     (tmp_path / "runs/empty/metrics.jsonl").touch()

@@ -51,7 +51,7 @@ def published_entries(name, seed, num_classes=3):
 
 
 def as_written(layout, raw, ema):
-    """What the three trainers saved beside the weights."""
+    """Return a checkpoint in the layout of one of the three published trainers."""
     moments = {"step": torch.tensor(5.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
     optimizer = {"state": defaultdict(dict, {0: moments}), "param_groups": [{"lr": 1e-3, "params": [0]}]}
     args = Namespace(model="theirs", lr=1e-3, output_dir=Path("ckpt"), device=torch.device("cpu"), mean=(0.5, 0.5))
@@ -180,7 +180,7 @@ def test_files_of_old_torch_are_read(tmp_path, capsys):
 
 
 def refused(argv, capsys):
-    """What the tool says when it exits with status 2."""
+    """Return the error message of the tool, which exits with status 2."""
     with pytest.raises(SystemExit) as stop:
         main([str(arg) for arg in argv])
     assert stop.value.code == 2

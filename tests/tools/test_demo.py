@@ -85,7 +85,7 @@ def test_damaged_or_different_folder_is_drawn_again(tmp_path):
 
 def test_somebody_elses_files_are_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"is not empty and was not drawn by data\.demo; name another folder"):
+    with pytest.raises(ValueError, match=r"is not empty and was not drawn by tools\.demo; name another folder"):
         draw_dataset(tmp_path, train=10, val=10, workers=1)
     with pytest.raises(ValueError, match="is a file; name another folder"):
         draw_dataset(tmp_path / "thesis.txt", train=10, val=10, workers=1)

@@ -34,7 +34,7 @@ def classifier(monkeypatch):
     model = scrambled(shrunken(NAME, depths=(1, 1, 1, 1), num_classes=3, img_size=SIZE)).eval()
     names = ["n01440764", "n02106662", "cat"]
     loaded = Classifier(NAME, model, EvalTransform(SIZE, 72), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), names, ["tench", "German shepherd", "cat"], {"top1": 12.5, "num_classes": 3}, "best_raw.safetensors")  # fmt: skip
-    monkeypatch.setattr(export, "load_asked", lambda *_: loaded)
+    monkeypatch.setattr(export, "load_from_args", lambda *_: loaded)
     return loaded
 
 
@@ -111,7 +111,7 @@ def test_uploaded_folder_is_loaded_from_the_hub_by_timm(kind, classifier, tmp_pa
         torch.manual_seed(0)
         other = timm.create_model("test_efficientnet", num_classes=3).eval()
         classifier = replace(classifier, name="test_efficientnet", model=other)
-        monkeypatch.setattr(export, "load_asked", lambda *_: classifier)
+        monkeypatch.setattr(export, "load_from_args", lambda *_: classifier)
     repository = tmp_path / "home/hub/models--me--model"
     folder = repository / "snapshots" / ("0" * 40)
     folder.parent.mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_uploaded_folder_is_loaded_from_the_hub_by_timm(kind, classifier, tmp_pa
 def test_model_of_timm_is_said_to_need_nothing_else(classifier, tmp_path, monkeypatch, capsys):
     model = timm.create_model("test_efficientnet", num_classes=3).eval()
     other = replace(classifier, name="test_efficientnet", model=model)
-    monkeypatch.setattr(export, "load_asked", lambda *_: other)
+    monkeypatch.setattr(export, "load_from_args", lambda *_: other)
     assert main(["x", "--format", "timm", "--out", str(tmp_path / "model")]) == 0
     texts = capsys.readouterr().out, (tmp_path / "model/README.md").read_text()
     assert all("import timm" in text for text in texts)
@@ -180,7 +180,7 @@ def test_model_of_ones_own_is_predicted_and_exported_with_its_file(small_cfg, pi
 def test_published_file_has_the_authors_names(tmp_path, monkeypatch):
     model = scrambled(timm.create_model(NAME, num_classes=3)).eval()
     loaded = Classifier(NAME, model, EvalTransform(SIZE, 72), (0.5,) * 3, (0.2,) * 3, ["a", "b", "c"], ["a", "b", "c"], {}, "x")  # fmt: skip
-    monkeypatch.setattr(export, "load_asked", lambda *_: loaded)
+    monkeypatch.setattr(export, "load_from_args", lambda *_: loaded)
     path = tmp_path / "theirs.pth"
     assert main(["x", "--format", "published", "--out", str(path)]) == 0
     weights = torch.load(path, weights_only=True)["model"]
@@ -256,10 +256,10 @@ def test_missing_package_is_said_with_its_install_line(monkeypatch, tmp_path):
 
 def test_model_of_timm_has_no_published_names_and_is_not_folded(classifier, tmp_path, monkeypatch, capsys):
     other = replace(classifier, name="test_efficientnet", model=timm.create_model("test_efficientnet").eval())
-    monkeypatch.setattr(export, "load_asked", lambda *_: other)
+    monkeypatch.setattr(export, "load_from_args", lambda *_: other)
     for more, message in (
         (["published", "p.pth"], "has no published names"),
-        (["torch", "p.pt2", "--fold"], "--fold knows"),
+        (["torch", "p.pt2", "--fold"], "--fold supports"),
     ):
         kind, name, *flags = more
         with pytest.raises(SystemExit):

@@ -9,7 +9,8 @@ from rich.console import Console
 from models.build import retoken_models
 from tests.helpers.small_models import SMALLEST
 from tools import inspect
-from tools.inspect import Measures, as_columns, as_table, header, main, measure, stages
+from tools.inspect import Measures, header, main, measure, stages
+from tools.tables import aligned_columns, terminal_table
 
 PUBLISHED = {"groupmixformer_mobile": (5.7, 1.4), "sgformer_small": (22.5, 4.8), "stvit_small": (25, 4.4)}  # M, G
 
@@ -65,10 +66,10 @@ def test_columns_are_aligned_and_plain(capsys, monkeypatch):
 def test_table_of_a_terminal_has_the_same_cells():
     console = Console(width=120, force_terminal=True, color_system=None)
     with console.capture() as capture:
-        console.print(as_table(header([224], True), [["stvit_base", "52", "9.9", "24", "13"]]))
+        console.print(terminal_table(header([224], True), [["stvit_base", "52", "9.9", "24", "13"]], numeric=True))
     assert "stvit_base" in capture.get()
     assert "latency ms 224" in capture.get()
-    assert as_columns([["a", "b"], ["long", "1"]]) == ["a     b", "long  1"]
+    assert aligned_columns([["a", "b"], ["long", "1"]], numeric=True) == ["a     b", "long  1"]
 
 
 @pytest.mark.parametrize("name", ["stvit_small", "test_vit"])

@@ -1,6 +1,7 @@
 """tools.predict: the classes that the model names, for files and folders, with the evaluation's crop."""
 
 import csv
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_file_without_a_crop_takes_timms_and_says_so(checkpoint, tmp_path, pictu
     save_weights(tmp_path / "old.safetensors", weights, metadata)
     old = load_classifier(tmp_path / "old.safetensors")
     assert (old.transform.crop, old.transform.resize) == (32, 33)  # 0.95 of the shorter side
-    assert "does not say how images are cropped" in old.notes[0]
+    assert "does not state the evaluation crop" in old.notes[0]
     other = load_classifier(tmp_path / "old.safetensors", size=64, crop_pct=0.5)
     assert (other.transform.crop, other.transform.resize, other.notes) == (64, 128, ())
     assert load_classifier(checkpoint, size=64).transform == EvalTransform(64, 80, "bilinear", "squash", (1, 2, 3))
@@ -123,6 +124,22 @@ def test_run_says_how_it_cropped(small_cfg, tmp_path, pictures, capsys):
 def test_class_index_renames_the_classes(checkpoint, tmp_path):
     (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
     assert load_classifier(checkpoint, class_index=str(tmp_path / "names.txt")).readable == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--class-index='{file}' is not a file; give its path"),
+        ("one\none\n", "--class-index='{file}' names one more than once"),
+        ("one\ntwo\n", "--class-index={file} names 2 classes, the model has 3"),
+    ],
+)
+def test_class_index_error_names_the_flag(text, message, checkpoint, tmp_path):
+    file = tmp_path / "names.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message.format(file=file))):
+        load_classifier(checkpoint, class_index=str(file))
 
 
 def test_readable_names_know_all_of_imagenet():
@@ -180,5 +197,5 @@ def test_run_directory_is_answered_with_its_files(checkpoint, pictures, capsys):
 
 def test_weights_that_do_not_say_their_model_are_identified_or_refused(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="does not say which model it holds; name it with --model"):
+    with pytest.raises(ValueError, match="does not state its model; name it with --model"):
         load_classifier(tmp_path / "x.pth")

@@ -29,7 +29,7 @@ def trained(small_cfg, tmp_path_factory):
 
 
 def made_up(folder, updates=20, lr=1e-3, **data):
-    """A run directory as it lies there in the third epoch, with all that can go wrong."""
+    """Write a run directory of the third epoch with every kind of warning; return it."""
     folder.mkdir()
     cfg = config.defaults()
     cfg.MODEL.NAME, cfg.NAME, cfg.TRAIN.EPOCHS, cfg.OPTIM.LR = "stvit_small", "</script><b>evil</b>", 5, lr
@@ -62,7 +62,7 @@ IMAGENET = {"classes": 1000, "train": 1_281_167, "val": 50_000}
 
 
 class Checker(html.parser.HTMLParser):
-    """Fails where tags do not nest, keeps addresses and text."""
+    """HTML parser that fails where tags do not nest, and keeps addresses and ids."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ class Checker(html.parser.HTMLParser):
 
 
 def written(*runs):
-    """The page about these runs, checked: tags nest, nothing is loaded from elsewhere."""
+    """Return the page about runs after checks that tags nest and that it loads nothing from elsewhere."""
     page = report.render([RunInfo.read(run) for run in runs])
     checker = Checker()
     checker.feed(page)
@@ -97,7 +97,7 @@ def written(*runs):
 
 
 def numbers(page):
-    """The data that the curves are drawn from."""
+    """Return the data of the curves."""
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     return json.loads(text)
 

@@ -28,7 +28,7 @@ print("x" * 60)
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """What a program that draws a live view wrote to its terminal."""
+    """Output of a program with a live view on a pseudo-terminal."""
     out = tmp_path_factory.mktemp("terminal") / "out"
     assert record([sys.executable, "-c", PROGRAM], out, 50, 20, os.environ | {"COLUMNS": "7"}) == 0
     return out.read_bytes().decode()
@@ -80,5 +80,5 @@ def test_pictures_of_the_documentation_are_there_and_small():
             with Image.open(path) as image:
                 image.verify()
         assert path.resolve() in named, f"{path} is shown nowhere"
-    wanted = {f"look_{family}.jpg" for family in screenshots.LOOKS.values()}
+    wanted = {f"look_{family}.jpg" for family in screenshots.ATTENTION_MAPS.values()}
     assert {path.name for path in folder.iterdir()} >= {"live.svg", "report.png", "first_batch.png", *wanted}

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -r requi
 from data.augment.transforms import EvalTransform
 from models.attention_maps import AttentionMap, AttentionReading
 from tools import visualize
-from tools.visualize import main, parse_place
+from tools.visualize import main, parse_point
 from trainer.figures.figure import arranged, as_pixels, save, sheet, single
 from trainer.figures.panels import Panel, boundaries, original, panels
 from trainer.figures.photograph import Photograph
@@ -214,12 +214,12 @@ def test_command_draws_each_family(name, shown, tmp_path, pictures, monkeypatch,
     assert len(list((tmp_path / "q/000").glob("*attention*.svg"))) >= 4
 
 
-def test_place_is_in_pixels_or_shares():
-    assert parse_place("310,24.5") == (310, 24.5, False)
-    assert parse_place("40%, 60%") == (0.4, 0.6, True)
+def test_point_is_in_pixels_or_percentages():
+    assert parse_point("310,24.5") == (310, 24.5, False)
+    assert parse_point("40%, 60%") == (0.4, 0.6, True)
     for wrong in ("3", "1,2,3", "a,b", "40%,60"):
         with pytest.raises(ValueError, match="310,240"):
-            parse_place(wrong)
+            parse_point(wrong)
 
 
 @pytest.mark.parametrize(

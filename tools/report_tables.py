@@ -1,0 +1,125 @@
+"""Rows of the tables in the report's page: starts, metadata, evaluations, config keys, runs side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import config
+from tools.run_comparison import ABSENT, describe_commit, manifest_differences
+from tools.run_info import HEADLINES, RunInfo
+
+LISTED = 12  # entries of a list
+
+
+START_HEADER = ["started", "at update", "processes", "device", "torch", "commit", "command"]
+
+
+def start_row(start: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a start of the run, as START_HEADER names them."""
+    return [
+        str(start.get("time", ABSENT)).replace("T", " ")[:19],
+        f"{start.get('update', 0):,}",
+        str(start.get("processes", ABSENT)),
+        str(start.get("device", ABSENT)),
+        str(start.get("packages", {}).get("torch", ABSENT)),
+        describe_commit(start),
+        " ".join(map(str, start.get("command", []))),
+    ]
+
+
+def metadata(run: RunInfo) -> list[tuple[str, str]]:
+    """Return the manifest's metadata of the run and of its last start, as names and values."""
+    found: dict[str, Any] = {}
+    for name, value in run.run.manifest.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}: {key}": entry for key, entry in value.items()}
+        elif name != "starts":
+            found[name] = value
+    for name, value in (run.starts[-1] if run.starts else {}).items():
+        if name == "packages":
+            found[name] = ", ".join(f"{package} {version}" for package, version in value.items())
+        elif name not in ("config", "command", "time", "update"):
+            found[name] = value
+    return [(name.replace("_", " "), _counted(name, _brief(value))) for name, value in found.items()]
+
+
+def evaluation_row(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of an evaluation: epoch, update, weights, top-1, counts, top-5, loss, seconds."""
+    counts = f"{row['correct1']:,} of {row['images']:,}"
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    top1 = f"{row['top1']:.3f}{' best' if row.get('best') else ''}"
+    which = HEADLINES.get(row["weights"], row["weights"])
+    seconds = f"{row['seconds']:.1f}" if "seconds" in row else ABSENT
+    return [str(row["epoch"] + 1), f"{row['update']:,}", which, top1, counts, f"{row['top5']:.3f}", loss, seconds]
+
+
+def changed_keys(run: RunInfo) -> list[tuple[str, str, str]]:
+    """List the config keys that differ from their defaults: key, value, default; a key without a default has "-"."""
+    defaults = config.defaults()
+    known = set(config.keys(defaults))
+    found = []
+    for name, value in _flat(run.config).items():
+        default = config.get(defaults, name) if name in known else ABSENT
+        if value != default and not (name == "PUBLISHED" or name.startswith("PUBLISHED.")):
+            found.append((name, _value(value), _value(default)))
+    return found
+
+
+def side_by_side(runs: Sequence[RunInfo]) -> list[tuple[str, list[str]]]:
+    """Return the rows of the table that compares runs: a name, and a value for each run."""
+    rows: list[tuple[str, list[str]]] = [
+        ("status", [run.status for run in runs]),
+        ("model", [str(run.key("MODEL.NAME", ABSENT)) for run in runs]),
+        ("epochs", [run.epochs_text() for run in runs]),
+    ]
+    for which, label in HEADLINES.items():
+        found = [next((best for name, best in run.results() if name == which), None) for run in runs]
+        if any(found):
+            best = [f"{one['top1']:.3f} (epoch {one['epoch']})" if one else ABSENT for one in found]
+            rows.append((f"best top-1, {label} weights", best))
+    if any(run.published for run in runs):
+        rows.append(("published top-1", [str(run.published or ABSENT) for run in runs]))
+    rates = [run.rate() for run in runs]
+    rows.append(("images per second, median", [f"{rate:,.0f}" if rate else ABSENT for rate in rates]))
+    for other in range(1, len(runs)):
+        for name, first, value in manifest_differences(runs[0].run.manifest, runs[other].run.manifest):
+            row = next((values for known, values in rows if known == name), None)
+            if row is None:
+                row = [_counted(name, first)] * len(runs)
+                rows.append((name, row))
+            row[other] = _counted(name, value)
+    return rows
+
+
+def differing_keys(runs: Sequence[RunInfo]) -> list[list[str]]:
+    """List the config keys in which runs differ: the key, then each run's value."""
+    flat = [_flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = [[key, *(_value(one.get(key, ABSENT)) for one in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _value(value: Any) -> str:
+    return repr(value) if value == "" else str(value)
+
+
+def _counted(name: str, text: str) -> str:
+    """Return a text with thousands separators if it is a large count; seeds have none."""
+    return f"{int(text):,}" if text.isdecimal() and len(text) > 3 and name != "seed" else text
+
+
+def _brief(value: Any) -> str:
+    """Return a value as text, a list cut after LISTED entries."""
+    if not isinstance(value, list):
+        return ABSENT if value is None else str(value)
+    return ", ".join(map(str, value[:LISTED])) + (f", ... ({len(value):,})" if len(value) > LISTED else "")
