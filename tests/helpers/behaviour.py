@@ -1,4 +1,4 @@
-"""Digest what short trainings do, so that two versions of the code can be compared number for number.
+"""Digest the results of short trainings, for comparing two versions of the code number for number.
 
     python -m tests.helpers.behaviour OUT.json
     python -m tests.helpers.behaviour NEW.json --compare OLD.json
@@ -158,7 +158,7 @@ def command(argv: Sequence[str], folder: Path) -> subprocess.CompletedProcess:
 
 
 def evaluate(run: Path, cfg: Path, folder: Path) -> dict[str, Any]:
-    """Return what eval.py says of a run's last checkpoint, and of its best weights with constants folded in."""
+    """Return the output of eval.py for a run's last checkpoint, and for its best weights with --fold."""
     last = max((run / "checkpoints").iterdir())
     tables = {
         flag: folder / f"{flag}.{end}" for flag, end in (("json", "json"), ("per-class", "csv"), ("predictions", "csv"))

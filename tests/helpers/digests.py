@@ -27,7 +27,7 @@ def sha(*parts: Any) -> str:
 
 
 def pieces(value: Any) -> Iterator[bytes]:
-    """Yield what a nested value comes to, as bytes."""
+    """Yield a nested value as bytes."""
     if isinstance(value, torch.Tensor):
         value = value.detach().contiguous().numpy()
     if isinstance(value, np.ndarray):

@@ -85,7 +85,7 @@ def test_right_angles_have_pillows_pixels(degrees, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 18, 97])
 def test_small_and_odd_sizes_have_pillows_pixels(size, form):
-    """Where pixels are few, equalize runs out of levels and interpolation out of neighbours."""
+    """Images of few pixels: equalize has fewer levels, interpolation fewer neighbours."""
     names = [name for name in NAMES if size > 2 or name[:5] != "Sharp"]
     for image in map(tensor, pictures(size)):
         assert_pillows_pixels(form, image, [Op(name, argument(name, 9.0, size % 2 > 0), "bicubic") for name in names])
