@@ -41,7 +41,7 @@ from engine.logging.log import Log
 from engine.optim.skipped_updates import DivergedError
 from trainer.epochs import end_epoch, train_epoch
 from trainer.session import Session, build_session
-from trainer.stopping import describe_position, finish_saving, stop_early, write_mark
+from trainer.stopping import describe_position, finish_saving, stop_early, write_marker
 from trainer.summary import log_summary
 from trainer.validation import describe_best, evaluate_only
 
@@ -150,7 +150,7 @@ def train(s: Session) -> int:
             return stop_early(s, INTERRUPTION)
         s.log.info(f"done: best {describe_best(s)}; the run lies in {s.run.path}")
     if s.processes.main and not s.run.done.exists():
-        write_mark(s, s.run.done, f"after update {s.state.update}")
+        write_marker(s, s.run.done, f"after update {s.state.update}")
     return 0
 
 

@@ -28,6 +28,15 @@ def write_atomically(path: Path, write: Callable[[Path], None], shared: bool = F
         temporary.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text in UTF-8 as `write_atomically` does."""
+    write_atomically(path, lambda file: _write_text(file, text))
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove the temporary files of interrupted writes from a folder."""
     for stale in folder.glob(".*.tmp"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine.checkpoint.run_directory import config_differences
+from config.lookup import config_differences
 
 RATES = ("images_per_s", "data_share", "seconds")  # properties of the machine: not compared
 ROW_KEYS = ("kind", "weights", "epoch", "update", "update_in_epoch", "best")  # identify a row or follow from the others

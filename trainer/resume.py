@@ -12,9 +12,10 @@ import yaml
 from yacs.config import CfgNode
 
 import config
+from config.lookup import config_differences
 from data.build import Data
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.run_directory import RunDirectory, config_differences
+from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
 from engine.state import TrainState

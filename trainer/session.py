@@ -16,7 +16,8 @@ from data.build import Data, build_data
 from engine.batch_plan import accumulation
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.checkpoint.async_saver import AsyncSaver
-from engine.checkpoint.run_directory import RunDirectory, describe_start
+from engine.checkpoint.manifest import describe_start, read_manifest, record_start
+from engine.checkpoint.run_directory import RunDirectory
 from engine.compilation import Compilation
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
@@ -146,7 +147,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *,
     if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
         log.warning(warning)
     if not args.eval:
-        run.read_manifest()  # raises now, rather than after minutes, if it is damaged
+        read_manifest(run.manifest)  # raises now, rather than after minutes, if it is damaged
     check_same_run(cfg, run, log)
 
 
@@ -200,8 +201,10 @@ def open_run(s: Session) -> None:
     start = describe_start(s.processes.world, s.state.update, s.processes.device)
     try:
         s.run.write_config(config.dump(s.cfg))
-        s.run.record_start(
-            s.metadata(), {**start, **custom_model_metadata(s.cfg), "config": yaml.safe_load(config.dump(s.cfg))}
+        record_start(
+            s.run.manifest,
+            s.metadata(),
+            {**start, **custom_model_metadata(s.cfg), "config": yaml.safe_load(config.dump(s.cfg))},
         )
         s.open_log()
     except OSError as error:

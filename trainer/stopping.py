@@ -1,4 +1,4 @@
-"""The end of a start: saving the last state, the exit status, and the marks `done` and `preempted` in the run directory."""
+"""The end of a start: saving the last state, the exit status, and the marker files `done` and `preempted` in the run directory."""
 
 from pathlib import Path
 
@@ -17,30 +17,30 @@ def finish_saving(s: Session) -> None:
 
 
 def stop_early(s: Session, signals: StopSignals) -> int:
-    """Save the state after a stop signal, write the mark `preempted` and return the exit status.
+    """Save the state after a stop signal, write the marker `preempted` and return the exit status.
 
     The status is PREEMPTED, except 0 under torchrun, which would end the other processes and turn any other status into 1:
-    there only the mark tells of the preemption.
+    there only the marker tells of the preemption.
     """
     s.log.end_epoch()
     if s.state.update:
         save(s)
-    finish_saving(s)  # or raises: with the mark the job would be restarted for ever, without progress
+    finish_saving(s)  # or raises: with the marker the job would be restarted for ever, without progress
     if s.processes.main:
         why = signals.received.name if signals.received else "a signal to another process"
-        write_mark(s, s.run.preempted, f"by {why} after update {s.state.update}")
+        write_marker(s, s.run.preempted, f"by {why} after update {s.state.update}")
         s.log.info(f"stopped by {why} after update {s.state.update}; the same command continues")
-    s.consensus.agree()  # no process ends before the mark is written
+    s.consensus.agree()  # no process ends before the marker is written
     signals.release()
     return 0 if s.processes.launcher == "torchrun" else PREEMPTED
 
 
-def write_mark(s: Session, mark: Path, text: str) -> None:
-    """Write the mark `preempted` or `done`, or warn that it cannot be written."""
+def write_marker(s: Session, marker: Path, text: str) -> None:
+    """Write the marker `preempted` or `done`, or warn that it cannot be written."""
     try:
-        s.run.write_marker(mark, text)
+        s.run.write_marker(marker, text)
     except OSError as error:
-        s.log.warning(f"{mark} cannot be written ({error.strerror}): job scripts that look for it will not find it")
+        s.log.warning(f"{marker} cannot be written ({error.strerror}): job scripts that look for it will not find it")
 
 
 def describe_position(s: Session | None) -> str:

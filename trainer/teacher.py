@@ -4,6 +4,7 @@ from yacs.config import CfgNode
 
 from data.build import Data
 from engine.build import wrap_teacher
+from engine.checkpoint.manifest import read_manifest
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
@@ -21,7 +22,7 @@ def load_teacher(
     model, description = build_teacher(cfg, data.classes)
     teacher = wrap_teacher(cfg, model, processes)
     if state.update:
-        before = run.read_manifest().get("teacher", {}).get("digest", teacher.digest)
+        before = read_manifest(run.manifest).get("teacher", {}).get("digest", teacher.digest)
         if before != teacher.digest:
             raise ValueError(
                 f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "

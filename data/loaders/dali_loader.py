@@ -24,7 +24,7 @@ from data.loaders.base import BaseEvalLoader, BaseTrainLoader
 from data.loaders.batch import BadImage, Batch
 from data.loaders.decode import MAX_PIXELS, decode
 from data.loaders.image_source import ImageSource, read
-from data.loaders.jpeg import ordinary_header
+from data.loaders.jpeg_header import ordinary_header
 from data.loaders.sampler import SampleKey
 from data.loaders.torch_loader import BatchDataset, build_dataloader, iterate_batches
 

@@ -14,7 +14,7 @@ import torchvision.io  # registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.loaders.jpeg import START, stated_size
+from data.loaders.jpeg_header import START, stated_size
 
 MAX_PIXELS = 178_956_970  # of an image; Pillow has the same limit
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB, which is deprecated with the wrapper

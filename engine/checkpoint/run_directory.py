@@ -1,4 +1,4 @@
-"""Run directory: its paths, lock, marker files and manifest.
+"""Run directory: its paths, lock and marker files; manifest.py writes its manifest.
 
 output/<name>/
     config.yaml                      the resolved config
@@ -16,23 +16,13 @@ output/<name>/
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
-import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from common.atomic_files import remove_temporary, write_atomically
+from common.atomic_files import remove_temporary, write_text_atomically
 from engine.checkpoint.files import CheckpointFolder
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
 LOCK_ATTEMPTS = 10  # one per second
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -42,7 +32,7 @@ class RunLockedError(ValueError):
 
 
 class RunDirectory:
-    """Folder of a run: its paths, lock, marker files and manifest."""
+    """Folder of a run: its paths, lock and marker files."""
 
     def __init__(self, path: Path, keep: int):
         self.path = path
@@ -58,7 +48,7 @@ class RunDirectory:
 
     def write_marker(self, marker: Path, text: str) -> None:
         """Write the marker file `preempted` or `done`, which launch scripts check: the time and a text."""
-        write_atomically(marker, lambda file: _write(file, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n"))
+        write_text_atomically(marker, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
 
     def lock(self) -> str:
         """Create the folder and lock it against other starts until `unlock` or the end of this process.
@@ -126,7 +116,7 @@ class RunDirectory:
             for marker in (self.preempted, self.done):
                 marker.unlink(missing_ok=True)
             remove_temporary(self.path)
-            write_atomically(self.config, lambda file: _write(file, config))
+            write_text_atomically(self.config, config)
         except OSError as error:
             raise self.write_error(error) from error
 
@@ -144,81 +134,3 @@ class RunDirectory:
             raise self.write_error(OSError(errno.ENOTDIR, f"{folder} is a file"))
         if not os.access(folder, os.W_OK | os.X_OK):
             raise self.write_error(OSError(errno.EACCES, f"no permission to write in {folder}"))
-
-    def read_manifest(self) -> dict[str, Any]:
-        """Return the manifest; empty if there is none yet. Raises ValueError if it is damaged."""
-        if not self.manifest.is_file():
-            return {}
-        try:
-            found = json.loads(self.manifest.read_text())
-            if not isinstance(found, dict) or not isinstance(found.get("starts", []), list):
-                raise ValueError("it is no manifest")
-        except ValueError as error:
-            raise ValueError(
-                f"{self.manifest} is damaged ({error}); repair it, or move it away: the run continues without it, and only the "
-                "record of its earlier starts is lost"
-            ) from error
-        return found
-
-    def record_start(self, metadata: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Write the manifest: metadata of the run, and its list of starts with one more entry."""
-        starts = self.read_manifest().get("starts", [])
-        text = json.dumps({**metadata, "starts": [*starts, dict(start)]}, indent=2) + "\n"
-        write_atomically(self.manifest, lambda file: _write(file, text))
-
-
-def describe_start(world: int, update: int, device: torch.device) -> dict[str, Any]:
-    """Return the manifest entry of this start: time, command, commit, packages, machine."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "update": update,
-        "processes": world,
-        **_commit(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-    }
-
-
-def config_differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequence[str], prefix: str = ""
-) -> list[str]:
-    """List the keys in which two config trees differ, as "KEY: old -> new", but for `ignored` keys and sections."""
-    found: list[str] = []
-    for key in {**old, **new}:
-        name = prefix + key
-        a, b = old.get(key), new.get(key)
-        if name in ignored or a == b:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += config_differences(a, b, ignored, f"{name}.")
-        else:
-            found.append(f"{name}: {a!r} -> {b!r}")
-    return found
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[2]
-    try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None}
-    return {"commit": head.stdout.strip(), "changed_files": len(dirty.stdout.splitlines())}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.atomic_files import write_atomically
+from common.atomic_files import write_text_atomically
 
 CHARTS = {  # scalars that the tab "Custom scalars" of TensorBoard draws into one chart
     "top-1": ("eval_raw/top1", "eval_ema/top1"),
@@ -93,7 +93,7 @@ class WandbTracker:
                 "set WANDB_MODE=offline, or LOG.WANDB to ''"
             ) from error
         if run_id is None:
-            write_atomically(id_file, lambda file: _write(file, f"{self._run.id}\n"))
+            write_text_atomically(id_file, f"{self._run.id}\n")
         self._run.define_metric("update")
         self._run.define_metric("*", step_metric="update")
 
@@ -119,7 +119,3 @@ def check_wandb(project: str) -> None:
         raise ValueError(
             f"LOG.WANDB={project!r} needs the package wandb: pip install wandb; or set LOG.WANDB to '' to do without"
         )
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text)

@@ -12,7 +12,7 @@ from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
 from data.loaders.decode import UnreadableImageError, decode
-from data.loaders.jpeg import stated_size
+from data.loaders.jpeg_header import stated_size
 from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.stores.folder import scan

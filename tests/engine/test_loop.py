@@ -19,7 +19,6 @@ from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state, prepare_model
-from engine.checkpoint.run_directory import config_differences
 from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log
@@ -234,12 +233,6 @@ def test_other_processes_are_silent(tmp_path, capsys):
     log.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
-
-
-def test_differences_name_keys_and_leave_out_the_free_ones():
-    old, new = {"A": {"B": 1, "C": 2}, "D": 3}, {"A": {"B": 1, "C": 5}, "D": 4}
-    assert config_differences(old, new, ("D",)) == ["A.C: 2 -> 5"]
-    assert config_differences(old, new, ("A",)) == ["D: 3 -> 4"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

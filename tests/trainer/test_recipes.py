@@ -14,10 +14,10 @@ from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
+from config.lookup import config_differences
 from data.augment.build import build_eval_transform
 from data.loaders.sampler import Sampler
 from engine.build import build_plan, build_state
-from engine.checkpoint.run_directory import config_differences
 from engine.distributed.processes import Processes
 from engine.optim.build import build_learning_rate, build_optimizer
 from engine.precision import Precision

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import train
+from engine.checkpoint.manifest import read_manifest, record_start
 from engine.checkpoint.run_directory import RunDirectory, RunLockedError
-from engine.logging.log import Log
-from trainer.stopping import write_mark
+from trainer.stopping import write_marker
 
 
 def test_lock_file_that_its_owner_removes_meanwhile_is_created_again(tmp_path, monkeypatch):
@@ -66,7 +66,10 @@ def test_lock_file_that_another_process_holds_is_not_removed(tmp_path, monkeypat
 
 @pytest.mark.parametrize("written", ["record_start", "open"])
 def test_files_that_cannot_be_written_are_an_error_with_a_remedy(small_cfg, tmp_path, monkeypatch, capsys, written):
-    monkeypatch.setattr(RunDirectory if written == "record_start" else Log, written, lambda *args: no_space())
+    monkeypatch.setattr(
+        "trainer.session.record_start" if written == "record_start" else "engine.logging.log.Log.open",
+        lambda *args: no_space(),
+    )
     with pytest.raises(SystemExit) as caught:
         train.main(["--cfg", str(small_cfg), "--output", str(tmp_path)])
     assert caught.value.code == 2
@@ -77,7 +80,7 @@ def test_marker_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     warnings = []
     run = RunDirectory(tmp_path, 2)
     monkeypatch.setattr(RunDirectory, "write_marker", lambda *args: no_space())
-    write_mark(SimpleNamespace(run=run, log=SimpleNamespace(warning=warnings.append)), run.done, "after update 1")
+    write_marker(SimpleNamespace(run=run, log=SimpleNamespace(warning=warnings.append)), run.done, "after update 1")
     assert warnings == [
         f"{run.done} cannot be written (No space left on device): job scripts that look for it will not find it"
     ]
@@ -106,11 +109,11 @@ def test_damaged_manifest_is_an_error_with_a_remedy(small_cfg, tmp_path, capsys,
 def test_manifest_that_was_moved_away_is_started_again(tmp_path):
     run = RunDirectory(tmp_path, 2)
     for number in range(2):
-        run.record_start({"model": "x"}, {"update": number})
-    assert [start["update"] for start in run.read_manifest()["starts"]] == [0, 1]
+        record_start(run.manifest, {"model": "x"}, {"update": number})
+    assert [start["update"] for start in read_manifest(run.manifest)["starts"]] == [0, 1]
     run.manifest.unlink()
-    run.record_start({"model": "x"}, {"update": 2})
-    assert [start["update"] for start in run.read_manifest()["starts"]] == [2]
+    record_start(run.manifest, {"model": "x"}, {"update": 2})
+    assert [start["update"] for start in read_manifest(run.manifest)["starts"]] == [2]
 
 
 def test_dry_run_reports_a_run_directory_that_cannot_be_created(small_cfg, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from data.loaders.jpeg import frame_header, ordinary_header
+from data.loaders.jpeg_header import frame_header, ordinary_header
 from tests.helpers.data_doubles import picture
 
 
