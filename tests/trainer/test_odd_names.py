@@ -129,7 +129,9 @@ LOCALES = [
 )
 def test_chinese_names_in_any_locale(environment, odd_pictures, small_cfg, tmp_path):
     output = tmp_path / "输出"
-    argv = arguments(small_cfg, odd_pictures, output, "LOG.TENSORBOARD", "True", "TAG", "猫")
+    cfg = tmp_path / "配置.yaml"
+    cfg.write_text(f"BASE: {small_cfg}\nOUTPUT: {output}\nTAG: 猫\nLOG: {{TENSORBOARD: true}}\n", encoding="utf-8")
+    argv = ["--cfg", str(cfg), "--data-path", str(odd_pictures), "--opts", *OPTIONS]
     run = output / "small-猫"
     env = os.environ | environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", PROGRAM, str(run), str(odd_pictures), *argv]
