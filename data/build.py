@@ -26,9 +26,10 @@ from data.loaders.bad_images import BadImages
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
 from data.loaders.image_source import ImageSource
 from data.loaders.sampler import Sampler
-from data.loaders.shared_memory import check_shared_memory, default_workers
+from data.loaders.shared_memory import check_shared_memory
 from data.loaders.synthetic import SyntheticEval, SyntheticTrain
 from data.loaders.torch_loader import EvalLoader, TrainLoader
+from data.loaders.workers import default_workers
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_listing import Progress
 from data.stores.archive_source import ArchiveSource
