@@ -77,9 +77,8 @@ def build_compilation(cfg: CfgNode, model: nn.Module, processes: Processes) -> C
         steps = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
         if processes.device.type != "cuda":
             raise ValueError("TRAIN.COMPILE=reduce-overhead records CUDA graphs; set it to default on the CPU")
-        if (
-            steps > 1
-        ):  # a replay for the second micro-batch overwrites the first one's gradients, which lie in graph memory
+        # A replay for the second micro-batch would overwrite the first one's gradients, which lie in graph memory.
+        if steps > 1:
             raise ValueError(
                 f"TRAIN.COMPILE=reduce-overhead does not go with accumulation {steps}; set it to default, or TRAIN.MICRO_BATCH "
                 f"to {cfg.TRAIN.MICRO_BATCH * steps}"

@@ -91,9 +91,8 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
             weights, metadata = load_weights(Path(source))
         except ValueError as error:
             raise ValueError(f"DISTILL.TEACHER_WEIGHTS: {error}") from error
-        size = (
-            cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")
-        )  # Retoken's take any size, timm's that of their weights
+        # Retoken's models take any size, timm's that of their weights.
+        size = cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")
         asked = {"img_size": size if isinstance(size, int) else tuple(size)} if size and takes_img_size(name) else {}
         model = timm.create_model(name, num_classes=len(classes), **asked)
     said = f"{name} with the {metadata['weights']} weights of {source}"

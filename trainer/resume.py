@@ -109,7 +109,7 @@ def restore(
 
 
 def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *, run: RunDirectory, log: Log) -> Start:
-    """Return the run's newest whole checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
+    """Return the run's newest intact checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
 
     With --eval a file that is named precedes the run's own, and random weights are refused with ValueError.
     """
@@ -127,9 +127,9 @@ def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *
 def find_newest(
     processes: Processes, *, run: RunDirectory, log: Log, rename: bool
 ) -> tuple[Path | None, Contents | None]:
-    """Return the run's newest whole checkpoint, the same on all processes, and on the main one its contents.
+    """Return the run's newest intact checkpoint, the same on all processes, and on the main one its contents.
 
-    Warns of newer ones that are damaged and, with `rename`, sets them aside. Raises ValueError if none is whole or if one has a
+    Warns of newer ones that are damaged and, with `rename`, sets them aside. Raises ValueError if none is intact or if one has a
     format that is too new.
     """
     held: list[Contents] = []
