@@ -49,6 +49,9 @@ def test_models_import_relatively_so_that_the_folder_can_be_installed_alone(path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level:
                 assert (node.module or "").split(".")[0] != "models"
+            if isinstance(node, ast.ImportFrom) and node.level:  # build.py needs common/
+                assert (node.module or "").split(".")[-1] != "build"
+                assert "build" not in [alias.name for alias in node.names]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
