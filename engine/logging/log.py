@@ -50,6 +50,7 @@ class Log:
         self,
         folder: Path,
         update: int,
+        *,
         tensorboard: bool,
         closed: int | None = None,
         wandb: str = "",
