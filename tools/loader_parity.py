@@ -30,6 +30,7 @@ from config import command_line
 from data.build import EvalData, build_data, build_eval_data
 from data.loaders.batch import Batch
 from data.stores.layout import has_split
+from engine.batch_plan import accumulation_steps
 from engine.build import prepare_model
 from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import evaluate
@@ -139,7 +140,8 @@ def compare(args: Any, processes: Processes) -> Iterator[Differences]:
 
 
 def _train_batches(cfg: CfgNode, processes: Processes) -> Iterable[Batch]:
-    """Return the batches of epoch 0."""
+    """Return the batches of epoch 0. Raises ValueError if an update's batch does not divide among the processes."""
+    accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     return build_data(cfg, processes.rank, processes.world, processes.device).train.epoch(0)
 
 

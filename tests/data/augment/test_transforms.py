@@ -138,7 +138,7 @@ def test_evaluation_without_resize_takes_the_whole_image():
 def test_impossible_options_are_refused():
     with pytest.raises(ValueError, match=r"DATA.INTERPOLATION must be one of bicubic, bilinear, random, got 'nearest'"):
         config.load(opts=["DATA.INTERPOLATION", "nearest"])
-    with pytest.raises(ValueError, match=r"DATA.EVAL_INTERPOLATION='random' must be bicubic or bilinear"):
-        EvalTransform(32, 0, "random")
-    with pytest.raises(ValueError, match=r"DATA.EVAL_RESIZE=31 must be 0 or at least the crop DATA.IMG_SIZE=32"):
-        EvalTransform(32, 31)
+    with pytest.raises(ValueError, match=r"DATA.EVAL_INTERPOLATION must be one of bicubic, bilinear, got 'random'"):
+        config.load(opts=["DATA.EVAL_INTERPOLATION", "random"])
+    with pytest.raises(ValueError, match=r"DATA.EVAL_RESIZE=31 is smaller than the crop DATA.IMG_SIZE=32"):
+        config.load(opts=["DATA.IMG_SIZE", "32", "DATA.EVAL_RESIZE", "31"])
