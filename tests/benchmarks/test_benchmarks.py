@@ -44,7 +44,7 @@ def baselines(monkeypatch):
     monkeypatch.setitem(sys.modules, "somebodys", Baselines)
 
 
-def test_step_writes_what_it_measured(tmp_path, capsys, baselines):
+def test_step_writes_its_measurements(tmp_path, capsys, baselines):
     out = tmp_path / "found"
     flags = [*TINY, *FLOOR, "--batch", "2", "--out", str(out)]
     assert step.main([*flags, "--opponent", "theirs=somebodys:{model}", "--opponent", "bad=somebodys:raises"]) == 0
@@ -71,7 +71,7 @@ def test_step_writes_what_it_measured(tmp_path, capsys, baselines):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--models", "stvit_smal"], "stvit_small"),
         (["--modes", "trian"], "did you mean train"),
@@ -85,11 +85,11 @@ def test_step_writes_what_it_measured(tmp_path, capsys, baselines):
         (["--batch", "0"], "at least 1"),
     ],
 )
-def test_step_says_what_is_wrong(capsys, baselines, flags, told):
+def test_step_refuses_wrong_flags_with_the_remedy(capsys, baselines, flags, message):
     with pytest.raises(SystemExit) as stop:
         step.main([*TINY, *FLOOR, *flags])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_baseline_is_parsed_with_and_without_name(baselines):
@@ -193,8 +193,8 @@ def test_gpu_script_in_small_measures_and_survives_a_part_that_fails(tmp_path):
         env={**os.environ, "PYTHON": sys.executable},
     )
     assert done.returncode == 1
-    said = (tmp_path / "parts.txt").read_text().splitlines()
-    assert [line.split(" (")[0] for line in said if "dali" not in line] == [
+    printed = (tmp_path / "parts.txt").read_text().splitlines()
+    assert [line.split(" (")[0] for line in printed if "dali" not in line] == [
         "machine: done",
         "step: failed with status 2",
         "memory: done",

@@ -38,10 +38,10 @@ def test_durations_are_written_in_hours_or_days():
 
 def test_documented_table_is_what_the_program_prints(capsys):
     assert main(["--markdown"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 + len(recipes())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(recipes())
     page = PAGE.read_text().splitlines()
-    assert [line for line in (said[0], *said[2:]) if line not in page] == []
+    assert [line for line in (printed[0], *printed[2:]) if line not in page] == []
 
 
 def test_measured_rate_replaces_the_floor(capsys):

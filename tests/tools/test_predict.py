@@ -191,8 +191,8 @@ def test_nothing_readable_prints_nothing(checkpoint, tmp_path, capsys):
 def test_run_directory_is_answered_with_its_files(checkpoint, pictures, capsys):
     with pytest.raises(SystemExit):
         main([str(checkpoint.parent), str(pictures / "val")])
-    said = f"checkpoint {checkpoint.parent} is a folder, name a file; {checkpoint.parent} holds best_raw.safetensors"
-    assert said in capsys.readouterr().err
+    message = f"checkpoint {checkpoint.parent} is a folder, name a file; {checkpoint.parent} holds best_raw.safetensors"
+    assert message in capsys.readouterr().err
 
 
 def test_weights_that_do_not_say_their_model_are_identified_or_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Screenshots: a terminal is recorded and drawn as it was, and the pictures in docs/images are there and small."""
+"""Screenshots: recording and drawing of a terminal; the pictures in docs/images exist and are small."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def recorded(tmp_path_factory):
     return out.read_bytes().decode()
 
 
-def test_terminal_shows_what_it_showed(recorded):
+def test_recorded_terminal_is_replayed(recorded):
     shown = Screen()
     shown.feed(recorded)
     size = "os.terminal_size(columns=50, lines=20) True"
@@ -62,7 +62,7 @@ def test_terminal_is_drawn_with_colours_and_without_addresses(recorded):
     assert len(set(re.findall(r"\.[\w-]+-r\d+ \{ fill: (#\w+)", drawn))) > 1
 
 
-def test_a_failing_program_is_told_apart(tmp_path):
+def test_failing_program_returns_its_exit_status(tmp_path):
     assert record([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "out", 50, 20, os.environ) == 3
 
 

@@ -37,9 +37,9 @@ def run(*argv, **environment):
 @pytest.mark.slow
 def test_kernel_equals_plain_under_the_interpreter():
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    said = run("-m", "pytest", *options, "tests/helpers/interpreted_depthwise_kernel.py", TRITON_INTERPRET="1")
-    assert "passed" in said
-    assert "skipped" not in said
+    printed = run("-m", "pytest", *options, "tests/helpers/interpreted_depthwise_kernel.py", TRITON_INTERPRET="1")
+    assert "passed" in printed
+    assert "skipped" not in printed
 
 
 KERNELS = {
