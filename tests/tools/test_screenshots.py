@@ -80,5 +80,5 @@ def test_pictures_of_the_documentation_are_there_and_small():
             with Image.open(path) as image:
                 image.verify()
         assert path.resolve() in named, f"{path} is shown nowhere"
-    wanted = {f"look_{family}.jpg" for family in screenshots.ATTENTION_MAPS.values()}
+    wanted = {f"attention_maps_{family}.jpg" for family in screenshots.ATTENTION_MAPS.values()}
     assert {path.name for path in folder.iterdir()} >= {"live.svg", "report.png", "first_batch.png", *wanted}
