@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     source, target = Path(args.source), Path(args.target)
     try:
-        check_target(source, target)
+        check_paths(source, target)
         weights, metadata = load_weights(source, args.weights or "raw")
         if args.weights and metadata["weights"] != args.weights:
             raise ValueError(
@@ -77,7 +77,7 @@ def convert_parser() -> Parser:
     return parser
 
 
-def check_target(source: Path, target: Path) -> None:
+def check_paths(source: Path, target: Path) -> None:
     """Raise ValueError for a file that cannot be written, or that is the input."""
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{target}: the suffix selects the format; end it in {', '.join(SUFFIXES)}")

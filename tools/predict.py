@@ -30,7 +30,7 @@ SHOWN = 20  # unreadable files that are listed
 
 
 @dataclass
-class Predictions:
+class RankedClasses:
     """Most probable classes of each readable image, in descending order, with their probabilities."""
 
     paths: list[str] = field(default_factory=list)
@@ -109,9 +109,9 @@ def predict(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda count: None,
-) -> Predictions:
+) -> RankedClasses:
     """Classify images in batches; `advance` is called with the number of images of each batch."""
-    predictions = Predictions()
+    predictions = RankedClasses()
     model = classifier.model.to(device)
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(images), batch_size):
@@ -137,7 +137,7 @@ def _prepare(classifier: Classifier, path: Path) -> Tensor | UnreadableImageErro
         return error
 
 
-def lines(classifier: Classifier, predictions: Predictions) -> Iterator[str]:
+def lines(classifier: Classifier, predictions: RankedClasses) -> Iterator[str]:
     """Yield predictions as lines of text: the image, then a line for each class."""
     rows = zip(predictions.paths, predictions.labels, predictions.probabilities, strict=True)
     for path, labels, probabilities in rows:
@@ -146,7 +146,7 @@ def lines(classifier: Classifier, predictions: Predictions) -> Iterator[str]:
             yield f"  {100 * probability:5.1f} %  {classifier.label(label)}"
 
 
-def columns(classifier: Classifier, predictions: Predictions, top: int) -> dict[str, list[str] | list[float]]:
+def columns(classifier: Classifier, predictions: RankedClasses, top: int) -> dict[str, list[str] | list[float]]:
     """Return predictions as columns of a table: the image, then class, name and probability for each rank."""
     table: dict[str, list[str] | list[float]] = {"image": predictions.paths}
     named = classifier.readable != classifier.classes
