@@ -248,7 +248,7 @@ def test_source_is_never_overwritten(tmp_path, monkeypatch, capsys):
 def test_target_that_cannot_be_is_refused(tmp_path, capsys):
     (tmp_path / "folder.pth").mkdir()
     assert "end it in .safetensors" in refused(["in.pth", "out.bin"], capsys)
-    assert "does not exist" in refused(["in.pth", tmp_path / "no" / "out.pth"], capsys)
+    assert "there is no folder" in refused(["in.pth", tmp_path / "no" / "out.pth"], capsys)
     assert "is a folder" in refused(["in.pth", tmp_path / "folder.pth"], capsys)
     assert "in.pth does not exist" in refused([tmp_path / "in.pth", tmp_path / "out.pth"], capsys)
     assert "did you mean --weights" in refused(["in.pth", "out.pth", "--weight", "ema"], capsys)
