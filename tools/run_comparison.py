@@ -154,7 +154,7 @@ def row_differences(
         if x == y or not all(value is None or isinstance(value, int | float) for value in (x, y)):
             continue
         relative = None if x is None or y is None else abs(x - y) / max(abs(x), abs(y))
-        yield Difference(int(a["update"]), where, name, x, y, relative)
+        yield Difference(update=int(a["update"]), where=where, name=name, a=x, b=y, relative=relative)
 
 
 def manifest_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tools import screenshots
-from tools.terminal_recorder import Screen, record, screen_when
+from tools.terminal_recorder import RecordedScreen, record, screen_when
 
 PROGRAM = """
 import os
@@ -35,7 +35,7 @@ def recorded(tmp_path_factory):
 
 
 def test_recorded_terminal_is_replayed(recorded):
-    shown = Screen()
+    shown = RecordedScreen()
     shown.feed(recorded)
     size = "os.terminal_size(columns=50, lines=20) True"
     assert shown.plain == [size, "line 0", "line 1", "line 2", "line 3", "x" * 60]
