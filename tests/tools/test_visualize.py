@@ -11,7 +11,7 @@ from data.augment.transforms import EvalTransform
 from models.attention_maps import AttentionMap, AttentionReading
 from tools import visualize
 from tools.visualize import main, parse_point
-from trainer.figures.figure import arranged, as_pixels, save, sheet, single
+from trainer.figures.figure import arrange_in_lines, as_pixels, save, sheet, single
 from trainer.figures.panels import Panel, boundaries, original, panels
 from trainer.figures.photograph import Photograph
 
@@ -163,7 +163,7 @@ def test_label_of_a_scale_keeps_clear_of_its_arrow():
 )
 def test_sheet_breaks_lines_so_that_little_stays_empty(stages, lines):
     one = np.zeros((1, 1, 3), np.uint8)
-    found = arranged([Panel("", int(stage), "", one) for stage in stages])
+    found = arrange_in_lines([Panel("", int(stage), "", one) for stage in stages])
     assert ["".join(str(panel.stage) for panel in line) for line in found] == lines
 
 
