@@ -47,7 +47,7 @@ def baselines(monkeypatch):
 def test_step_writes_its_measurements(tmp_path, capsys, baselines):
     out = tmp_path / "found"
     flags = [*TINY, *FLOOR, "--batch", "2", "--out", str(out)]
-    assert step.main([*flags, "--opponent", "theirs=somebodys:{model}", "--opponent", "bad=somebodys:raises"]) == 0
+    assert step.main([*flags, "--baseline", "theirs=somebodys:{model}", "--opponent", "bad=somebodys:raises"]) == 0
     assert step.main([*flags, "--modes", "infer", "--compile", "--backend", "eager", "--append"]) == 0
     first, second = json.loads(out.with_suffix(".json").read_text())["runs"]
     rows = {(row["mode"], row["contender"]): row for row in first["rows"]}
@@ -76,11 +76,11 @@ def test_step_writes_its_measurements(tmp_path, capsys, baselines):
         (["--models", "stvit_smal"], "stvit_small"),
         (["--modes", "trian"], "did you mean train"),
         (["--precision", "bf61"], "did you mean bf16"),
-        (["--opponent", "somebodys:convolutio"], "did you mean convolution"),
-        (["--opponent", "nobodys:convolution"], "No module named 'nobodys'"),
-        (["--opponent", "somebodys"], "[NAME=]MODULE:FACTORY"),
-        (["--opponent", "ours=somebodys:convolution"], "names two candidates"),
-        (["--opponent", "somebodys:broken"], "gave list, not a model"),
+        (["--baseline", "somebodys:convolutio"], "did you mean convolution"),
+        (["--baseline", "nobodys:convolution"], "No module named 'nobodys'"),
+        (["--baseline", "somebodys"], "[NAME=]MODULE:FACTORY"),
+        (["--baseline", "ours=somebodys:convolution"], "names two candidates"),
+        (["--baseline", "somebodys:broken"], "gave list, not a model"),
         (["--backend", "inducter"], "torch.compile has"),
         (["--batch", "0"], "at least 1"),
     ],
