@@ -79,7 +79,7 @@ def test_key_that_is_neither_file_nor_module_is_refused():
         config.load((), ["MODEL.MODULE", "mine/net"])
 
 
-def test_manifest_notes_the_file_and_compare_tells_when_it_differs(tmp_path, small_cfg, capsys):
+def test_manifest_notes_the_file_and_compare_shows_a_difference(tmp_path, small_cfg, capsys):
     for run, width in (("first", 4), ("second", 5)):
         file = write(tmp_path / f"{run}.py", f"own_{run}", width)
         own = [

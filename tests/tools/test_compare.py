@@ -178,7 +178,7 @@ def test_every_run_is_compared_with_the_first(a, tmp_path, capsys):
     assert [("identical" in v, "part at update 5" in v) for v in summaries] == [(True, False), (False, True)]
 
 
-def test_json_says_all_of_it(a, tmp_path, capsys):
+def test_json_holds_the_whole_comparison(a, tmp_path, capsys):
     b = write(tmp_path / "b", changed(rows(), 15, "train", loss=None))
     status, out = run(capsys, a, b, "--json")
     assert status == 1

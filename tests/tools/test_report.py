@@ -234,7 +234,7 @@ def test_runs_are_shown_side_by_side(tmp_path, trained):
     assert f"TRAIN.GLOBAL_BATCH 1024 1024 {rows['TRAIN']['GLOBAL_BATCH']}" in text
 
 
-def test_tool_writes_where_it_says(tmp_path, capsys, monkeypatch):
+def test_printed_path_is_the_written_file(tmp_path, capsys, monkeypatch):
     runs = [made_up(tmp_path / "a"), made_up(tmp_path / "b")]
     assert report.main([str(runs[0])]) == 0
     assert report.main([str(run) for run in runs]) == 0
@@ -286,7 +286,7 @@ def test_browser_draws_the_page_without_complaint(tmp_path, trained):
 
 
 @pytest.mark.skipif(not find_browser(), reason=MISSING)
-def test_browser_says_what_is_not_there_yet(tmp_path):
+def test_browser_shows_notes_for_missing_parts(tmp_path):
     run, page = made_up(tmp_path / "run"), tmp_path / "page.html"
     first = (run / "metrics.jsonl").read_text().splitlines()[0]
     for metrics, missing in ((first, ["evaluated"] * 2), ("", ["evaluated", "logged", "evaluated", *["logged"] * 4])):

@@ -146,7 +146,7 @@ for name in ("sgformer_small", "stvit_small"):
     ],
 )
 @TRITON
-def test_kernel_benchmark_says_why_it_cannot_run(monkeypatch, capsys, options, message):
+def test_kernel_benchmark_that_cannot_run_names_the_reason(monkeypatch, capsys, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if "group" in options:
         monkeypatch.setattr("models.kernels.depthwise.DEVICE", "cpu")
