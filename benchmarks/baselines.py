@@ -16,8 +16,9 @@ from engine.build import prepare_model
 from engine.distributed.processes import Processes
 from engine.memory import kept_bytes
 from engine.precision import DTYPES, Precision
-from models.build import check_name, is_retoken, takes_img_size
-from models.inference.prepare import prepare_inference
+from models.build import check_name, takes_img_size
+from models.identify import on_meta
+from models.inference.prepare import is_foldable, prepare_inference
 
 BASELINES = ROOT / "oracle"  # folder for published code: on the path of baselines, ignored by git
 
@@ -79,7 +80,7 @@ class Ours:
         """Look up a model of ours or timm's. Raises ValueError naming the nearest if it is unknown."""
         check_name(name, "--models")
         make = timm.models.model_entrypoint(name)
-        return cls(name=name, make=make, takes_size=takes_img_size(name), folds=is_retoken(name))
+        return cls(name=name, make=make, takes_size=takes_img_size(name), folds=is_foldable(on_meta(name)))
 
     def build(self, size: int, device: torch.device) -> nn.Module:
         """Build the model as train.py prepares it."""

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from common.atomic_files import write_atomically
 from config.command_line import Parser
 from engine.result_files import check_location, check_parent
-from models.backbone import Backbone
 from models.inference.fold import fold
+from models.inference.prepare import is_foldable
 from tools.classifier import Classifier, add_checkpoint_options, load_from_args
 from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
 
@@ -108,8 +108,8 @@ def check_packages(kind: str) -> None:
 
 def fold_and_check(classifier: Classifier, screen: Console) -> nn.Module:
     """Return a folded copy of the model. Raises DifferenceError if the two differ in float64 on random images."""
-    if not isinstance(classifier.model, Backbone):
-        raise ValueError(f"--fold supports SG-Former, GroupMixFormer and STViT, not {classifier.name}; leave it out")
+    if not is_foldable(classifier.model):
+        raise ValueError(f"--fold: the class of {classifier.name} does not declare `foldable = True`; leave it out")
     plain = copy.deepcopy(classifier.model).double()
     other = copy.deepcopy(plain)
     done = fold(other)

@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = find_images(args.images)
         classifier = load_from_args(args)
         if not has_maps(classifier.model):
-            raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
+            raise ValueError(
+                f"{classifier.name} has no maps to show: not all of its blocks have an attention with `attention_maps`"
+            )
         blocks = parse_blocks(args.blocks, classifier.model)
         point = parse_point(args.at) if args.at else None
         out.mkdir(parents=True, exist_ok=True)

@@ -259,7 +259,7 @@ def test_model_of_timm_has_no_published_names_and_is_not_folded(classifier, tmp_
     monkeypatch.setattr(export, "load_from_args", lambda *_: other)
     for more, message in (
         (["published", "p.pth"], "has no published names"),
-        (["torch", "p.pt2", "--fold"], "--fold supports"),
+        (["torch", "p.pt2", "--fold"], "does not declare `foldable = True`"),
     ):
         kind, name, *flags = more
         with pytest.raises(SystemExit):
