@@ -9,12 +9,12 @@ from timm.data import create_transform
 from torchvision.transforms import functional as tvf_pil
 
 import config
+from benchmarks.pillow_rand_augment import apply
 from common.rng import keyed_generator
 from data.augment.rand_augment_policy import parse_policy
 from data.augment.random_erasing import RandomErasing
 from data.augment.transforms import Crop, EvalTransform, TrainTransform, draw_crop, shorter_side_size
 from tests.helpers.data_doubles import TimmRandom, picture
-from tests.helpers.pillow_rand_augment import apply
 
 RATIO = (3 / 4, 4 / 3)
 FROZEN = [
