@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from config.command_line import Parser
 from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
@@ -31,6 +30,7 @@ from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.layout import NoSplitError
 from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
+from tools.progress import with_progress
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
@@ -161,7 +161,16 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
         rank = np.empty(len(source), dtype=np.int64)
         rank[source.storage_order()] = np.arange(len(source))
         stored = indices[np.argsort(rank[indices])]
-    decoded = list(with_progress(decode_all(source, stored.tolist(), workers), len(stored), summary.split))
+    results = with_progress(
+        decode_all(source, stored.tolist(), workers),
+        len(stored),
+        Console(stderr=True, highlight=False, soft_wrap=True),
+        title=f"decoding {summary.split}",
+        done=f"decoded {{count}} of {{total}} images of {summary.split}",
+        transient=True,
+        fewest=10 * SAMPLE + 1,
+    )
+    decoded = list(results)
     found = [image.reason for image in decoded if image.reason]
     levels = [image.level for image in decoded if not image.reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
@@ -210,18 +219,6 @@ def _check(indices: list[int], source: ImageSource | None = None) -> list[Decode
         except UnreadableImageError as error:
             decoded.append(Decoded(f"{error.name} {error.reason}"))
     return decoded
-
-
-def with_progress(decoded: Iterator[Decoded], total: int, split: str) -> Iterator[Decoded]:
-    """Pass results on and show progress: a bar on a terminal, ten lines for a long check elsewhere."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        yield from track(decoded, f"decoding {split}", total, console=console, transient=True)
-        return
-    for count, image in enumerate(decoded, 1):
-        if total > 10 * SAMPLE and count * 10 // total > (count - 1) * 10 // total:
-            console.print(f"decoded {count} of {total} images of {split}")
-        yield image
 
 
 def print_summary(summary: SplitSummary, screen: Console) -> None:

@@ -109,7 +109,7 @@ def restore(
 
 
 def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *, run: RunDirectory, log: Log) -> Start:
-    """Return the run's newest whole checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
+    """Return the run's newest intact checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
 
     With --eval a file that is named precedes the run's own, and random weights are refused with ValueError.
     """

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common.atomic_files import write_text_atomically
 from common.text import allow_any_text, readable
 from engine.evaluate import Accuracy
 from engine.logging.live_view import LiveView
@@ -51,6 +52,7 @@ class Log:
         self,
         folder: Path,
         update: int,
+        *,
         tensorboard: bool,
         closed: int | None = None,
         wandb: str = "",
@@ -72,14 +74,9 @@ class Log:
         rows: list[str] = []
         if path.exists():
             limits = {"eval": update if closed is None else closed}
-            rows = [
-                line
-                for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-                if _is_kept(line, update, limits)
-            ]
-            temporary = path.with_name(".metrics.jsonl.tmp")
-            temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", errors="surrogateescape")
-            temporary.replace(path)
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            rows = [line for line in text.splitlines() if _is_kept(line, update, limits)]
+            write_text_atomically(path, "".join(f"{row}\n" for row in rows))
         self.metrics = path.open("a", buffering=1, encoding="utf-8", errors="surrogateescape")
         if tensorboard:
             self.trackers.append(TensorBoardTracker(folder, update))
