@@ -71,10 +71,17 @@ def test_bytes_of_names_survive_in_every_file_of_a_run(odd_pictures, small_cfg, 
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_predictions_list_odd_names(odd_pictures, small_cfg, whole, tmp_path, capsys, suffix):
+def test_predictions_list_odd_names(odd_pictures, small_cfg, uninterrupted, tmp_path, capsys, suffix):
     pytest.importorskip("pyarrow") if suffix == ".parquet" else None
     out = tmp_path / f"p{suffix}"
-    argv = ["--cfg", str(small_cfg), "--checkpoint", str(whole / "best_raw.safetensors"), "--predictions", str(out)]
+    argv = [
+        "--cfg",
+        str(small_cfg),
+        "--checkpoint",
+        str(uninterrupted / "best_raw.safetensors"),
+        "--predictions",
+        str(out),
+    ]
     assert eval_script.main([*argv, "--data-path", str(odd_pictures)]) == 0
     if suffix == ".csv":
         with out.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
