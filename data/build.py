@@ -34,11 +34,12 @@ from data.loaders.workers import default_workers
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_listing import Progress
 from data.stores.archive_source import ArchiveSource
-from data.stores.class_labels import class_names, label_folders
+from data.stores.class_labels import class_names
 from data.stores.fingerprint import class_fingerprint, storage_fingerprint
-from data.stores.folder import FolderSource, class_folders, read_class_index, scan_labelled, val_folder
+from data.stores.folder import FolderSource, read_class_index
+from data.stores.folder_split import open_val_folder
 from data.stores.layout import has_split
-from data.stores.split import Split, file_sizes, open_split
+from data.stores.split import Split, file_sizes, open_split, single_class
 
 FILE_SAMPLE, LARGE_PERCENTILE = 256, 95  # sizes of so many files, and their percentile, estimate a batch of files
 
@@ -140,7 +141,7 @@ def build_eval_data(
     notes: list[str] = []
     source: ImageSource
     if folder:
-        classes, source, origin = _labelled(cfg, folder)
+        classes, source, origin, notes = _labelled(cfg, folder)
         present = np.unique(source.labels).tolist()
         answers = present if len(present) < len(classes) and not folder.all_logits else None
     else:
@@ -172,14 +173,12 @@ def _names(source: ImageSource) -> Callable[[int], str]:
     return source.relative if isinstance(source, FolderSource) else source.name
 
 
-def _labelled(cfg: CfgNode, folder: ValFolder) -> tuple[list[str], FolderSource, str]:
-    """Return the model's classes, the folder's images labelled with them, and a description of both."""
+def _labelled(cfg: CfgNode, folder: ValFolder) -> tuple[list[str], FolderSource, str, list[str]]:
+    """Return the model's classes, the folder's images labelled with them, a description of both, and notes."""
     lists = class_names(folder.known, cfg.DATA.CLASS_INDEX, folder.num_classes or cfg.MODEL.NUM_CLASSES)
     name, classes = next(iter(lists.items()))
     _check_count(cfg, classes, name)
-    root = val_folder(folder.path)
-    labels, how = label_folders(class_folders(root), lists, folder.path)
-    return classes, scan_labelled(root, labels), f"{root}, {len(labels)} folders {how}"
+    return classes, *open_val_folder(folder.path, lists, cfg.DATA.VAL_LABELS)
 
 
 def _open(cfg: CfgNode, split: str, progress: Progress | None) -> Split:
@@ -201,7 +200,10 @@ def _classes(cfg: CfgNode, split: Split) -> list[str]:
     if cfg.DATA.CLASS_INDEX:
         classes, name = read_class_index(cfg.DATA.CLASS_INDEX), cfg.DATA.CLASS_INDEX
     else:
-        classes, name = split.classes(), split.name
+        classes = split.classes()
+        name = split.name
+    if split.location.split == "train" and (problem := single_class(split, classes)):
+        raise ValueError(problem)
     _check_count(cfg, classes, name)
     return classes
 

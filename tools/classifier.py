@@ -22,7 +22,9 @@ from config.command_line import Parser, check_which
 from data.augment.transforms import EVAL_MODES, INTERPOLATIONS, EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
 from data.stores.class_labels import class_names, readable_names
-from data.stores.folder import SUFFIXES, ClassIndexError
+from data.stores.folder import ClassIndexError
+from data.stores.folder_tree import list_images
+from data.stores.image_files import SUFFIXES
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
@@ -153,7 +155,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in (Path(text).expanduser() for text in paths):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found += sorted(path / image for image in list_images(path, "")[0])
         elif path.exists():
             found.append(path)
         else:
@@ -161,7 +163,9 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
             raise ValueError(f"{path} does not exist{f'; did you mean {folder / near[0]}?' if near else ''}")
     if not found:
-        raise ValueError(f"there is no image in {', '.join(paths)}; these suffixes are searched: {' '.join(SUFFIXES)}")
+        raise ValueError(
+            f"there is no image in {', '.join(paths)}; images end in {' '.join(SUFFIXES)}, or begin as such files do"
+        )
     return found
 
 

@@ -28,8 +28,10 @@ from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index
+from data.stores.image_files import DEFECTS
 from data.stores.layout import NoSplitError
-from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
+from data.stores.names import lookalike_notes, printable
+from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, single_class
 from tools.progress import with_progress
 
 SAMPLE = 1000  # images decoded of each split without --full
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stores = open_splits(args, screen)
         classes = read_class_index(args.class_index) if args.class_index else next(iter(stores.values())).classes()
         summaries = []
+        if "train" in stores and (problem := single_class(stores["train"], classes)):
+            raise ValueError(problem)
         for split, store in stores.items():
             source = store.source(classes, must_hold_all=False)
             summary = describe(split, store, source, classes)
@@ -123,8 +127,13 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
             problems.append(
                 f"{duplicates} images have the class and name of another: {', '.join(store.index.metadata['duplicate_names'][:5])}"
             )
+    if store.passed.found:
+        lines.append(("passed over", store.passed.text()))
+        lost = store.passed.text(DEFECTS)
+        problems += [f"images may be missing: {lost}"] if lost else []
     counts = np.bincount(source.labels, minlength=len(classes))
     held = counts[counts > 0]
+    problems += lookalike_notes(store.name, [name for name, count in zip(classes, counts, strict=True) if count])
     lines.append(("images", f"{len(source)} of {len(held)} classes"))
     few, many = (int(i) for i in (counts.argmin(), counts.argmax()))
     lines.append(
@@ -225,9 +234,9 @@ def print_summary(summary: SplitSummary, screen: Console) -> None:
     """Print the counts of a split, then its problems."""
     screen.print(summary.split, style="bold")
     for name, text in summary.lines:
-        screen.print(f"  {name:<8} {text}", markup=False)
+        screen.print(f"  {name:<11} {printable(text)}", markup=False)
     for problem in summary.problems:
-        screen.print(f"  problem  {problem}", style="red", markup=False)
+        screen.print(f"  problem     {printable(problem)}", style="red", markup=False)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_class_index_file_orders_the_labels(root, tmp_path):
 def test_class_in_val_but_not_in_train_is_refused(tmp_path):
     write_folder(tmp_path, train={"cat": 8, "dog": 8}, val={"cat": 1, "wolf": 1})
     with pytest.raises(
-        ValueError, match=r"val has 1 class folders that are not among the 2 classes: wolf; remove them"
+        ValueError, match=r"val has 1 class folders that are not among the 2 classes: wolf; add their images to train/"
     ):
         build_data(cfg_of(tmp_path), 0, 1, "cpu")
 

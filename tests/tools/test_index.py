@@ -78,7 +78,7 @@ def test_problems_of_a_store_are_listed_and_give_status_1(folder, tmp_path, caps
 
 
 def test_many_unreadable_files_are_summed_up(tmp_path, capsys):
-    write_tar(tmp_path / "train.tar", [(f"cat/{i}.jpg", b"<html>") for i in range(30)])
+    write_tar(tmp_path / "train.tar", [(f"{'cat' if i < 15 else 'dog'}/{i}.jpg", b"<html>") for i in range(30)])
     status, lines, _ = run(capsys, tmp_path, "--workers", 1)
     assert status == 1
     assert lines.count("problem 10 more are unreadable (10 x a web page, not an image)") == 1

@@ -86,7 +86,7 @@ OPTS = "DATA.IMG_SIZE 32 DATA.EVAL_RESIZE 36 TRAIN.GLOBAL_BATCH 8 TRAIN.MICRO_BA
     ],
 )
 def test_build_checks_training_and_evaluation_batches(machine, tmp_path, counts, opts, wanted):
-    write_folder(tmp_path, train={"cat": counts[0]}, val={"cat": counts[1]})
+    write_folder(tmp_path, train=dict.fromkeys(("cat", "dog"), counts[0] // 2), val={"cat": counts[1]})
     machine(free=64)
     cfg = config.load(opts=[*OPTS.split(), *opts.split(), "DATA.PATH", str(tmp_path)])
     if wanted is None:
@@ -98,12 +98,12 @@ def test_build_checks_training_and_evaluation_batches(machine, tmp_path, counts,
 
 def test_dali_needs_room_for_files_and_a_quarter_of_the_processes(machine, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install nvidia-dali-cuda130")
-    write_folder(tmp_path, train={"cat": 80}, val={"cat": 4})
+    write_folder(tmp_path, train={"cat": 40, "dog": 40}, val={"cat": 2, "dog": 2})
     opts = "DATA.LOADER dali DATA.IMG_SIZE 1024 DATA.EVAL_RESIZE 1024 DATA.WORKERS 8"
     cfg = config.load(opts=[*OPTS.split(), *opts.split(), "DATA.PATH", str(tmp_path)])
     machine(free=1)
     build_data(cfg, 0, 1, "cpu")  # 2 x 4 + 2 batches of 4 files of a few kB
-    for path in tmp_path.glob("train/cat/*.jpg"):
+    for path in tmp_path.glob("train/*/*.jpg"):
         path.write_bytes(path.read_bytes() + bytes(MIB // 4))
     wanted = r"DATA\.WORKERS=8 \(2 of them processes that read\) x DATA\.PREFETCH=4 batches of 1 MiB need 10 MiB"
     with pytest.raises(ValueError, match=wanted):
