@@ -180,7 +180,7 @@ def check_classes(
     missing = sorted(set(classes) - set(present))
     if missing and must_hold_all:
         raise ValueError(
-            f"{name} has no {noun.removeprefix('class ').removesuffix('s')} for {len(missing)} of the {len(classes)} classes: "
+            f"{name} has no {'folder' if 'folder' in noun else 'image'} for {len(missing)} of the {len(classes)} classes: "
             f"{some(missing)}; add their images, or take them out of DATA.CLASS_INDEX"
         )
 
