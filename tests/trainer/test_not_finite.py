@@ -24,14 +24,14 @@ TENSOR = "bn1.running_var (1 of"
 
 
 @pytest.fixture(scope="module")
-def spoiled(whole, tmp_path_factory):
+def spoiled(uninterrupted, tmp_path_factory):
     """A folder with best_raw.safetensors and a checkpoint of a run, each with one NaN in a BatchNorm variance."""
     folder = tmp_path_factory.mktemp("spoiled")
-    weights = load_file(whole / "best_raw.safetensors")
+    weights = load_file(uninterrupted / "best_raw.safetensors")
     weights[NAME][0] = torch.nan
-    with safe_open(whole / "best_raw.safetensors", "pt") as file:
+    with safe_open(uninterrupted / "best_raw.safetensors", "pt") as file:
         save_file(weights, folder / "w.safetensors", file.metadata())
-    state = load_state(whole / LAST)
+    state = load_state(uninterrupted / LAST)
     state["model"][NAME][0] = torch.nan
     save_state(folder / "w.pt", {key: value for key, value in state.items() if key != "format"})
     return folder
