@@ -23,9 +23,16 @@ from data.build import EvalData, ValFolder, build_eval_data
 from data.stores.real_labels import read_real_labels
 from engine.distributed.processes import Processes, abort, exit_on_failure, init_processes, shut_down
 from engine.distributed.signals import ENDED
+from engine.evaluate import NotFiniteError
 from engine.logging.log import Log
 from engine.result_files import TABLES, check_target, write_json
-from trainer.evaluation import Evaluation, check_model_and_classes, evaluate_weights, load_requested_weights
+from trainer.evaluation import (
+    Evaluation,
+    check_model_and_classes,
+    check_results,
+    evaluate_weights,
+    load_requested_weights,
+)
 from trainer.evaluation_protocol import protocol_as_json
 
 
@@ -44,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_checkpoint(cfg, args, processes)
         except ValueError as error:
             parser.fail(error, processes.name)
+        except NotFiniteError as error:
+            parser.stop(error, processes.name)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun repeats it
             if processes.main:
@@ -85,9 +94,12 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
         which = own_metadata["weights"]
         suffix = f"_{which}" if len(loaded) > 1 else ""
         results[which] = evaluate_weights(evaluation, weights, which, suffix)
+        for note in own_metadata.get("notes", ()):
+            log.info(f"{checkpoint}: {note}")
     if summary and processes.main:
         write_json(summary, as_json(evaluation, results, metadata))
         log.info(f"all numbers are in {summary}")
+    check_results(results, checkpoint)
 
 
 def build_evaluation_data(

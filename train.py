@@ -37,6 +37,7 @@ from engine.distributed.processes import (
     is_lost_connection,
     shut_down,
 )
+from engine.evaluate import NotFiniteError
 from engine.logging.log import Log
 from engine.optim.skipped_updates import DivergedError
 from trainer.epochs import end_epoch, train_epoch
@@ -88,7 +89,7 @@ def work(
             return train(session)
         log_summary(session, with_memory=True) if args.dry_run else evaluate_only(session)
         return 0
-    except (DivergedError, SavingError, UnreadableImageError) as error:
+    except (DivergedError, NotFiniteError, SavingError, UnreadableImageError) as error:
         prevent_restarts()
         parser.stop(error, processes.name)
     except KeyboardInterrupt:

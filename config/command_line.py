@@ -36,6 +36,11 @@ class Parser(argparse.ArgumentParser):
         """Parse all arguments; exit with a suggestion at the first that is unknown."""
         allow_any_text()
         parsed, rest = self.parse_known_args(args, namespace)
+        if any(re.fullmatch(r"--local[-_]rank(=.*)?", word) for word in rest):
+            self.error(
+                f"--local-rank is of torch.distributed.launch, and is not needed: start with torchrun --nproc_per_node N "
+                f"{self.prog} ..., which passes the rank in the environment"
+            )
         if rest:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             near = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1, cutoff=0.4)

@@ -1,5 +1,6 @@
 """Exact evaluation: every image counted once, at any number of processes."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,24 @@ from engine.distributed.processes import Processes
 from engine.precision import Precision
 
 
+class NotFiniteError(RuntimeError):
+    """Raised after an evaluation whose logits or loss are not finite: its accuracy says nothing."""
+
+
 @dataclass(frozen=True)
 class Accuracy(TopKCounts):
-    """Counts and mean loss of an evaluation, and the seconds it took."""
+    """Counts and mean loss of an evaluation, and the seconds it took.
+
+    The loss is nan if any image's logits are not finite; such an image counts as wrong.
+    """
 
     loss: float
     seconds: float
+
+    @property
+    def finite(self) -> bool:
+        """Return True if the loss, and so all logits, are finite."""
+        return math.isfinite(self.loss)
 
     def __str__(self) -> str:
         return f"{super().__str__()}  loss {self.loss:.4f}  {self.images / self.seconds:.0f} images/s"
@@ -59,15 +72,16 @@ def evaluate(
     for batch in batches:
         images, labels = prepare(batch)
         logits = _logits(model, images, precision, flip)
+        finite = logits.isfinite().all(1)  # (B,)
         if answers is not None:
             logits = restrict(logits, answers)
         ranked = logits.topk(min(TOP, logits.shape[1] if answers is None else len(answers))).indices  # (B, k)
         if observe:
             observe(batch, labels, logits, ranked)
-        hits = ranked == labels[:, None]
+        hits = (ranked == labels[:, None]) & finite[:, None]
         correct += torch.stack([hits[:, 0].sum(), hits.sum()])
         seen += len(labels)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
+        loss += torch.where(finite.all(), F.cross_entropy(logits, labels, reduction="sum"), math.nan)
     counted = torch.tensor([seen], dtype=torch.float64, device=device)  # float64 holds counts below 2^53 exactly
     sums = processes.sum(torch.cat([correct.double(), counted, loss[None]]))
     model.train(training)
@@ -77,6 +91,14 @@ def evaluate(
             f"evaluation counted {images_seen} images of {num_images}; the loaders of the processes do not agree"
         )
     return Accuracy(correct1, correct5, images_seen, float(sums[3]) / images_seen, time.perf_counter() - started)
+
+
+def describe_not_finite(which: str, result: Accuracy, source: str = "") -> str:
+    """Return the message about an evaluation that is not finite."""
+    return (
+        f"the evaluation of the {which} weights{source} is not finite (loss {result.loss:g}): logits of the model are nan or "
+        "inf, so its accuracy says nothing and is never the best"
+    )
 
 
 def restrict(logits: Tensor, answers: Sequence[int]) -> Tensor:

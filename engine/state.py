@@ -1,5 +1,6 @@
 """Training state: everything that changes while a run trains, stored in and restored from checkpoints."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,12 @@ class TrainState:
         return {"raw": self.model} | ({"ema": self.ema.module} if self.ema else {})
 
     def note_result(self, which: str, result: dict[str, Any]) -> bool:
-        """Keep a result of raw or EMA weights if it exceeds the best one so far; return True if it does."""
+        """Keep a result of raw or EMA weights if it exceeds the best one so far; return True if it does.
+
+        A result whose loss is not finite is never kept.
+        """
+        if not math.isfinite(result.get("loss", 0.0)):
+            return False
         better = which not in self.best or result["correct1"] > self.best[which]["correct1"]
         if better:
             self.best[which] = result

@@ -96,7 +96,7 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
         size = cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")
         asked = {"img_size": size if isinstance(size, int) else tuple(size)} if size and takes_img_size(name) else {}
         model = timm.create_model(name, num_classes=len(classes), **asked)
-    said = f"{name} with the {metadata['weights']} weights of {source}"
+    said = ", ".join((f"{name} with the {metadata['weights']} weights of {source}", *metadata.get("notes", ())))
     remedy = f"DISTILL.TEACHER is {name}" + (f", the file holds {metadata['model']}" if "model" in metadata else "")
     _check_teacher_classes(model, adapt(model, weights, source, remedy), metadata.get("classes"), classes, source)
     model.load_state_dict(fit(model, weights, source, remedy=remedy))

@@ -10,73 +10,55 @@
 Published names are turned into ours by the model itself (models/published.py), here and in any `load_state_dict`.
 """
 
-import collections
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .entries import check_finite, clean, is_weights, rewrap, shared_prefix
+from .file_kinds import find_weights, is_safetensors
 from .published import COUNTER, from_published, is_published, to_published
+from .unpickling import read_torch
 
 EMA_ENTRIES = ("ema", "state_dict_ema", "model_ema")
-RAW_ENTRIES = ("model", "state_dict")
+RAW_ENTRIES = ("model", "state_dict", "model_state_dict", "module", "net")
 SHOWN = 4  # names listed in an error
 REMEDY = "check MODEL.NAME and the classes"
-
-
-class Foreign:
-    """Substitute for a class of a published file that is not needed (arguments, configs, paths).
-
-    Its instances are OrderedDicts: torch's restricted unpickler builds and fills these, and nothing else but tensors.
-    """
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        """Return an empty OrderedDict; the arguments are ignored."""
-        return collections.OrderedDict()
-
-
-# All that a checkpoint may hold besides tensors and plain values. None of it runs code from a file.
-ALLOWED: list[Any] = [
-    *((Foreign, name) for name in ("argparse.Namespace", "yacs.config.CfgNode", "collections.defaultdict")),
-    *((Foreign, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
-    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    (np.dtype, "numpy.dtype"),
-    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
-    dict,  # the argument of defaultdict
-]
-torch.serialization.add_safe_globals(ALLOWED)  # so that timm.create_model(checkpoint_path=...) reads the same files
 
 
 def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read (weights, metadata) from a file of any layout above, on the CPU, under the file's own names.
 
     `which` picks "raw" or "ema" weights where a file holds both. The metadata are those of a Retoken file (model, classes,
-    ...) with `weights`, `layout`, and `holds`, the kinds of weights in it. Raises ValueError with the remedy for a file that is
-    missing or damaged, that holds no such weights, or that only the unpickling of code could read.
+    ...) with `weights`, `layout`, and `holds`, the kinds of weights in it; and, if entries were left out or prefixes removed,
+    `notes` that say so. Raises ValueError with the remedy for a file that is missing, damaged or of another kind, that holds no
+    such weights or some that are not finite, or that only the unpickling of code could read.
     """
-    if path.is_dir():
-        raise ValueError(f"checkpoint {path} is a folder, name a file{_nearby(path / '*')}")
-    if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist{_nearby(path)}")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+    path = find_weights(path)
+    entries, metadata = _load_safetensors(path) if is_safetensors(path) else _load_torch(path, which)
+    weights, notes = clean(entries, unwrap="model" not in metadata)
+    if not weights:
+        raise ValueError(f"{path} holds no weights (entries: {', '.join(list(entries)[:8])})")
+    check_finite(weights, str(path))
+    return weights, {**metadata, "notes": notes} if notes else metadata
+
+
+def _load_torch(path: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entries and metadata of a torch file."""
     state = read_torch(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not weights")
-    raw, ema = (next((key for key in keys if _is_weights(state.get(key))), None) for keys in (RAW_ENTRIES, EMA_ENTRIES))
+    raw, ema = (next((key for key in keys if is_weights(state.get(key))), None) for keys in (RAW_ENTRIES, EMA_ENTRIES))
     if raw is None and ema is None:
-        if not _is_weights(state):
+        if not is_weights(state):
             raise ValueError(
                 f"{path} holds no weights that are understood (entries: {', '.join(map(str, list(state)[:8]))})"
             )
-        return clean_state_dict(state), {"layout": "plain", "weights": "raw", "holds": ["raw"]}
+        return state, {"layout": "plain", "weights": "raw", "holds": ["raw"]}
     metadata = state.get("facts", {})
     if "weights" in metadata:  # of a converted file: it has these only
         which, entry = metadata["weights"], raw
@@ -88,24 +70,7 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
             f"{path} holds no {other} weights (entries: {', '.join(map(str, state))}); ask for the other ones"
         )
     holds = [which] if "weights" in metadata else [kind for kind, key in (("raw", raw), ("ema", ema)) if key]
-    return clean_state_dict(state[entry]), {**metadata, "layout": _layout(state), "weights": which, "holds": holds}
-
-
-def read_torch(path: Path) -> Any:
-    """Load a torch file with weights_only and the allow-list. Raises ValueError with the reason if that fails."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        refused = _refused_globals(path)
-        if refused:
-            raise ValueError(
-                f"{path} was not read: it would run or build {', '.join(refused)}, which no weights need"
-            ) from error
-        reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-        first = next(iter(reason.strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{path} cannot be read, it is damaged or no torch file ({first[:160]}); use another one"
-        ) from error
+    return state[entry], {**metadata, "layout": _layout(state), "weights": which, "holds": holds}
 
 
 def fit(
@@ -135,6 +100,8 @@ def fit(
         if found
     ]
     if faults:
+        if prefix := shared_prefix(unexpected, share=0.5):
+            remedy = f"most of its names begin with {prefix}, which only those of a wrapped model have; {remedy}"
         raise ValueError(f"{origin} does not fit {type(model).__name__}: {'; '.join(faults)}; {remedy}")
     return {name: adapted.get(name, tensor) for name, tensor in own.items()}
 
@@ -142,7 +109,7 @@ def fit(
 def adapt(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: str = REMEDY) -> dict[str, Tensor]:
     """Rename published entries to the model's names, and fit entries like position embeddings to its size."""
     if not isinstance(model, Backbone):
-        return dict(weights)
+        return rewrap(weights, model.state_dict())
     try:
         if is_published(model, weights):
             return from_published(model, weights, strict=False)
@@ -195,7 +162,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from error
     metadata = {"weights": "raw", **json.loads(header.get("retoken", "{}"))}
-    return clean_state_dict(weights), {**metadata, "layout": "safetensors", "holds": [metadata["weights"]]}
+    return weights, {**metadata, "layout": "safetensors", "holds": [metadata["weights"]]}
 
 
 def _layout(state: Mapping[str, Any]) -> str:
@@ -206,27 +173,3 @@ def _layout(state: Mapping[str, Any]) -> str:
     if "config" in state:
         return "swin"
     return "deit" if "args" in state or "model_ema" in state else "plain"
-
-
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
-def _refused_globals(path: Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # damaged, or in the format before torch 1.6
-        return []
-
-
-def _nearby(path: Path) -> str:
-    folder = next((p for p in path.parents if p.is_dir()), Path())
-    patterns = (
-        "*.safetensors",
-        "*.pth",
-        "update-*.pt",
-        "checkpoints/update-*.pt",
-    )  # not recursive: the tree may be huge
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))[:SHOWN]
-    names = ", ".join(str(p.relative_to(folder)) for p in found)
-    return f"; {folder} holds {names}" if found else f"; {folder} holds no checkpoint"

@@ -123,8 +123,10 @@ def load_classifier(
             raise ValueError("give a checkpoint, or --model NAME for random weights")
         source, tensors = "random weights", None
         metadata: dict[str, Any] = {"num_classes": RANDOM_CLASSES}
+        said: list[str] = []
     else:
         tensors, metadata = load_weights(path, weights or "raw")
+        said = metadata.pop("notes", [])
         check_which(metadata, weights, str(path))
         source = str(path)
         model = _find_model(model, metadata, tensors, source)
@@ -143,7 +145,7 @@ def load_classifier(
         readable=readable_names(names),
         metadata=metadata,
         source=source,
-        notes=tuple(notes),
+        notes=(*said, *notes),
     )
 
 
@@ -223,7 +225,10 @@ def _fit_names(
         return done.tensors, done.metadata
     if "num_classes" in metadata:
         return tensors, metadata
-    head = next((tensors[f"{name}.weight"] for name in _head_names(model) if f"{name}.weight" in tensors), None)
+    heads = [f"{name}.weight" for name in _head_names(model)]
+    head = next(
+        (tensor for name, tensor in tensors.items() if any(f".{own}".endswith(f".{name}") for own in heads)), None
+    )
     if head is None:
         raise ValueError(f"{source} holds no classifier of a {model}; check --model")
     return tensors, {**metadata, "num_classes": head.shape[0]}

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{source} holds {KINDS[metadata['weights']]} weights only; leave --weights out to convert them"
             )
         print(describe_file(source, metadata))
+        for note in metadata.get("notes", ()):
+            print(note)
         done = convert(weights, metadata, args.model, args.to == "published", str(source))
         print(describe_weights(done))
         write(target, done)
@@ -121,7 +123,7 @@ def convert(
         published=published,
         was_published=is_published(net, weights),
         metadata={
-            **{key: value for key, value in metadata.items() if key not in ("layout", "holds")},
+            **{key: value for key, value in metadata.items() if key not in ("layout", "holds", "notes")},
             "model": model,
             "num_classes": net.num_classes,
             "parameters": sum(p.numel() for p in net.parameters()),

@@ -4,7 +4,8 @@
     python -m tools.predict output/NAME/best_raw.safetensors holiday/ --csv holiday.csv --top 3
 
 Images are rotated by their EXIF orientation and cropped as in the run's evaluation. Files that cannot be read are listed at
-the end. Exit status 0: at least one image was classified. 1: none could be read. 2: an error in the command.
+the end. Exit status 0: at least one image was classified. 1: none could be read, or the model's answers are not finite. 2: an
+error in the command.
 """
 
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
+from engine.evaluate import NotFiniteError
 from engine.malloc import keep_freed_memory
 from engine.result_files import TABLES, check_target, write_table
 from models.inference.prepare import is_foldable, prepare_inference
@@ -65,14 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.print(f"note: {note}", markup=False)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("images", total=len(images))
-        predictions = predict(
-            classifier,
-            images,
-            top,
-            batch_size=args.batch_size,
-            device=device,
-            advance=lambda count: progress.update(task, advance=count),
-        )
+        try:
+            predictions = predict(
+                classifier,
+                images,
+                top,
+                batch_size=args.batch_size,
+                device=device,
+                advance=lambda count: progress.update(task, advance=count),
+            )
+        except NotFiniteError as error:
+            parser.stop(error)
     if table:
         write_table(table, columns(classifier, predictions, top))
         screen.print(f"{len(predictions.paths)} images: {table}", markup=False)
@@ -110,7 +115,10 @@ def predict(
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda count: None,
 ) -> RankedClasses:
-    """Classify images in batches; `advance` is called with the number of images of each batch."""
+    """Classify images in batches; `advance` is called with the number of images of each batch.
+
+    Raises NotFiniteError, naming the image, if the logits of one are nan or inf.
+    """
     predictions = RankedClasses()
     model = classifier.model.to(device)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -120,13 +128,25 @@ def predict(
             good = [(path, x) for path, x in zip(paths, prepared, strict=True) if isinstance(x, Tensor)]
             predictions.unreadable += [x for x in prepared if isinstance(x, UnreadableImageError)]
             if good:
-                probabilities = model(torch.stack([x for _, x in good]).to(device)).float().softmax(1)
+                logits = model(torch.stack([x for _, x in good]).to(device)).float()
+                check_logits(logits, [path for path, _ in good], classifier.source)
+                probabilities = logits.softmax(1)
                 best = probabilities.topk(top)
                 predictions.paths += [str(path) for path, _ in good]
                 predictions.labels += best.indices.tolist()
                 predictions.probabilities += best.values.tolist()
             advance(len(paths))
     return predictions
+
+
+def check_logits(logits: Tensor, paths: Sequence[Path], source: str) -> None:
+    """Raise NotFiniteError, naming the first image, if any of its logits (B, classes) is nan or inf."""
+    bad = [path for path, finite in zip(paths, logits.isfinite().all(1).tolist(), strict=True) if not finite]
+    if bad:
+        raise NotFiniteError(
+            f"the answers for {bad[0]} are not finite ({len(bad)} of {len(paths)} images of its batch): the weights of {source} "
+            "are of a run that diverged; use another checkpoint"
+        )
 
 
 def _prepare(classifier: Classifier, path: Path) -> Tensor | UnreadableImageError:

@@ -9,7 +9,7 @@ from engine.loop import StepMetrics
 from engine.optim.skipped_updates import DivergedError
 from trainer.rollback import roll_back
 from trainer.session import Session
-from trainer.validation import evaluate_raw_and_ema, log_results
+from trainer.validation import evaluate_raw_and_ema, find_failure, log_results
 
 
 def train_epoch(s: Session) -> None:
@@ -48,14 +48,20 @@ def train_epoch(s: Session) -> None:
 def end_epoch(s: Session) -> None:
     """Evaluate after an epoch, keep the best weights and save.
 
-    Saves before the evaluation too, which fails at a validation image that cannot be read.
+    Saves before the evaluation too, which fails at a validation image that cannot be read. Raises NotFiniteError if the last
+    evaluation of the headline weights is not finite; the next start repeats it.
     """
     state = s.state
     epoch = state.update // state.plan.updates_per_epoch - 1
     new_best: dict[str, Any] = {}
     if (epoch + 1) % s.cfg.EVAL.EVERY == 0 or state.trained:
         save(s)
-        new_best = log_results(s, evaluate_raw_and_ema(s), epoch)
+        results = evaluate_raw_and_ema(s)
+        new_best = log_results(s, results, epoch)
+        if state.trained and (failure := find_failure(s, results)):
+            s.saver.stored = None  # save the same update again, with the best weights of the other kind
+            save(s, new_best)
+            raise failure
         if s.sample_images.is_due(epoch + 1, state.trained):
             s.sample_images.draw(state.weights()[s.cfg.RECIPE.HEADLINE], s.precision, epoch + 1, state.update)
     state.closed = state.update

@@ -1,5 +1,6 @@
 """Evaluation of a checkpoint's raw or EMA weights, as eval.py runs it: loading, accuracy, tables. Within a run: validation.py."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from data.build import EvalData
 from data.stores.real_labels import RealLabels
 from engine.build import prepare_model
 from engine.distributed.processes import Processes
-from engine.evaluate import Accuracy, evaluate
+from engine.evaluate import Accuracy, NotFiniteError, evaluate
 from engine.logging.log import Log
 from engine.precision import DTYPES, Precision
 from engine.predictions import Collector, Predictions
@@ -133,6 +134,16 @@ def write_tables(e: Evaluation, predictions: Predictions, suffix: str) -> None:
             target = path.with_stem(path.stem + suffix)
             write_table(target, make_table())
             e.log.info(f"{title}: {target}")
+
+
+def check_results(results: dict[str, dict[str, Any]], checkpoint: Path) -> None:
+    """Raise NotFiniteError if any result is not finite."""
+    bad = [which for which, result in results.items() if not math.isfinite(result["loss"])]
+    if bad:
+        raise NotFiniteError(
+            f"the evaluation of the {' and '.join(bad)} weights of {checkpoint} is not finite: logits of the model are nan or inf, "
+            "so its accuracy says nothing; use another checkpoint, or --amp off if fp16 overflows"
+        )
 
 
 def numbers_of(result: Accuracy) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
 from engine.state import TrainState
+from models.entries import check_finite
 
 Contents = dict[str, Any]  # of a checkpoint file
 
@@ -57,9 +58,14 @@ def restore_state(
     """Load a checkpoint into the state, on all processes; return its contents.
 
     `contents` holds them where the main process has read the file already. `check` is called with the metadata before the
-    state is changed, and may raise ValueError. Raises ValueError if the file cannot be read or does not fit the run.
+    state is changed, and may raise ValueError. Raises ValueError if the file cannot be read, does not fit the run or holds weights
+    that are not finite.
     """
     contents = load_on_all(path, processes, contents)
+    for entry in ("model", "ema"):
+        check_finite(
+            contents[entry] or {}, str(path), "continue from an earlier checkpoint, with --tag NEW --resume FILE"
+        )
     if check is not None:
         check(contents["facts"])
     state.load_state_dict(contents, str(path))

@@ -19,6 +19,7 @@ from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
 from engine.state import TrainState
+from models.file_kinds import find_weights, is_safetensors
 from trainer.restore import Contents, continue_saving, find_checkpoint, restore_state
 from trainer.warm_start import load_initial_weights
 
@@ -118,10 +119,18 @@ def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *
         if newest:
             return Start(newest, contents, own=True)
     if args.resume:
-        return Start(Path(args.resume))
+        return Start(check_resumable(Path(args.resume)))
     if args.eval and not cfg.MODEL.INIT:
         raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
     return Start(initial_weights=bool(cfg.MODEL.INIT))
+
+
+def check_resumable(given: Path) -> Path:
+    """Return the path of the file of --resume. Raises ValueError for one that is missing or, by its first bytes, no checkpoint."""
+    path = find_weights(given)
+    if is_safetensors(path):
+        raise ValueError(f"{path} holds weights only, not a run to continue; start from them with --init")
+    return path
 
 
 def restore_checkpoint(

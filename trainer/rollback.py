@@ -39,16 +39,28 @@ def roll_back(
         except OSError as failure:  # the run matters more than its record
             log.warning(f"{run.diverged} cannot be written ({failure.strerror})")
     if path is None:
-        why = "the run went back once before" if state.rollbacks else "there is no good checkpoint to go back to"
         raise DivergedError(
-            f"{error}; {why}. {run.diverged} lists the images, losses and norms; start another run from a good checkpoint "
-            "with a milder recipe: --tag NEW --resume FILE --opts OPTIM.LR ..."
+            f"{error}; {describe_way_on(state.rollbacks > 0, str(run.diverged))}", error.consecutive, error.last_update
         ) from error
     contents = restore_state(path, contents, state, processes)
     remove_later(path, run, processes)
     state.rollbacks += 1
     log.warning(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
     continue_saving(state, contents, saver, processes, save_again=True)  # the file lacks the count of rollbacks
+
+
+def describe_way_on(went_back: bool, record: str) -> str:
+    """Return the reason why a run does not go back to a checkpoint, and the remedy: only one that went back has a good one."""
+    lists = f"{record} lists the images, losses and norms"
+    if went_back:
+        return (
+            f"the run went back once before. {lists}; start another run from a good checkpoint with a milder recipe: "
+            "--tag NEW --resume FILE --opts OPTIM.LR ..."
+        )
+    return (
+        f"there is no good checkpoint to go back to. {lists}; start another run with a milder recipe: "
+        "a lower rate or a longer warmup, --tag NEW --opts OPTIM.LR ... SCHEDULE.WARMUP_EPOCHS ..."
+    )
 
 
 def find_good(run: RunDirectory, log: Log, processes: Processes) -> tuple[Path | None, Contents | None]:

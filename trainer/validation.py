@@ -3,8 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from engine.evaluate import Accuracy, evaluate
+from engine.evaluate import Accuracy, NotFiniteError, describe_not_finite, evaluate
 from trainer.session import Session
+
+REMEDY = "start another run with a milder recipe, such as a lower OPTIM.LR, from sound weights"
 
 
 def evaluate_raw_and_ema(s: Session) -> dict[str, Accuracy]:
@@ -26,9 +28,23 @@ def evaluate_raw_and_ema(s: Session) -> dict[str, Accuracy]:
 
 
 def evaluate_only(s: Session) -> None:
-    """Evaluate the weights that the session starts from, and log the results."""
-    for which, result in evaluate_raw_and_ema(s).items():
+    """Evaluate the weights that the session starts from, and log the results. Raises NotFiniteError for one not finite."""
+    results = evaluate_raw_and_ema(s)
+    for which, result in results.items():
         s.log.info(f"{which:<3}  {result}")
+    for which, result in results.items():
+        if not result.finite:
+            raise NotFiniteError(f"{describe_not_finite(which, result)}; {REMEDY}")
+
+
+def find_failure(s: Session, results: dict[str, Accuracy]) -> NotFiniteError | None:
+    """Return the error of a run whose last result of its headline weights, or of the only ones, is not finite."""
+    which = s.cfg.RECIPE.HEADLINE if s.cfg.RECIPE.HEADLINE in results else "raw"
+    if results[which].finite:
+        return None
+    return NotFiniteError(
+        f"{describe_not_finite(which, results[which])}; the run has trained to its end, best {describe_best(s)}; {REMEDY}"
+    )
 
 
 def log_results(s: Session, results: dict[str, Accuracy], epoch: int) -> dict[str, dict[str, Any]]:
@@ -39,6 +55,8 @@ def log_results(s: Session, results: dict[str, Accuracy], epoch: int) -> dict[st
         entry = {"top1": result.top1, "top5": result.top5, **counts, "epoch": epoch + 1, "update": s.state.update}
         is_best = s.state.note_result(which, entry)
         s.log.result(which, result, epoch, s.state.update, is_best)
+        if not result.finite:
+            s.log.warning(describe_not_finite(which, result))
         if is_best:
             new_best[which] = entry
     return new_best

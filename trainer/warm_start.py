@@ -27,6 +27,8 @@ def load_initial_weights(cfg: CfgNode, state: TrainState, data: Data, log: Log, 
     also = [kind for kind in metadata["holds"] if kind != metadata["weights"]]
     other = f"; the file also holds {also[0]} weights, see MODEL.INIT_WEIGHTS" if also else ""
     log.info(f"{load_warm_start(state.model, weights, path)} ({metadata['weights']} weights{other})")
+    for note in metadata.get("notes", ()):
+        log.info(f"{path}: {note}")
     if len(metadata.get("classes", [])) == len(data.classes) and metadata["classes"] != data.classes:
         log.warning(f"{path} was trained on other classes of the same number: its classifier is kept")
     if state.ema:

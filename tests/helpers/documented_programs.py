@@ -52,8 +52,9 @@ def python(command: Command, workspace: Workspace) -> str:
     """Run a script or module, or have its parser read the arguments."""
     words = list(command.words[1:])
     if words[0] == "-c":
-        compile(words[1], str(command), "exec")
-        return "compiled"
+        done = subprocess.run([sys.executable, *words], cwd=workspace.path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return "run"
     if words[0] == "-m":
         words.pop(0)
     name = words.pop(0).removesuffix(".py").replace("/", ".")
