@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
-from rich.table import Table
 from torch import Tensor
 
 import models  # noqa: F401  registers the families
@@ -31,6 +30,7 @@ from benchmarks import record
 from config.command_line import Parser
 from models.kernels.switch import use_kernels
 from models.layers import GeluDepthwiseConv
+from tools.tables import markdown_table, terminal_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = {"inference": 2, "training": 5}  # least reads and writes of the map
@@ -224,7 +224,7 @@ def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], metad
     out.with_suffix(".json").write_text(json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n")
     lines = [f"# Kernels, {metadata['date']}, {metadata['hardware']}", "", f"    {metadata['command']}", ""]
     lines += [f"{key}: {value}. " for key, value in metadata.items() if key not in ("date", "hardware", "command")]
-    lines += ["", *record.markdown_table(HEADER, [cells(row) for row in rows])]
+    lines += ["", *markdown_table(HEADER, [cells(row) for row in rows])]
     if tried:
         lines += ["", "Fastest tiles (strips, columns, channels, warps):", ""]
         lines += [f"- {line}" for line in best_tiles(tried)]
@@ -285,10 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += [with_statistics(row, bench.x.itemsize, peak) for row in measure(bench, args.rounds, args.span)]
         if args.tiles:
             tried += list(try_tiles(bench, args.span))
-    table = Table(*HEADER)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
+    console.print(terminal_table(HEADER, [cells(row) for row in rows]))
     for line in best_tiles(tried):
         console.print(line)
     metadata = gather_metadata(argv, args.rounds, peak)

@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tools.tables import markdown_table, terminal_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
@@ -78,19 +80,17 @@ def console() -> Console:
 
 def table(columns: Columns, rows: Sequence[Row]) -> Table:
     """Return the rows as a table for a terminal."""
-    shown = Table(*columns)
-    for row in rows:
-        shown.add_row(*(text(row) for text in columns.values()))
-    return shown
+    return terminal_table(list(columns), cells_of(columns, rows))
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a result file's table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+def cells_of(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:
+    """Return the cells of each row as text."""
+    return [[text(row) for text in columns.values()] for row in rows]
 
 
-def write(out: Path, title: str, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool) -> Path:
+def write(
+    out: Path, title: str, *, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool = False
+) -> Path:
     """Write metadata and rows to `out`.json and .md, with `append` after the existing ones; return the Markdown file."""
     file, page = out.with_suffix(".json"), out.with_suffix(".md")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def write(out: Path, title: str, columns: Columns, found: Mapping[str, Any], row
         lines += ["", f"    {run['facts']['command']}", ""]
         others = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
         lines += [f"{key}: {value}.  " for key, value in others]
-        lines += ["", *markdown_table(list(columns), [[text(row) for text in columns.values()] for row in run["rows"]])]
+        lines += ["", *markdown_table(list(columns), cells_of(columns, run["rows"]))]
     page.write_text("\n".join(lines) + "\n")
     return page
 

@@ -26,9 +26,10 @@ from data.loaders.bad_images import BadImages
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
 from data.loaders.image_source import ImageSource
 from data.loaders.sampler import Sampler
-from data.loaders.shared_memory import check_shared_memory, default_workers
+from data.loaders.shared_memory import check_shared_memory
 from data.loaders.synthetic import SyntheticEval, SyntheticTrain
 from data.loaders.torch_loader import EvalLoader, TrainLoader
+from data.loaders.workers import default_workers
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_listing import Progress
 from data.stores.archive_source import ArchiveSource
@@ -127,7 +128,7 @@ def build_eval_data(
     if cfg.DATA.LOADER == "synthetic":
         if folder:
             raise ValueError(f"--val-path {folder.path} has no effect with DATA.LOADER=synthetic; set it to torch")
-        return _synthetic(cfg, rank, world, device)
+        return _synthetic_eval(cfg, rank, world, device)
     answers: list[int] | None = None
     notes: list[str] = []
     source: ImageSource
@@ -213,9 +214,9 @@ def _missing_classes(split: Split, source: ImageSource, classes: list[str]) -> l
 def _sampler(cfg: CfgNode, num_samples: int, storage: np.ndarray | None = None) -> Sampler:
     return Sampler(
         num_samples,
-        cfg.TRAIN.SEED,
-        cfg.TRAIN.GLOBAL_BATCH,
-        cfg.TRAIN.MICRO_BATCH,
+        seed=cfg.TRAIN.SEED,
+        global_batch=cfg.TRAIN.GLOBAL_BATCH,
+        micro_batch=cfg.TRAIN.MICRO_BATCH,
         repeats=cfg.AUG.REPEATS,
         block=cfg.DATA.BLOCK_SHUFFLE,
         storage=storage,
@@ -246,8 +247,6 @@ def _eval_loader(
     images = {"source": source, "transform": build_eval_transform(cfg), "batch_size": cfg.EVAL.BATCH}
     shared: dict[str, Any] = {**images, "rank": rank, "world": world, **_worker_options(cfg)}
     if cfg.DATA.LOADER == "dali":
-        if cfg.EVAL.MODE == "border":
-            raise ValueError("EVAL.MODE=border: the DALI loader crops and does not fill; set DATA.LOADER to torch")
         return DaliEvalLoader(**shared, device=device, backend=cfg.DATA.DALI_DEVICE)
     return EvalLoader(**shared, pin_memory=device.type == "cuda")
 
@@ -279,18 +278,43 @@ def _check_shared_memory(cfg: CfgNode, source: ImageSource, batch: int, size: in
     check_shared_memory(workers, cfg.DATA.PREFETCH, batch * image, batches, readers)
 
 
-def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:
-    num_classes, size, seed = cfg.DATA.SYNTHETIC_CLASSES, cfg.DATA.IMG_SIZE, cfg.TRAIN.SEED
-    sampler = _sampler(cfg, cfg.DATA.SYNTHETIC_TRAIN)
-    counts = {"train": sampler.num_samples, "val": cfg.DATA.SYNTHETIC_VAL, "classes": num_classes}
-    pin = device.type == "cuda"
-    return Data(
-        val=SyntheticEval(cfg.DATA.SYNTHETIC_VAL, size, num_classes, cfg.EVAL.BATCH, seed, rank, world),
+def _synthetic_eval(cfg: CfgNode, rank: int, world: int, device: torch.device) -> EvalData:
+    num_classes = cfg.DATA.SYNTHETIC_CLASSES
+    counts = {"train": cfg.DATA.SYNTHETIC_TRAIN, "val": cfg.DATA.SYNTHETIC_VAL, "classes": num_classes}
+    return EvalData(
+        val=SyntheticEval(
+            num_images=cfg.DATA.SYNTHETIC_VAL,
+            size=cfg.DATA.IMG_SIZE,
+            num_classes=num_classes,
+            batch_size=cfg.EVAL.BATCH,
+            seed=cfg.TRAIN.SEED,
+            rank=rank,
+            world=world,
+        ),
         stage=build_device_stage(cfg, num_classes, device),
         classes=[f"class {i}" for i in range(num_classes)],
         fingerprint={"synthetic": True, **counts},
+    )
+
+
+def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:
+    sampler = _sampler(cfg, cfg.DATA.SYNTHETIC_TRAIN)
+    evaluation = _synthetic_eval(cfg, rank, world, device)
+    return Data(
+        val=evaluation.val,
+        stage=evaluation.stage,
+        classes=evaluation.classes,
+        fingerprint=evaluation.fingerprint,
         train=SyntheticTrain(
-            sampler, size, num_classes, build_random_erasing(cfg), seed, rank, world, pin, size_timeline(cfg)
+            sampler,
+            size=cfg.DATA.IMG_SIZE,
+            num_classes=cfg.DATA.SYNTHETIC_CLASSES,
+            erase=build_random_erasing(cfg),
+            seed=cfg.TRAIN.SEED,
+            rank=rank,
+            world=world,
+            pin_memory=device.type == "cuda",
+            sizes=size_timeline(cfg),
         ),
         sampler=sampler,
         bad=BadImages(sampler.num_samples, cfg.DATA.MAX_BAD_SHARE),

@@ -20,16 +20,26 @@ def check_target(flag: str, path: str, suffixes: Sequence[str]) -> Path:
     target = Path(path).expanduser()
     if target.suffix not in suffixes:
         raise ValueError(f"{flag} {path}: its name must end in {' or '.join(suffixes)}, which sets the format")
-    if target.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; give a file in it, e.g. {target / ('result' + suffixes[0])}")
-    if not target.parent.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {target.parent}; make it, or name another one")
+    check_location(f"{flag} {path}", target, f"result{suffixes[0]}")
     if target.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
             f"{flag} {path}: parquet files need pyarrow, which is not installed; run pip install pyarrow, or name it "
             f"{target.stem}.csv"
         )
     return target
+
+
+def check_location(label: str, target: Path, example: str) -> None:
+    """Raise ValueError, which starts with `label`, for a path of a file that is a folder or lies in a missing one."""
+    if target.is_dir():
+        raise ValueError(f"{label} is a folder; give a file in it, e.g. {target / example}")
+    check_parent(label, target)
+
+
+def check_parent(label: str, target: Path) -> None:
+    """Raise ValueError, which starts with `label`, if the folder that a path lies in does not exist."""
+    if not target.parent.is_dir():
+        raise ValueError(f"{label}: there is no folder {target.parent}; make it, or name another one")
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:

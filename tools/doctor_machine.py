@@ -21,7 +21,8 @@ from yacs.config import CfgNode
 
 from common.byte_size import format_bytes
 from config.command_line import ROOT
-from data.loaders.shared_memory import SHM, default_workers, neighbours
+from data.loaders.shared_memory import SHM
+from data.loaders.workers import default_workers, processes_per_machine
 from tools.doctor_findings import Finding, fail, ok, warn
 
 PYTHON = (3, 11)
@@ -201,11 +202,11 @@ def limits(cfg: CfgNode | None) -> Iterator[Finding]:
     """Check cores, /dev/shm, open files and the clock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cfg.DATA.WORKERS if cfg and cfg.DATA.WORKERS >= 0 else default_workers()
-    if workers * neighbours() > 2 * cores:
+    if workers * processes_per_machine() > 2 * cores:
         yield warn(
             "cores",
-            f"{cores}, for {workers} loader processes x {neighbours()} training processes",
-            f"DATA.WORKERS {max(1, cores // neighbours())}, or -1",
+            f"{cores}, for {workers} loader processes x {processes_per_machine()} training processes",
+            f"DATA.WORKERS {max(1, cores // processes_per_machine())}, or -1",
         )
     else:
         yield ok("cores", f"{cores}; {workers} loader processes for each training process")

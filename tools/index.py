@@ -19,7 +19,6 @@ from itertools import islice
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
@@ -29,6 +28,7 @@ from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.layout import NoSplitError
 from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
+from tools.progress import with_progress
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
@@ -153,7 +153,16 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
         rank[source.storage_order()] = np.arange(len(source))
         stored = indices[np.argsort(rank[indices])]
     reasons = decode_all(source, stored.tolist(), workers)
-    found = [reason for reason in with_progress(reasons, len(stored), summary.split) if reason]
+    reasons = with_progress(
+        reasons,
+        len(stored),
+        Console(stderr=True, highlight=False, soft_wrap=True),
+        title=f"decoding {summary.split}",
+        done=f"decoded {{count}} of {{total}} images of {summary.split}",
+        transient=True,
+        fewest=10 * SAMPLE + 1,
+    )
+    found = [reason for reason in reasons if reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
     summary.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
     summary.problems += found[:NAMED]
@@ -196,18 +205,6 @@ def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
         except UnreadableImageError as error:
             reasons.append(f"{error.name} {error.reason}")
     return reasons
-
-
-def with_progress(reasons: Iterator[str], total: int, split: str) -> Iterator[str]:
-    """Pass results on and show progress: a bar on a terminal, ten lines for a long check elsewhere."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        yield from track(reasons, f"decoding {split}", total, console=console, transient=True)
-        return
-    for count, reason in enumerate(reasons, 1):
-        if total > 10 * SAMPLE and count * 10 // total > (count - 1) * 10 // total:
-            console.print(f"decoded {count} of {total} images of {split}")
-        yield reason
 
 
 def print_summary(summary: SplitSummary, screen: Console) -> None:

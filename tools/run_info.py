@@ -196,11 +196,11 @@ class RunInfo:
 
 def format_age(moment: float) -> str:
     """Return the time since a moment (seconds since 1970) as text."""
-    return f"{format_duration(max(time.time() - moment, 0))} ago"
+    return f"{format_rounded_duration(max(time.time() - moment, 0))} ago"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration as text: a rounded number with its unit, seconds to days."""
+def format_rounded_duration(seconds: float) -> str:
+    """Return a duration as text: a rounded number with its unit, seconds to days. live_widgets.duration is exact, as a clock."""
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {name}"

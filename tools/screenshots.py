@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = work / "stvit_small_64" / "pictures" / "first_batch.png"
         save_small(Image.open(first), out / "first_batch.png")
         for name, family in ATTENTION_MAPS.items():
-            draw_attention_maps(work, name, out / f"look_{family}.jpg")
+            save_attention_maps(work, name, out / f"attention_maps_{family}.jpg")
     except (ValueError, OSError, subprocess.SubprocessError) as error:
         parser.fail(error)
     for path in sorted(out.iterdir()):
@@ -106,9 +106,12 @@ def draw_reports(work: Path, out: Path) -> None:
         save_small(Image.open(shot), out / f"{name}.png")
 
 
-def draw_attention_maps(work: Path, name: str, out: Path) -> None:
+def save_attention_maps(work: Path, name: str, out: Path) -> None:
     """Draw the attention maps of a trained model for a validation picture."""
-    photo, folder = min((work / "data" / "val" / PICTURE).glob("*.jpg"), key=elongation), work / f"look_{name}"
+    photo, folder = (
+        min((work / "data" / "val" / PICTURE).glob("*.jpg"), key=elongation),
+        work / f"attention_maps_{name}",
+    )
     weights = ("--checkpoint", str(work / name / "best_raw.safetensors"), "--size", str(SIZE))
     argv = [sys.executable, "-m", "tools.visualize", str(photo), *weights, "--out", str(folder)]
     subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

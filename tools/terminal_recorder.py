@@ -22,7 +22,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FONT = re.compile(r"@font-face \{[^}]*\}\s*")  # rich's SVGs load a font from a server
 
 
-class Screen:
+class RecordedScreen:
     """Lines on a terminal's screen, with their colours."""
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ def record(argv: Sequence[str], out: Path, columns: int, rows: int, env: Mapping
     return process.wait()
 
 
-def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> Screen:
+def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> RecordedScreen:
     """Return the first screen after a write of `end` for whose text `wanted` is true; the last screen if there is none.
 
     Raises ValueError if `end` was never written.
     """
-    screen, found = Screen(), False
+    screen, found = RecordedScreen(), False
     parts = output.split(end)
     for part in parts[:-1]:
         screen.feed(part + end)

@@ -33,7 +33,7 @@ def log_summary(s: Session, with_memory: bool = False) -> None:
         return
     need = space_need(s.cfg, s.state)
     memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory else None
-    for label, text in summarize(s.cfg, s.state, s.data, s.processes, s.run, need, memory):
+    for label, text in summarize(s.cfg, s.state, s.data, processes=s.processes, run=s.run, need=need, memory=memory):
         s.log.info(f"{label:<12}{text}")
     for note in s.data.notes:
         s.log.warning(note)
@@ -45,6 +45,7 @@ def summarize(
     cfg: CfgNode,
     state: TrainState,
     data: Data,
+    *,
     processes: Processes,
     run: RunDirectory,
     need: SpaceNeed,

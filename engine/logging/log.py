@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common.atomic_files import write_text_atomically
 from engine.evaluate import Accuracy
 from engine.logging.live_view import LiveView
 from engine.logging.trackers import TensorBoardTracker, Tracker, WandbTracker
@@ -49,6 +50,7 @@ class Log:
         self,
         folder: Path,
         update: int,
+        *,
         tensorboard: bool,
         closed: int | None = None,
         wandb: str = "",
@@ -71,9 +73,7 @@ class Log:
         if path.exists():
             limits = {"eval": update if closed is None else closed}
             rows = [line for line in path.read_text().splitlines() if _is_kept(line, update, limits)]
-            temporary = path.with_name(".metrics.jsonl.tmp")
-            temporary.write_text("".join(f"{row}\n" for row in rows))
-            temporary.replace(path)
+            write_text_atomically(path, "".join(f"{row}\n" for row in rows))
         self.metrics = path.open("a", buffering=1)
         if tensorboard:
             self.trackers.append(TensorBoardTracker(folder, update))

@@ -159,6 +159,7 @@ def test_synthetic_loader_needs_no_folder():
     data = build_data(cfg, 1, 2, "cpu")
     assert isinstance(data.train, SyntheticTrain)
     assert isinstance(build_eval_data(cfg, 0, 1, "cpu").val, SyntheticEval)
+    assert len(build_eval_data(cfg, 2, 3, "cpu").val) == 1  # two images; the training batch need not divide by three
     assert (len(data.classes), data.train.updates_per_epoch, data.val.num_images) == (6, 2, 7)
     assert data.fingerprint["train"] == 20
     batch = next(data.train.epoch(0))

@@ -1,4 +1,4 @@
-"""python -m tools.index: what it reports of a store, what it calls a problem, and its exit status."""
+"""python -m tools.index: counts of a split, problems, exit status."""
 
 import shutil
 
@@ -89,8 +89,8 @@ def test_archive_that_cannot_be_used_gives_status_2(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run(capsys, tmp_path)
     assert caught.value.code == 2
-    assert "tools.index: the validation images of" in (said := capsys.readouterr().err)
-    assert "put ILSVRC2012_devkit_t12.tar.gz there" in said
+    assert "tools.index: the validation images of" in (printed := capsys.readouterr().err)
+    assert "put ILSVRC2012_devkit_t12.tar.gz there" in printed
     assert run(capsys, tmp_path, "--split", "train", "--workers", 1)[0] == 0
 
 
@@ -125,10 +125,10 @@ def test_spread_takes_each_index_once():
     assert np.diff(taken).min() > 1000
 
 
-@pytest.mark.parametrize("what", ["tar and zip", "archive beside folders"])
-def test_split_that_cannot_be_told_is_an_error(folder, tmp_path, capsys, what):
+@pytest.mark.parametrize("layout", ["tar and zip", "archive beside folders"])
+def test_ambiguous_split_is_an_error(folder, tmp_path, capsys, layout):
     root = as_tar(folder, tmp_path)
-    if what == "tar and zip":
+    if layout == "tar and zip":
         (root / "train.zip").touch()
         wanted = "holds train more than once"
     else:
@@ -148,7 +148,7 @@ def test_current_folder_is_a_data_path(folder, monkeypatch, capsys):
     assert "store train (folder)" in lines
 
 
-def test_split_that_is_not_there_is_said(folder, tmp_path, capsys):
+def test_missing_split_is_reported(folder, tmp_path, capsys):
     root = as_tar(folder, tmp_path)
     (root / "train.tar").rename(root / "train.tar.gz")
     status, lines, _ = run(capsys, root, "--workers", 1)

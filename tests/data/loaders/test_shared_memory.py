@@ -7,7 +7,9 @@ import pytest
 import config
 from data.build import build_data
 from data.loaders import shared_memory
-from data.loaders.shared_memory import check_shared_memory, default_workers
+from data.loaders import workers as loader_workers
+from data.loaders.shared_memory import check_shared_memory
+from data.loaders.workers import default_workers
 from tests.helpers.data_doubles import write_folder
 
 MIB = 2**20
@@ -26,7 +28,7 @@ def machine(monkeypatch, tmp_path):
         Status.f_bavail = free * MIB // 4096
         monkeypatch.setattr("os.statvfs", lambda path: Status)
         monkeypatch.setattr(shared_memory, "SHM", tmp_path)
-        monkeypatch.setattr(shared_memory, "CGROUPS", tmp_path)
+        monkeypatch.setattr(loader_workers, "CGROUPS", tmp_path)
 
     return of
 
@@ -128,7 +130,7 @@ def test_default_workers_keep_to_a_quota(machine, monkeypatch, tmp_path, files, 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     (tmp_path / "own").write_text("5:cpu,cpuacct:/job\n1:name=systemd:/x\n0::/job/step\n")
-    monkeypatch.setattr(shared_memory, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(loader_workers, "OWN_CGROUP", tmp_path / "own")
     assert default_workers() == workers
 
 
