@@ -221,14 +221,16 @@ def best_tiles(tried: Sequence[dict[str, Any]]) -> list[str]:
 def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], metadata: dict[str, Any], out: Path) -> None:
     """Write the result as JSON and Markdown."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n")
+    out.with_suffix(".json").write_text(
+        json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n", encoding="utf-8"
+    )
     lines = [f"# Kernels, {metadata['date']}, {metadata['hardware']}", "", f"    {metadata['command']}", ""]
     lines += [f"{key}: {value}. " for key, value in metadata.items() if key not in ("date", "hardware", "command")]
     lines += ["", *markdown_table(HEADER, [cells(row) for row in rows])]
     if tried:
         lines += ["", "Fastest tiles (strips, columns, channels, warps):", ""]
         lines += [f"- {line}" for line in best_tiles(tried)]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def gather_metadata(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ Columns = Mapping[str, Callable[[Row], str]]  # title: function from a row to th
 def processor() -> str:
     """Return the CPU's name, as the system gives it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -46,7 +46,7 @@ def commit() -> str:
 
     def git(*words: str) -> str:
         try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
         except OSError:
             return ""
         return done.stdout.strip()
@@ -94,16 +94,16 @@ def write(
     """Write metadata and rows to `out`.json and .md, with `append` after the existing ones; return the Markdown file."""
     file, page = out.with_suffix(".json"), out.with_suffix(".md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(file.read_text())["runs"] if append and file.exists() else []
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if append and file.exists() else []
     runs.append({"facts": dict(found), "rows": list(rows)})
-    file.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
+    file.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
     lines = [f"# {title}, {found['date']}, {found['hardware']}"]
     for run in runs:
         lines += ["", f"    {run['facts']['command']}", ""]
         others = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
         lines += [f"{key}: {value}.  " for key, value in others]
         lines += ["", *markdown_table(list(columns), cells_of(columns, run["rows"]))]
-    page.write_text("\n".join(lines) + "\n")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return page
 
 

@@ -211,7 +211,7 @@ def launch(argv: Sequence[str], processes: int) -> Row:
             raise ValueError(
                 f"the measurement with {processes} processes ended with status {done.returncode}, see above"
             )
-        row: Row = json.loads(out.read_text())
+        row: Row = json.loads(out.read_text(encoding="utf-8"))
         return row
 
 
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.row:
             row = run(args)
             if row:
-                args.row.write_text(json.dumps(row))
+                args.row.write_text(json.dumps(row), encoding="utf-8")
             return 0
         try:
             counts = [int(word) for word in args.processes.split(",")]

@@ -23,6 +23,7 @@ from data.augment.build import (
 from data.augment.device_stage import DeviceStage
 from data.augment.transforms import EvalTransform
 from data.loaders.bad_images import BadImages
+from data.loaders.brightness import sample_darkness
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
 from data.loaders.image_source import ImageSource
 from data.loaders.sampler import Sampler
@@ -102,7 +103,13 @@ def build_data(
         stage=build_device_stage(cfg, len(classes), device),
         classes=classes,
         fingerprint=fingerprint,
-        notes=[*train_split.notes, *val_split.notes, *_missing_classes(val_split, val_source, classes)],
+        notes=[
+            *train_split.notes,
+            *val_split.notes,
+            *_missing_classes(val_split, val_source, classes),
+            *_dark(rank, train_source, train_split.name),
+            *_dark(rank, val_source, val_split.name),
+        ],
         origin=val_split.name,
         names=_names(val_source),
         transform=build_eval_transform(cfg),
@@ -147,12 +154,17 @@ def build_eval_data(
         stage=build_device_stage(cfg, len(classes), device),
         classes=classes,
         fingerprint=class_fingerprint(classes, val=source.labels),
-        notes=notes,
+        notes=[*notes, *_dark(rank, source, origin)],
         origin=origin,
         names=_names(source),
         transform=build_eval_transform(cfg),
         answers=answers,
     )
+
+
+def _dark(rank: int, source: ImageSource, name: str) -> list[str]:
+    """Return a warning if most images of a sample are nearly black; only on the process that logs it."""
+    return sample_darkness(source, name) if rank == 0 else []
 
 
 def _names(source: ImageSource) -> Callable[[int], str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.atomic_files import write_atomically
+from common.text import readable
 
 TABLES = (".csv", ".parquet")
 
@@ -72,10 +73,10 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _text(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
-    """Return file names with bytes that are not UTF-8 escaped, as parquet requires."""
+    """Return names with bytes that are not UTF-8 escaped, as parquet requires."""
     if isinstance(values, np.ndarray):
         return values
-    return [v.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for v in values]
+    return [readable(value) if isinstance(value, str) else value for value in values]
 
 
 def _finite(value: Any) -> Any:

@@ -59,7 +59,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name another folder")
     if (out / MARKER).is_file():
-        if json.loads((out / MARKER).read_text()) == described and _count(out) == train + val:
+        if json.loads((out / MARKER).read_text(encoding="utf-8")) == described and _count(out) == train + val:
             print(f"{out}: {train} + {val} pictures of {len(FORMS)} classes are there already")
             return False
     elif out.is_dir() and any(out.iterdir()):
@@ -75,7 +75,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
     line = "drew {count} of {total} pictures"
     for _ in with_progress(_draw_all(pictures, workers), len(pictures), console, title="Drawing pictures", done=line):
         pass
-    (partial / MARKER).write_text(json.dumps(described))
+    (partial / MARKER).write_text(json.dumps(described), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     print(f"{out}: drew {train} + {val} pictures of {len(FORMS)} classes in {time.perf_counter() - start:.0f} s")

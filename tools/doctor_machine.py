@@ -71,7 +71,7 @@ def packages(cfg: CfgNode | None) -> Iterator[Finding]:
 
 def requirements(path: Path) -> list[Requirement]:
     """Return the requirements of a file that apply to this system."""
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     found = [Requirement(line) for line in lines if line and not line.startswith("-")]
     return [one for one in found if one.marker is None or one.marker.evaluate()]
 
@@ -129,7 +129,7 @@ def _driver() -> str:
         return ""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.split("\n")[0].strip()

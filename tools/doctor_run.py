@@ -94,7 +94,7 @@ def file_system(folder: Path) -> str:
     if not mounts.is_file():
         return "unknown"
     best, kind = "", "unknown"
-    for line in mounts.read_text().splitlines():
+    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, point, found, *_ = line.split()
         point = point.replace("\\040", " ")
         if Path(folder).resolve().is_relative_to(point) and len(point) >= len(best):

@@ -16,11 +16,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from config.command_line import Parser
+from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
 from data.loaders.decode import UnreadableImageError
 from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
@@ -34,6 +36,13 @@ SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
 NAMED = 20  # problems of one kind that are listed
 _source: ImageSource | None = None  # image source of a decoding process
+
+
+class Decoded(NamedTuple):
+    """Result of decoding an image: the reason why it cannot be, or its mean level."""
+
+    reason: str = ""
+    level: float = 0.0
 
 
 @dataclass
@@ -146,15 +155,14 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, workers: int) -> None:
-    """Decode images in several processes, and note those that cannot be decoded."""
+    """Decode images in several processes, and note those that cannot be decoded, and most of them being nearly black."""
     stored = indices
     if isinstance(source, ArchiveSource):  # in storage order
         rank = np.empty(len(source), dtype=np.int64)
         rank[source.storage_order()] = np.arange(len(source))
         stored = indices[np.argsort(rank[indices])]
-    reasons = decode_all(source, stored.tolist(), workers)
-    reasons = with_progress(
-        reasons,
+    results = with_progress(
+        decode_all(source, stored.tolist(), workers),
         len(stored),
         Console(stderr=True, highlight=False, soft_wrap=True),
         title=f"decoding {summary.split}",
@@ -162,9 +170,16 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
         transient=True,
         fewest=10 * SAMPLE + 1,
     )
-    found = [reason for reason in reasons if reason]
+    decoded = list(results)
+    found = [image.reason for image in decoded if image.reason]
+    levels = [image.level for image in decoded if not image.reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
     summary.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
+    if levels:
+        dark = sum(level < NEARLY_BLACK for level in levels)
+        summary.lines.append(("level", f"{np.mean(levels):.1f} of 255 on average; {dark} images are nearly black"))
+    if warning := darkness(levels, summary.split):
+        summary.problems.append(warning)
     summary.problems += found[:NAMED]
     if len(found) > NAMED:
         kinds = Counter(reason.split("(")[-1].split(";")[-1].split(")")[0].strip() for reason in found[NAMED:])
@@ -173,19 +188,19 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
         )
 
 
-def decode_all(source: ImageSource, indices: list[int], workers: int) -> Iterator[str]:
-    """Decode images; yield for each the reason why it cannot be decoded, "" if it can."""
+def decode_all(source: ImageSource, indices: list[int], workers: int) -> Iterator[Decoded]:
+    """Decode images; yield the result of each."""
     chunks = (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
     if workers == 1 or len(indices) <= CHUNK:
-        yield from (reason for chunk in chunks for reason in _check(chunk, source))
+        yield from (image for chunk in chunks for image in _check(chunk, source))
         return
     context = multiprocessing.get_context("fork")  # as the workers of the loaders
     with ProcessPoolExecutor(workers, context, initializer=_set_source, initargs=(source,)) as pool:
         pending = [pool.submit(_check, chunk) for chunk in islice(chunks, 4 * workers)]
         while pending:
-            reasons = pending.pop(0).result()
+            decoded = pending.pop(0).result()
             pending += [pool.submit(_check, chunk) for chunk in islice(chunks, 1)]
-            yield from reasons
+            yield from decoded
 
 
 def _set_source(source: ImageSource) -> None:
@@ -193,18 +208,17 @@ def _set_source(source: ImageSource) -> None:
     _source = source
 
 
-def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
-    """Decode images of a source (default: this process's); return a reason for each, "" if it can be decoded."""
+def _check(indices: list[int], source: ImageSource | None = None) -> list[Decoded]:
+    """Decode images of a source (default: this process's); return the result of each."""
     source = source or _source
     assert source is not None
-    reasons = []
+    decoded = []
     for index in indices:
         try:
-            load(source, index)
-            reasons.append("")
+            decoded.append(Decoded(level=mean_level(load(source, index))))
         except UnreadableImageError as error:
-            reasons.append(f"{error.name} {error.reason}")
-    return reasons
+            decoded.append(Decoded(f"{error.name} {error.reason}"))
+    return decoded
 
 
 def print_summary(summary: SplitSummary, screen: Console) -> None:

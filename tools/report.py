@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from common.atomic_files import write_text_atomically
+from common.text import readable
 from config.command_line import Parser
 from tools.report_pictures import embed_picture
 from tools.report_tables import (
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             page = render(runs)
-            write_text_atomically(out, page)
+            write_text_atomically(out, readable(page))
         except OSError as error:
             raise ValueError(f"{out} cannot be written ({error.strerror}); choose another file with --out") from error
     except ValueError as error:
@@ -92,8 +93,8 @@ def render(runs: Sequence[RunInfo]) -> str:
     ]
     return environment.get_template("page.html").render(
         title=names[0] if len(runs) == 1 else " · ".join(names),
-        css=jinja2.filters.Markup((PAGE / "page.css").read_text()),
-        js=jinja2.filters.Markup((PAGE / "page.js").read_text()),
+        css=jinja2.filters.Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+        js=jinja2.filters.Markup((PAGE / "page.js").read_text(encoding="utf-8")),
         runs=contexts,
         names=names,
         comparison=side_by_side(runs) if len(runs) > 1 else [],

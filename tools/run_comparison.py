@@ -93,7 +93,7 @@ def read_run(path: Path, may_be_empty: bool = False) -> Run:
     if not (metrics.is_file() or may_be_empty):
         raise ValueError(f"{path} holds no metrics.jsonl, it is no run directory{_near(path)}")
     train, evals = {}, {}
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    lines = metrics.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if metrics.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_constant=lambda _: None)
@@ -268,7 +268,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
+        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(
+            path.read_text(encoding="utf-8", errors="surrogateescape")
+        )
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); repair or delete it") from error
     return tree if isinstance(tree, dict) else {}

@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_dataset(work / "data")
         for name in RUNS:
             train(work, name)
-        (out / "live.svg").write_text(draw_live_view(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"))
+        (out / "live.svg").write_text(
+            draw_live_view(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"), encoding="utf-8"
+        )
         draw_reports(work, out)
         first = work / "stvit_small_64" / "pictures" / "first_batch.png"
         save_small(Image.open(first), out / "first_batch.png")
@@ -100,7 +102,7 @@ def draw_reports(work: Path, out: Path) -> None:
         ("report_phone", one, 500, 1100, "light"),
     ):
         page, shot = work / f"{name}.html", work / f"{name}.png"
-        page.write_text(report.render(runs))
+        page.write_text(report.render(runs), encoding="utf-8")
         if messages := screenshot(page, shot, width, height, theme):
             raise ValueError(f"{page}: its scripts write to the console: {'; '.join(messages)}")
         save_small(Image.open(shot), out / f"{name}.png")

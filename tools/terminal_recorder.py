@@ -5,6 +5,7 @@ Only the control codes that rich writes are interpreted: colours, carriage retur
 
 import errno
 import fcntl
+import io
 import os
 import pty
 import re
@@ -53,7 +54,7 @@ class RecordedScreen:
 
     def svg(self, columns: int, rows: int, title: str) -> str:
         """Return an SVG of a terminal window with the last `rows` lines, long ones wrapped."""
-        console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
+        console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
         lines = [line for text in AnsiDecoder().decode("\n".join(self._shown)) for line in text.wrap(console, columns)]
         for line in lines[-rows:]:
             console.print(line)

@@ -64,7 +64,9 @@ def _cgroups() -> list[Path]:
     """Return the cgroup folders that may hold a quota of this process: the roots, its own group and all groups above it."""
     roots = [CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"]
     try:
-        groups = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
+        groups = [
+            line.split(":", 2) for line in OWN_CGROUP.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        ]
     except OSError:
         return roots
     own = [CGROUPS / names / path.lstrip("/") for _, names, path in groups if not names or "cpu" in names.split(",")]
@@ -75,7 +77,9 @@ def _quota_of(folder: Path) -> float:
     """Return the quota of a cgroup in cores, from cpu.max (version 2) or cpu.cfs_* (version 1)."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+            quota, period = (
+                int(word) for name in names for word in (folder / name).read_text(encoding="utf-8").split()
+            )
         except (OSError, ValueError):  # not there, or "max"
             continue
         if quota > 0 and period > 0:  # -1: no limit

@@ -83,7 +83,13 @@ def _first_host(env: Mapping[str, str]) -> str:
     if re.fullmatch(r"[\w.-]+", nodes):
         return nodes
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        )
         return found.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise ValueError(

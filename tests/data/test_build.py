@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config
 from data.build import build_data, build_eval_data
@@ -36,6 +38,18 @@ def test_training_data_runs_from_file_to_targets(root):
     assert torch.allclose(targets.sum(1), torch.ones(4))
     assert sum(len(data.stage.evaluate(batch)[1]) for batch in data.val) == 7
     assert data.notes == []
+
+
+@pytest.mark.parametrize("dark", [["train"], ["val"], ["train", "val"]])
+def test_nearly_black_images_are_noted_by_the_process_that_logs(dark, tmp_path):
+    root = write_folder(tmp_path, train={"cat": 8, "dog": 2}, val={"cat": 3, "dog": 1})
+    for split in dark:
+        for path in (root / split / "cat").iterdir():
+            Image.fromarray(np.full((40, 40), 4095 // 16, np.uint16)).save(path, "PNG")  # 8 bits in 16
+    notes = build_data(cfg_of(root), 0, 1, "cpu").notes
+    assert all(f" of {root}/{split}" in note and "black" in note for split, note in zip(dark, notes, strict=True))
+    assert len(build_eval_data(cfg_of(root), 0, 1, "cpu").notes) == ("val" in dark)
+    assert build_data(cfg_of(root), 1, 2, "cpu").notes == []
 
 
 def test_options_reach_their_objects(root):

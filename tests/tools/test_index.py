@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.archives import as_official, as_shards, as_tar, write_tar
 from tests.helpers.damaged_images import UNREADABLE
@@ -82,6 +83,20 @@ def test_many_unreadable_files_are_summed_up(tmp_path, capsys):
     assert status == 1
     assert lines.count("problem 10 more are unreadable (10 x a web page, not an image)") == 1
     assert sum(line.startswith("problem") for line in lines) == 21
+
+
+@pytest.mark.parametrize("level", [0, 255, 511])  # of 16 bits; of 65535 the darkest that is not nearly black is 512
+@pytest.mark.parametrize("workers", [1, 2])
+def test_split_of_nearly_black_images_is_a_problem(folder, tmp_path, capsys, level, workers):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in sorted(copy.glob("train/*/*"))[:20]:  # of 31
+        Image.fromarray(np.full((40, 40), level, np.uint16)).save(path, "PNG")
+    status, lines, _ = run(capsys, copy, "--workers", workers)
+    assert status == 1
+    assert any(line.startswith("level ") and "20 images are nearly black" in line for line in lines)
+    assert [line for line in lines if line.startswith("problem 20 of 31 decoded images of train are nearly black")]
+    assert lines[-1] == "1 problems"
 
 
 def test_archive_that_cannot_be_used_gives_status_2(folder, tmp_path, capsys):
