@@ -93,7 +93,7 @@ def work(
         prevent_restarts()
         parser.stop(error, processes.name)
     except KeyboardInterrupt:
-        log.warning("interrupted; the same command continues from the last checkpoint")
+        log.warning("interrupted; the same command continues from the last checkpoint, if one is saved")
         return ENDED
     except PreemptedError:
         log.warning("interrupted")
@@ -102,7 +102,7 @@ def work(
         if processes.world == 1 or not is_lost_connection(error):
             raise
         cause = f"{str(error).splitlines()[0][:200]}. One has ended or waits for something else"
-        remedy = "see its log; the same command continues from the last checkpoint"
+        remedy = "see its log; the same command continues from the last checkpoint, if one is saved"
         parser.stop(RuntimeError(f"lost the others {describe_position(session)}: {cause}, {remedy}"), processes.name)
     finally:
         saver.wait()

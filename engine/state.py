@@ -179,6 +179,8 @@ class TrainState:
         self.sums = RunningSums(stored["sums"]).to(self.sums.tensor.device)
         self.skips = SkipCounts(stored.get("skips")).to(self.skips.tensor.device)
         self.rollbacks = stored.get("rollbacks", 0)
+        if self.update:  # as the last update left it; no other may follow before the state is stored again
+            self.schedule.set(self.update - 1)
 
 
 def from_format_1(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Summary of a run, derived values included: train.py logs it at the start and with --dry-run."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,10 @@ from common.byte_size import format_bytes
 from common.timeline import Timeline, parse_optional
 from data.build import Data
 from engine.batch_plan import divisors
-from engine.memory import Memory, estimate
+from engine.checkpoint.disk_space import SpaceNeed, free_bytes
+from engine.checkpoint.run_directory import RunDirectory
+from engine.distributed.processes import Processes
+from engine.memory import Memory, estimate, estimate_state
 from engine.optim.backends import backend_of, skips_on_device
 from engine.optim.build import build_optimizer
 from engine.precision import Precision
@@ -27,20 +29,16 @@ OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # names of the clipping thre
 
 def log_summary(s: Session, with_memory: bool = False) -> None:
     """Log the summary of a session, on request with an estimate of the memory, and the notes on its data."""
-    memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory and s.processes.main else None
-    lines = summarize(
-        s.cfg,
-        s.state,
-        s.data,
-        launcher=s.processes.launcher,
-        device=s.processes.device,
-        run=s.run.path,
-        memory=memory,
-    )
-    for label, text in lines:
+    if not s.processes.main:
+        return
+    need = space_need(s.cfg, s.state)
+    memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory else None
+    for label, text in summarize(s.cfg, s.state, s.data, processes=s.processes, run=s.run, need=need, memory=memory):
         s.log.info(f"{label:<12}{text}")
     for note in s.data.notes:
         s.log.warning(note)
+    if warning := space_warning(need, s.run):
+        s.log.warning(warning)
 
 
 def summarize(
@@ -48,17 +46,19 @@ def summarize(
     state: TrainState,
     data: Data,
     *,
-    launcher: str,
-    device: torch.device,
-    run: Path,
+    processes: Processes,
+    run: RunDirectory,
+    need: SpaceNeed,
     memory: Memory | None,
 ) -> list[Line]:
     """Return the lines that describe a run, without memory if `memory` is None."""
-    checkpoint_bytes = memory.stored if memory else None
     return [
-        ("run", f"{run}, {state.update} of {state.plan.updates:,} updates done"),
+        ("run", f"{run.path}, {state.update} of {state.plan.updates:,} updates done"),
         ("recipe", f"mode {cfg.RECIPE.MODE}; the result is the {_weights(cfg.RECIPE.HEADLINE)} weights'"),
-        ("processes", f"{state.plan.world} ({launcher}), device {device.type}, amp {cfg.TRAIN.AMP}"),
+        (
+            "processes",
+            f"{state.plan.world} ({processes.launcher}), device {processes.device.type}, amp {cfg.TRAIN.AMP}",
+        ),
         *_data(cfg, data),
         *_model(cfg, state.model),
         *_length(cfg, state),
@@ -66,7 +66,8 @@ def summarize(
         *_schedule(cfg, state),
         *_augmentation(cfg),
         *_evaluation(cfg),
-        ("checkpoints", _checkpoints(cfg, checkpoint_bytes)),
+        ("checkpoints", _checkpoints(cfg, need.checkpoint)),
+        ("disk", f"{need.describe()}; {_room(run)}"),
         *([("memory", _memory(memory, cfg))] if memory else []),
         *(("inert", text) for text in unused_options(cfg, state.model, state.plan.world)),
     ]
@@ -78,13 +79,33 @@ def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Me
     size = int(max(sizes.values)) if sizes else cfg.DATA.IMG_SIZE
     state.model.train(not cfg.TRAIN.EVAL_MODE)
     images = (cfg.TRAIN.MICRO_BATCH, 3, size, size)
+    return estimate(state.model, _plain_optimizer(cfg), bool(state.ema), images, precision.autocast)
+
+
+def space_need(cfg: CfgNode, state: TrainState) -> SpaceNeed:
+    """Estimate the disk space that the checkpoints and best weights of a run take."""
+    memory = estimate_state(state.model, _plain_optimizer(cfg), bool(state.ema))
+    return SpaceNeed(memory.stored, memory.weights, cfg.CHECKPOINT.KEEP, kinds=len(state.weights()))
+
+
+def space_warning(need: SpaceNeed, run: RunDirectory) -> str:
+    """Return a warning if the disk has too little room for the rest of a run's files, else an empty string."""
+    free, missing = free_bytes(run.path), need.still_needed(run.stored_bytes())
+    if free is None or free >= missing:
+        return ""
+    return (
+        f"{format_bytes(free)} are free in {run.path}, {format_bytes(missing)} are needed for checkpoints and best weights: the run "
+        f"may end without them; free some space, lower CHECKPOINT.KEEP={need.keep}, or choose another folder with --output"
+    )
+
+
+def _plain_optimizer(cfg: CfgNode) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return a function that builds the run's optimiser for a small layer."""
     plain = cfg.clone()
     plain.defrost()
     plain.OPTIM.LAYER_DECAY = 1.0
     plain.OPTIM.BACKEND = "auto"  # all backends keep states of the same size
-    return estimate(
-        state.model, lambda layer: build_optimizer(plain, layer), bool(state.ema), images, precision.autocast
-    )
+    return lambda layer: build_optimizer(plain, layer)
 
 
 def _weights(kind: str) -> str:
@@ -196,9 +217,15 @@ def _evaluation(cfg: CfgNode) -> Iterator[Line]:
     yield "evaluate", f"{often}, {weights}; {resize}, {cfg.DATA.EVAL_INTERPOLATION}{flip}"
 
 
-def _checkpoints(cfg: CfgNode, size: int | None) -> str:
+def _room(run: RunDirectory) -> str:
+    free, stored = free_bytes(run.path), run.stored_bytes()
+    there = f", {format_bytes(stored)} stored already" if stored else ""
+    return f"{'an unknown amount' if free is None else format_bytes(free)} free{there}"
+
+
+def _checkpoints(cfg: CfgNode, size: int) -> str:
     often = f" and every {cfg.CHECKPOINT.EVERY_UPDATES} updates" if cfg.CHECKPOINT.EVERY_UPDATES else ""
-    each = f", about {format_bytes(size)} each" if size else ""
+    each = f", about {format_bytes(size)} each"
     return f"every epoch{often}, the last {cfg.CHECKPOINT.KEEP} kept{each}; best raw{' and EMA' if cfg.EMA.DECAY else ''} weights"
 
 

@@ -2,21 +2,22 @@
 
 Order of a save: first the checkpoint, which records the best results and, at the update of a new best, holds its weights; then
 the files of new best weights. After a kill in between, `restore_best_files` writes the missing files from the checkpoint.
+Each file is tried whether or not the others could be written: best weights may fit on a disk that is too full for a checkpoint.
 """
 
-import shutil
+import contextlib
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.atomic_files import remove_temporary
-from common.byte_size import format_bytes
+from engine.checkpoint.disk_space import WriteFailure, describe_failure
 from engine.checkpoint.files import load_state, read_checksum, read_metadata, save_weights
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
@@ -38,12 +39,13 @@ class SaveJob:
 
     update: int
     state: dict[str, Any]
-    best: dict[str, dict[str, Any]]  # metadata of those weights in the state that are new best ones, by raw and ema
     prune: bool
     waited: float  # seconds that training was blocked
     evaluated: bool  # False if the evaluation due after this update is still to come
     seconds: float = 0.0  # duration of the write
-    error: Exception | None = None
+    saved: bool = False  # the checkpoint is written
+    failures: list[WriteFailure] = field(default_factory=list)  # of the checkpoint first, then of best weights
+    written_best: list[str] = field(default_factory=list)  # files of best weights written
 
 
 class AsyncSaver:
@@ -60,9 +62,8 @@ class AsyncSaver:
             None  # (update, closed) of the last state that was saved or is being saved
         )
         self._last_failed: int | None = None  # update of the last write that failed
-        self._last_saved: int | None = None  # update of the last checkpoint written
         self._job: SaveJob | None = None  # being written, or failed and kept for another try in `finish`
-        self._error: Exception | None = None  # of the last failed write
+        self._failures: list[WriteFailure] = []  # of the last save that failed
         self._thread: threading.Thread | None = None
         self._pending_best: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}  # best weights not written yet
 
@@ -92,18 +93,17 @@ class AsyncSaver:
         self.stored = (state.update, state.closed)
         started = time.perf_counter()
         self.wait()
-        if self._job is not None and self._job.error is not None:
-            # Dropped before the next snapshot is taken, so that memory for one is enough.
-            self._error, self._job = self._job.error, None
+        self._job = None  # a failed one is dropped before the next snapshot is taken, so that memory for one is enough
         stored = state.state_dict(processes)
         if not processes.main:
             return
         stored = snapshot(stored)
         stored["facts"] = {**metadata, "epoch": state.update / state.plan.updates_per_epoch}
+        for which, more in best.items():
+            self._pending_best[which] = stored[PARTS[which]], {**metadata, **more, "weights": which}
         self._job = SaveJob(
             update=state.update,
             state=stored,
-            best={which: {**metadata, **more, "weights": which} for which, more in best.items()},
             prune=not int(SkipCounts(stored["skips"]).consecutive),
             waited=time.perf_counter() - started,
             evaluated=not state.between_epochs,
@@ -121,21 +121,30 @@ class AsyncSaver:
             return
         self._thread.join()
         job, self._thread = self._job, None
-        if job.error is None:
+        if not job.failures:
             self._job, self.failures, self._last_failed = None, 0, None
             before = "" if job.evaluated else " before its evaluation"
             self.log.info(
                 f"saved update {job.update}{before} in {job.seconds:.1f} s, training waited {job.waited:.2f} s"
             )
             return
+        self._failures = job.failures
         if job.update != self._last_failed:  # both saves of an epoch, before and after its evaluation, count once
             self.failures, self._last_failed = self.failures + 1, job.update
-        last = self._last_saved
+        self.log.warning(self._describe(job))
+
+    def _describe(self, job: SaveJob) -> str:
+        """Return the warning about a save that failed, wholly or in part."""
+        count = f"{self.failures} of CHECKPOINT.MAX_FAILURES={self.max_failures} in a row"
+        if job.saved:
+            failed = ", ".join(f"{failure.file} ({failure})" for failure in job.failures)
+            return f"update {job.update} was saved, but this failed: {failed}, {count}; it is tried again after the next checkpoint"
+        checkpoint, *others = job.failures
+        last = self.run.checkpoints.latest_update()
         before = "nothing is saved so far" if last is None else f"update {last} is the last one saved"
-        self.log.warning(
-            f"update {job.update} was not saved ({_reason(job.error)}; {self._free_space()}), {self.failures} of "
-            f"CHECKPOINT.MAX_FAILURES={self.max_failures} in a row; {before}"
-        )
+        best = "".join(f"; {name} was written" for name in job.written_best)
+        best += "".join(f"; {failure.file} could not be written either ({failure})" for failure in others)
+        return f"update {job.update} was not saved ({checkpoint}), {count}; {before}{best}"
 
     def finish(self) -> bool:
         """Wait until the last snapshot is written, retrying a failed one once; return True if it is written."""
@@ -147,16 +156,34 @@ class AsyncSaver:
 
     def continue_from(self, state: TrainState, save_again: bool = False) -> None:
         """Record that a state was loaded from this run's own checkpoint; it is saved once more only with `save_again`."""
-        self.stored, self._last_saved = (None if save_again else (state.update, state.closed)), state.update
+        self.stored = None if save_again else (state.update, state.closed)
 
     def saving_error(self) -> SavingError:
         """Return the error to raise when the run cannot be saved."""
-        error = (self._job.error if self._job else None) or self._error
-        reason = _reason(error) if error else "see the log of process 0"
+        if not self._failures:  # on the other processes
+            return SavingError(
+                f"checkpoints cannot be written to {self.run.path} (see the log of process 0); free some space or correct the "
+                "permissions"
+            )
+        failed = "; ".join(f"{failure.file}: {failure}" for failure in self._failures)
+        last = self.run.checkpoints.latest_update()
+        if last is None:
+            restart = "starts the run again, of which no checkpoint is saved"
+        else:
+            restart = f"continues from update {last}"
         return SavingError(
-            f"checkpoints cannot be written to {self.run.path} ({reason}); free some space or correct the permissions, then the "
-            "same command continues from the last one"
+            f"checkpoints cannot be written to {self.run.path} ({failed}); free some space or correct the permissions, then the "
+            f"same command {restart}{self._describe_best(last)}"
         )
+
+    def _describe_best(self, last: int | None) -> str:
+        """Return the best weights that lie in the run directory as text; `last` is the update of its newest checkpoint."""
+        updates = {self.run.best(which).name: read_metadata(self.run.best(which)).get("update") for which in PARTS}
+        newer = {name: update for name, update in updates.items() if update is not None and update > (last or 0)}
+        if not newer:
+            return ""
+        found = " and ".join(f"{name} (of update {update})" for name, update in newer.items())
+        return f". The best weights are there: {found}; copy them first, the next start may replace them"
 
     def restore_best_files(self, state: TrainState, stored: Mapping[str, Any]) -> None:
         """Write the files of best weights that are missing or outdated, from the checkpoints that hold these weights.
@@ -182,17 +209,13 @@ class AsyncSaver:
                 save_weights(path, holder[PARTS[which]], metadata)
             except OSError as error:
                 self._pending_best[which] = holder[PARTS[which]], metadata
-                self.log.warning(
-                    f"{path} cannot be written ({error.strerror}); it is tried again after the next checkpoint"
-                )
+                failure = describe_failure(path.name, error, holder[PARTS[which]], self.run.path)
+                self.log.warning(f"{path} cannot be written ({failure}); it is tried again after the next checkpoint")
                 continue
             self.log.info(f"wrote {path} again, from the checkpoint of update {entry['update']}")
-
-    def _free_space(self) -> str:
-        try:
-            return f"{format_bytes(shutil.disk_usage(self.run.path).free)} are free there"
-        except OSError as error:
-            return f"{self.run.path}: {error.strerror}"
+        if state.complete and not self._pending_best:  # after a kill between the last save and the end of the run
+            with contextlib.suppress(OSError):
+                self.run.checkpoints.prune()
 
     def _start(self, job: SaveJob) -> None:
         self._thread = threading.Thread(target=self._write, args=(job,), name="saver")
@@ -200,20 +223,29 @@ class AsyncSaver:
 
     def _write(self, job: SaveJob) -> None:
         started = time.perf_counter()
-        job.error = None
-        try:
-            self._pending_best |= {which: (job.state[PARTS[which]], metadata) for which, metadata in job.best.items()}
-            self.run.checkpoints.save(job.update, job.state, prune=False)
-            self._last_saved = job.update
-            remove_temporary(self.run.path)
-            for which, (weights, metadata) in tuple(self._pending_best.items()):
-                save_weights(self.run.best(which), weights, metadata)
+        job.failures, job.written_best = [], []
+        if not job.saved:
+            checkpoints = self.run.checkpoints
+            job.saved = self._try(
+                job, "checkpoint", job.state, lambda: checkpoints.save(job.update, job.state, prune=False)
+            )
+        for which, (weights, metadata) in tuple(self._pending_best.items()):
+            path = self.run.best(which)
+            if self._try(job, path.name, weights, partial(save_weights, path, weights, metadata)):
+                job.written_best.append(path.name)
                 del self._pending_best[which]
-            if job.prune:  # after the best files: an older checkpoint may have been the only file with those weights
-                self.run.checkpoints.prune()
-        except Exception as error:  # of any kind: a failed write must not end training
-            job.error = error
+        if job.prune and not job.failures:  # an older checkpoint may be the only file with the best weights
+            self._try(job, "removal of old checkpoints", {}, self.run.checkpoints.prune)
         job.seconds = time.perf_counter() - started
+
+    def _try(self, job: SaveJob, file: str, tensors: Mapping[str, Any], write: Callable[[], Any]) -> bool:
+        """Call `write`; return True, or note its failure in the job and return False."""
+        try:
+            write()
+        except Exception as error:  # of any kind: a failed write must not end training
+            job.failures.append(describe_failure(file, error, tensors, self.run.path))
+            return False
+        return True
 
 
 def load_on_all(path: Path, processes: Processes, stored: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -268,8 +300,3 @@ def _copy(tree: Any, devices: set[torch.device]) -> Any:
     devices.add(tree.device)
     # Page-locked memory, so that the copies run at the speed of the bus; torch reuses it for the next snapshot.
     return torch.empty_like(tree, device="cpu", pin_memory=True).copy_(tree.detach(), non_blocking=True)
-
-
-def _reason(error: Exception) -> str:
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first_line[:200]}"

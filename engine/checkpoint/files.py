@@ -117,6 +117,15 @@ class CheckpointFolder:
         found = self.numbered()
         return found[-1] if found else None
 
+    def latest_update(self) -> int | None:
+        """Return the number of the newest checkpoint's update; None if there is none or the folder cannot be read."""
+        try:
+            found = self.latest()
+        except OSError:
+            return None
+        match = _NAME.fullmatch(found.name) if found else None
+        return int(match[1]) if match else None
+
     def numbered(self) -> list[Path]:
         """Return all checkpoints, oldest first."""
         if not self.path.is_dir():

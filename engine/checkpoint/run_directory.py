@@ -46,6 +46,11 @@ class RunDirectory:
         """Return the path of the best raw or EMA weights."""
         return self.path / f"best_{which}.safetensors"
 
+    def stored_bytes(self) -> int:
+        """Return the size of the checkpoints and best weights that lie in the folder."""
+        files = *self.checkpoints.numbered(), *(self.best(which) for which in ("raw", "ema"))
+        return sum(path.stat().st_size for path in files if path.is_file())
+
     def write_marker(self, marker: Path, text: str) -> None:
         """Write the marker file `preempted` or `done`, which launch scripts check: the time and a text."""
         write_text_atomically(marker, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
@@ -115,7 +120,8 @@ class RunDirectory:
         try:
             for marker in (self.preempted, self.done):
                 marker.unlink(missing_ok=True)
-            remove_temporary(self.path)
+            for folder in (self.path, self.checkpoints.path):
+                remove_temporary(folder)
             write_text_atomically(self.config, config)
         except OSError as error:
             raise self.write_error(error) from error

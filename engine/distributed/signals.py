@@ -67,7 +67,10 @@ class StopSignals:
         if self._first_ctrl_c is None:
             self._first_ctrl_c = now
         elif now - self._first_ctrl_c >= REPEAT_S:
-            os.write(2, b"interrupted twice: ended at once; the same command continues from the last checkpoint\n")
+            os.write(
+                2,
+                b"interrupted twice: ended at once; the same command continues from the last checkpoint, if one is saved\n",
+            )
             os._exit(ENDED)
 
 

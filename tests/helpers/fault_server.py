@@ -1,9 +1,9 @@
 """Runs of train.py that are killed repeatedly; started by test_faults.py as a separate process.
 
-    python -m tests.helpers.fault_server CONFIG FOLDER SEEDS
+    python -m tests.helpers.fault_server CONFIG FOLDER FIRST_SEED SEEDS
 
 One process imports torch and forks for each start, because importing takes longer than the run. It writes FOLDER/whole, the
-uninterrupted run; FOLDER/<seed>, the same run, killed with SIGKILL a few times and continued; FOLDER/kills.json, the phases of
+uninterrupted run; FOLDER/<seed>, the same run, killed a few times and continued; FOLDER/kills.json, the phases of
 the kills by seed.
 """
 
@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -27,8 +27,11 @@ import trainer.epochs
 from engine.checkpoint.files import CheckpointFolder, load_state
 from engine.loop import Loop
 
-PHASES = ("training", "evaluation", "checkpoint")
-KILLS = 3  # of each run, at most
+# Entered as often as the run has updates, evaluations and files of weights; then "report", while the summary of a start is built
+# and logged; "end", from the last update to the end of the run; "done", while its marker is written.
+PHASES = ("training", "evaluation", "checkpoint", "report", "end", "done")
+LATE = ("report", "end", "done")  # entered once or twice by each start, also by those after a kill
+KILLS = 5  # of each run, at most
 DEADLINE_S = 120  # of each start
 
 
@@ -39,9 +42,14 @@ class PhaseRecord:
 
     def __init__(self):
         self.memory = mmap.mmap(-1, self.ENTRY.size * len(PHASES))
+        self.moment = None  # phase, number of the entry and seconds after it, at which the next child is killed
 
-    def clear(self):
+    def clear(self, moment):
         self.memory[:] = bytes(len(self.memory))
+        self.moment = moment
+
+    def is_past(self, moment):
+        return self[moment[0]][0] >= moment[1]
 
     def __getitem__(self, phase):
         return self.ENTRY.unpack_from(self.memory, self.ENTRY.size * PHASES.index(phase))
@@ -56,25 +64,31 @@ class PhaseRecord:
     def inside(self, phase):
         since = time.monotonic()
         self.add(phase, 1, 0.0)
+        if self.moment and self.moment[:2] == (phase, self[phase][0]):
+            # The kernel ends the process when SIGALRM comes, as by SIGKILL, whatever its threads do at that time.
+            signal.setitimer(signal.ITIMER_REAL, max(self.moment[2], 1e-6))
         try:
             yield
         finally:
             self.add(phase, 0, time.monotonic() - since)
 
-    def wrap(self, phase, function):
+    def wrap(self, phase, function, when=lambda *args: True):
         def wrapped(*args, **kwargs):
-            with self.inside(phase):
+            with self.inside(phase) if when(*args) else nullcontext():
                 return function(*args, **kwargs)
 
         return wrapped
 
 
-def start(argv, folder, phases):
-    """Fork a child that trains; return its pid. Its exit status is that of train.main, or 99 for a damaged checkpoint."""
-    phases.clear()
+def start(argv, folder, phases, moment=None):
+    """Fork a child that trains, until `moment` if it is given; wait for its end and return its exit status.
+
+    That is the status of train.main, 99 for a damaged checkpoint, or -SIGALRM.
+    """
+    phases.clear(moment)
     child = os.fork()
     if child:
-        return child
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 98
     try:
         signal.alarm(DEADLINE_S)
@@ -86,11 +100,7 @@ def start(argv, folder, phases):
             except ValueError:
                 traceback.print_exc()
                 os._exit(99)
-            engine.checkpoint.files.write_atomically = phases.wrap(
-                "checkpoint", engine.checkpoint.files.write_atomically
-            )
-            trainer.epochs.evaluate_raw_and_ema = phases.wrap("evaluation", trainer.epochs.evaluate_raw_and_ema)
-            Loop._train_update = phases.wrap("training", Loop._train_update)
+            record_phases(phases)
             try:
                 status = train.main([*argv, "--output", str(folder)])
             except SystemExit as error:
@@ -101,45 +111,50 @@ def start(argv, folder, phases):
         os._exit(status)
 
 
-def finish(child):
-    """Wait for a child to end; return its exit status."""
-    _, code = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(code)
+def record_phases(phases):
+    """Wrap the functions of each phase, in a child."""
+    files = engine.checkpoint.files
+    files.write_atomically = phases.wrap("checkpoint", files.write_atomically)
+    trainer.epochs.evaluate_raw_and_ema = phases.wrap("evaluation", trainer.epochs.evaluate_raw_and_ema)
+    Loop._train_update = phases.wrap("training", Loop._train_update)
+    train.log_summary = phases.wrap("report", train.log_summary)
+    train.end_epoch = phases.wrap("end", train.end_epoch, lambda session: session.state.trained)
+    train.finish_saving = phases.wrap("end", train.finish_saving)
+    train.write_marker = phases.wrap("done", train.write_marker)
 
 
-def kill_inside(child, phases, phase, entry, delay):
-    """Kill a child `delay` seconds after its nth entry into a phase; return its exit status, -9 if it did not end before."""
-    while phases[phase][0] < entry:
-        ended, code = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(code)
-        time.sleep(0.0005)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    return finish(child)
+def choose_moment(rng, phase, usual, first):
+    """Return the moment of a kill: phase, number of the entry into it, and the delay after it in seconds.
+
+    The first kill of a run may come at any entry, and within the phase; a later one soon after the start, and also shortly
+    after the phase.
+    """
+    entries, seconds = usual
+    entry = 1 if phase in LATE else rng.randint(1, entries if first else max(1, entries // 3))
+    return phase, entry, rng.uniform(0, (0.5 if first else 1.2) * seconds / entries)
 
 
 def main(config, folder, seeds):
     torch.set_num_threads(1)
     phases, argv, kills = PhaseRecord(), ["--cfg", config], {}
-    assert finish(start(argv, folder / "whole", phases)) == 0, (folder / "whole/output.txt").read_text()
+    assert start(argv, folder / "whole", phases) == 0, (folder / "whole/output.txt").read_text()
     usual = {phase: phases[phase] for phase in PHASES}
-    for seed in range(seeds):
+    for seed in seeds:
         rng, kills[seed] = random.Random(seed), []
-        for _ in range(KILLS):
-            phase = rng.choice(PHASES)
-            entries, seconds = usual[phase]
-            entry, delay = rng.randint(1, max(1, entries // 2)), rng.uniform(0, 1.5 * seconds / entries)
-            child = start(argv, folder / str(seed), phases)
-            status = kill_inside(child, phases, phase, entry, delay)
-            if status != -signal.SIGKILL:
+        for number in range(KILLS):
+            # The first kills of six seeds in a row come in each phase; a run that is killed early can be killed late afterwards.
+            phase = PHASES[seed % len(PHASES)] if number == 0 else rng.choice(PHASES)
+            moment = choose_moment(rng, phase, usual[phase], number == 0)
+            status = start(argv, folder / str(seed), phases, moment)
+            if status != -signal.SIGALRM or not phases.is_past(moment):  # it ended before, or passed its deadline
                 break
             kills[seed].append(phase)
         else:
-            status = finish(start(argv, folder / str(seed), phases))
+            status = start(argv, folder / str(seed), phases)
         assert status == 0, f"seed {seed}, {kills[seed]}: {status}\n{(folder / str(seed) / 'output.txt').read_text()}"
     (folder / "kills.json").write_text(json.dumps(kills))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    first, count = map(int, sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), range(first, first + count))

@@ -38,7 +38,9 @@ def state_of(update, value, closed=None):
     entry = {"update": update}
     tree = {"model": {"w": weight}, "ema": None, "optimizer": {}, "best": {"raw": entry}, "skips": [0, 0, 0]}
     plan = SimpleNamespace(updates_per_epoch=10)
-    state = SimpleNamespace(update=update, closed=closed, plan=plan, best=tree["best"], state_dict=lambda _: tree)
+    state = SimpleNamespace(
+        update=update, closed=closed, complete=False, plan=plan, best=tree["best"], state_dict=lambda _: tree
+    )
     state.between_epochs = TrainState.between_epochs.fget(SimpleNamespace(**vars(state), update_in_epoch=update % 10))
     return state, weight
 
@@ -172,7 +174,7 @@ def test_best_files_that_cannot_be_restored_now_are_written_with_the_next_checkp
     with monkeypatch.context() as patch:
         patch.setattr("engine.checkpoint.async_saver.save_weights", no_space)
         saver.restore_best_files(state, {"model": {"w": weight}, "facts": {}})
-    assert "cannot be written (No space left on device)" in saver.log.lines[0]
+    assert "No space left on device; 195 KiB needed, " in saver.log.lines[0]
     saver.save(state_of(6, 6.0)[0], ALONE, {}, {})
     assert saver.finish()
     assert load_file(tmp_path / "best_raw.safetensors")["w"].eq(1).all()

@@ -68,7 +68,7 @@ def test_lock_file_that_another_process_holds_is_not_removed(tmp_path, monkeypat
 def test_files_that_cannot_be_written_are_an_error_with_a_remedy(small_cfg, tmp_path, monkeypatch, capsys, written):
     monkeypatch.setattr(
         "trainer.session.record_start" if written == "record_start" else "engine.logging.log.Log.open",
-        lambda *args: no_space(),
+        lambda *args, **kwargs: no_space(),
     )
     with pytest.raises(SystemExit) as caught:
         train.main(["--cfg", str(small_cfg), "--output", str(tmp_path)])
