@@ -25,7 +25,6 @@ from engine.distributed.processes import Processes, abort, exit_on_failure, init
 from engine.distributed.signals import ENDED
 from engine.logging.log import Log
 from engine.result_files import TABLES, check_target, write_json
-from models.build import is_retoken
 from trainer.evaluation import Evaluation, check_model_and_classes, evaluate_weights, load_requested_weights
 from trainer.evaluation_protocol import protocol_as_json
 
@@ -61,10 +60,6 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
     per_class = check_target("--per-class", args.per_class, TABLES) if args.per_class is not None else None
     predictions = check_target("--predictions", args.predictions, TABLES) if args.predictions is not None else None
     summary = check_target("--json", args.json, (".json",)) if args.json is not None else None
-    if args.fold and not is_retoken(cfg.MODEL.NAME):
-        raise ValueError(
-            f"--fold knows SG-Former, GroupMixFormer and STViT, not MODEL.NAME={cfg.MODEL.NAME}; leave it out"
-        )
     loaded = load_requested_weights(checkpoint, args.weights)
     metadata = loaded[0][1]
     data = build_evaluation_data(cfg, args, metadata, processes, log)

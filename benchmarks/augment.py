@@ -10,9 +10,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.loader import find_source
+from benchmarks.pillow_rand_augment import apply
+from benchmarks.timing import in_turn, timed
 from common.rng import keyed_generator
 from config.command_line import Parser
 from data.augment.device_stage import DeviceStage
@@ -36,7 +38,6 @@ from data.augment.rand_augment_policy import INCREASING_OPS, Op, argument, draw_
 from data.augment.transforms import EvalTransform
 from data.loaders.batch import Batch
 from data.loaders.image_source import load
-from tests.helpers.pillow_rand_augment import apply
 
 FILL = (124, 116, 104)
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -48,24 +49,15 @@ def apply_timm(image: Tensor, ops: Sequence[Op]) -> Tensor:
     return torch.from_numpy(np.array(apply(picture, ops, FILL))).permute(2, 0, 1)
 
 
-def in_turn(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Return the milliseconds of each candidate's calls, made in turn for at least `seconds`, at least 3 of each."""
-    on_gpu = torch.cuda.is_available()
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    end, rounds = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or rounds < 4:
-        for name, run in candidates.items():
-            wall = on_gpu and "GPU" in name
-            if wall:
-                torch.cuda.synchronize()
-            start = time.perf_counter() if wall else time.process_time()
-            run()
-            if wall:
-                torch.cuda.synchronize()
-            if rounds:  # the first call is the warm-up
-                found[name].append(1e3 * ((time.perf_counter() if wall else time.process_time()) - start))
-        rounds += 1
-    return found
+def measure(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Return the milliseconds of each candidate's calls, made in turn for about `seconds`, at least 3 of each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clocks = {name: "wall" if device.type == "cuda" and "GPU" in name else "cpu" for name in candidates}
+    for run in candidates.values():  # warm-up
+        run()
+    a_round = sum(timed(run, 1, device) for run in candidates.values())
+    found = in_turn(candidates, max(3, math.ceil(seconds / a_round)), 0.0, device, clock=clocks)
+    return {name: [1e3 * value for value in values] for name, values in found.items()}
 
 
 def batch_candidates(images: Tensor) -> dict[str, Callable[[], object]]:
@@ -121,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, source = Console(), find_source(args.data)
     crop = EvalTransform(args.size)
     images = torch.stack([crop(load(source, i % len(source))) for i in range(args.batch)])
-    found = in_turn(batch_candidates(images), args.seconds)
+    found = measure(batch_candidates(images), args.seconds)
     show(console, f"RandAugment, {args.batch} images at {args.size}, {POLICY}", found, args.batch)
     for name in INCREASING_OPS if args.single else ():
         op = [Op(name, argument(name, 9.3), "bicubic")]
         candidates = {"timm": partial(apply_timm, images[0], op), "ours": partial(augment, images[0], op, FILL)}
-        show(console, name, in_turn(candidates, args.seconds), 1)
+        show(console, name, measure(candidates, args.seconds), 1)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Candidates of the step benchmarks: our models, and the baselines that the command line names with --opponent."""
+"""Candidates of the step benchmarks: our models, and the baselines that the command line names with --baseline."""
 
 import difflib
 import importlib
@@ -16,8 +16,9 @@ from engine.build import prepare_model
 from engine.distributed.processes import Processes
 from engine.memory import kept_bytes
 from engine.precision import DTYPES, Precision
-from models.build import check_name, is_retoken, takes_img_size
-from models.inference.prepare import prepare_inference
+from models.build import check_name, takes_img_size
+from models.identify import on_meta
+from models.inference.prepare import is_foldable, prepare_inference
 
 BASELINES = ROOT / "oracle"  # folder for published code: on the path of baselines, ignored by git
 
@@ -34,7 +35,7 @@ class Baseline:
         """Build the baseline of a model. Raises ValueError if the callable returns something else than a model."""
         built = self.find(model)()
         if not isinstance(built, nn.Module):
-            raise ValueError(f"--opponent {self.name}: {self.factory} gave {type(built).__name__}, not a model")
+            raise ValueError(f"--baseline {self.name}: {self.factory} gave {type(built).__name__}, not a model")
         return built
 
     def find(self, model: str) -> Callable[[], object]:
@@ -43,14 +44,14 @@ class Baseline:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"--opponent {self.module}:{self.factory}: {error}; give a module that python can import from here or from "
+                f"--baseline {self.module}:{self.factory}: {error}; give a module that python can import from here or from "
                 f"{BASELINES.name}/"
             ) from error
         name = self.factory.replace("{model}", model)
         make = getattr(module, name, None)
         if not callable(make):
             near = difflib.get_close_matches(name, [n for n in dir(module) if callable(getattr(module, n))], n=3)
-            raise ValueError(f"--opponent {self.module} has no {name}; did you mean {' or '.join(near) or 'another'}?")
+            raise ValueError(f"--baseline {self.module} has no {name}; did you mean {' or '.join(near) or 'another'}?")
         return make
 
 
@@ -59,7 +60,7 @@ def parse_baseline(text: str) -> Baseline:
     name, equals, path = text.rpartition("=")
     module, colon, factory = path.partition(":")
     if not (module and colon and factory) or (equals and not name):
-        raise ValueError(f"--opponent {text}: write [NAME=]MODULE:FACTORY, e.g. timm.models.resnet:resnet50")
+        raise ValueError(f"--baseline {text}: write [NAME=]MODULE:FACTORY, e.g. timm.models.resnet:resnet50")
     if str(BASELINES) not in sys.path:
         sys.path.append(str(BASELINES))
     return Baseline(name or factory.replace("{model}", "") or module, module, factory)
@@ -79,7 +80,7 @@ class Ours:
         """Look up a model of ours or timm's. Raises ValueError naming the nearest if it is unknown."""
         check_name(name, "--models")
         make = timm.models.model_entrypoint(name)
-        return cls(name=name, make=make, takes_size=takes_img_size(name), folds=is_retoken(name))
+        return cls(name=name, make=make, takes_size=takes_img_size(name), folds=is_foldable(on_meta(name)))
 
     def build(self, size: int, device: torch.device) -> nn.Module:
         """Build the model as train.py prepares it."""
@@ -142,7 +143,7 @@ class ModelStep:
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def of(self, mode: str) -> Callable[[], None]:
+    def set_mode(self, mode: str) -> Callable[[], None]:
         """Set the model to a mode, train or infer; return the step of that mode."""
         self.model.train(mode == "train")
         return self.train if mode == "train" else self.infer

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the main benchmarks on one GPU, in under nine minutes, into one folder with a summary.md.
 #
-#   benchmarks/gpu.sh [--out DIR] [--models A,B] [--opponent SPEC] [--parts a,b] [--small]
+#   benchmarks/gpu.sh [--out DIR] [--models A,B] [--baseline SPEC] [--parts a,b] [--small]
 #
 # Every part has its own time limit, so that one that fails or hangs does not affect the others; the exit status is 1 if any
 # failed. SPEC names a baseline (step.py). --small runs small versions on the CPU.
@@ -10,11 +10,11 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
 out=output/benchmark-$(date +%Y%m%d-%H%M%S) models=sgformer_small,groupmixformer_tiny,stvit_small
-parts=machine,step,trainer,compile,kernels,memory,fp16,dali,tests small="" opponents=()
+parts=machine,step,trainer,compile,kernels,memory,fp16,dali,tests small="" baselines=()
 while [ $# -gt 0 ]; do
     case $1 in
         --small) small=yes; shift; continue ;;
-        --out | --models | --parts | --opponent) ;;
+        --out | --models | --parts | --baseline | --opponent) ;;
         *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
     esac
     [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
         --out) out=$2 ;;
         --models) models=$2 ;;
         --parts) parts=$2 ;;
-        --opponent) opponents+=(--opponent "$2") ;;
+        --baseline | --opponent) baselines+=(--baseline "$2") ;;
     esac
     shift 2
 done
@@ -46,7 +46,7 @@ fi
     echo "network, install the same on another machine with pip install --target DIR, copy DIR, and run PYTHONPATH=DIR $0" >&2
     exit 2
 }
-step=("$PYTHON" benchmarks/step.py "${measured[@]}" ${opponents[@]+"${opponents[@]}"})
+step=("$PYTHON" benchmarks/step.py "${measured[@]}" ${baselines[@]+"${baselines[@]}"})
 failed=0 began=$(date +%s)
 
 part() { # name, limit in seconds, command ...

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
-from rich.table import Table
 from torch import Tensor
 
 import models  # noqa: F401  registers the families
@@ -31,6 +30,7 @@ from benchmarks import record
 from config.command_line import Parser
 from models.kernels.switch import use_kernels
 from models.layers import GeluDepthwiseConv
+from tools.tables import markdown_table, terminal_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = {"inference": 2, "training": 5}  # least reads and writes of the map
@@ -221,14 +221,16 @@ def best_tiles(tried: Sequence[dict[str, Any]]) -> list[str]:
 def write(rows: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]], metadata: dict[str, Any], out: Path) -> None:
     """Write the result as JSON and Markdown."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n")
+    out.with_suffix(".json").write_text(
+        json.dumps({"facts": metadata, "rows": rows, "tiles": tried}, indent=2) + "\n", encoding="utf-8"
+    )
     lines = [f"# Kernels, {metadata['date']}, {metadata['hardware']}", "", f"    {metadata['command']}", ""]
     lines += [f"{key}: {value}. " for key, value in metadata.items() if key not in ("date", "hardware", "command")]
-    lines += ["", *record.markdown_table(HEADER, [cells(row) for row in rows])]
+    lines += ["", *markdown_table(HEADER, [cells(row) for row in rows])]
     if tried:
         lines += ["", "Fastest tiles (strips, columns, channels, warps):", ""]
         lines += [f"- {line}" for line in best_tiles(tried)]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def gather_metadata(argv: Sequence[str] | None, rounds: int, peak: float) -> dict[str, Any]:
@@ -285,10 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += [with_statistics(row, bench.x.itemsize, peak) for row in measure(bench, args.rounds, args.span)]
         if args.tiles:
             tried += list(try_tiles(bench, args.span))
-    table = Table(*HEADER)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
+    console.print(terminal_table(HEADER, [cells(row) for row in rows]))
     for line in best_tiles(tried):
         console.print(line)
     metadata = gather_metadata(argv, args.rounds, peak)

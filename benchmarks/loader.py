@@ -279,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(record.table(COLUMNS, rows))
     metadata = gather_metadata(args, argv, source, candidates.images)
     out = args.out or record.RESULTS / f"{metadata['date']}-loader"
-    console.print(f"written to {record.write(out, 'Loaders', COLUMNS, metadata, rows, append=False)}")
+    page = record.write(out, "Loaders", columns=COLUMNS, found=metadata, rows=rows)
+    console.print(f"written to {page}")
     return 0
 
 

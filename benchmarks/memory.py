@@ -24,11 +24,12 @@ import torch
 from benchmarks import record
 from benchmarks.baselines import ModelStep, Ours, parse_choices, parse_models
 from benchmarks.record import Row
-from benchmarks.step import PRECISIONS, find_device
+from benchmarks.step import PRECISIONS
 from common.byte_size import format_bytes
 from config.command_line import Parser
 from engine.memory import activations, estimate
 from engine.precision import Precision
+from tools.device import choose_device
 
 COLUMNS: record.Columns = {
     "model": lambda row: row["model"],
@@ -40,7 +41,7 @@ COLUMNS: record.Columns = {
 }
 
 
-def estimated(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
+def estimate_largest_batch(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
     """Estimate the largest micro-batch on fake tensors, by linear extrapolation from two batch sizes."""
     net = model.build(size, torch.device("cpu"))
     autocast = Precision("off" if precision == "fp32" else precision, torch.device("cpu")).autocast
@@ -57,12 +58,14 @@ def estimated(model: Ours, size: int, precision: str, limit: int) -> list[Row]:
     return rows
 
 
-def trained(model: Ours, size: int, precision: str, checkpointing: bool, batch: int, device: torch.device) -> int:
+def measure_training_peak(
+    model: Ours, size: int, precision: str, *, checkpointing: bool, batch: int, device: torch.device
+) -> int:
     """Train two steps; return the peak of memory."""
     net = model.build(size, device)
     net.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
     averaged = [p.detach().clone() for p in net.parameters()]  # as EMA holds
-    step = ModelStep(net, net, batch, size, precision).of("train")
+    step = ModelStep(net, net, batch, size, precision).set_mode("train")
     torch.cuda.reset_peak_memory_stats(device)
     step()
     step()
@@ -70,10 +73,12 @@ def trained(model: Ours, size: int, precision: str, checkpointing: bool, batch: 
     return torch.cuda.max_memory_reserved(device)
 
 
-def fits(model: Ours, size: int, precision: str, checkpointing: bool, batch: int, device: torch.device) -> int:
+def peak_or_zero(
+    model: Ours, size: int, precision: str, *, checkpointing: bool, batch: int, device: torch.device
+) -> int:
     """Return the peak memory of training in bytes, 0 if it ran out."""
     try:
-        return trained(model, size, precision, checkpointing, batch, device)
+        return measure_training_peak(model, size, precision, checkpointing=checkpointing, batch=batch, device=device)
     except torch.OutOfMemoryError:
         return 0
     finally:
@@ -81,7 +86,9 @@ def fits(model: Ours, size: int, precision: str, checkpointing: bool, batch: int
         torch.cuda.empty_cache()
 
 
-def tried(model: Ours, size: int, precision: str, limit: int, device: torch.device, most: int) -> list[Row]:
+def search_largest_batch(
+    model: Ours, size: int, precision: str, *, limit: int, device: torch.device, most: int
+) -> list[Row]:
     """Find the largest micro-batch on a GPU by trial."""
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
     rows = []
@@ -89,7 +96,7 @@ def tried(model: Ours, size: int, precision: str, limit: int, device: torch.devi
         good, peak, bad = 0, 0, most + 1
         batch = min(16, most)
         while good + max(1, good // 32) < bad:  # to three per cent
-            found = fits(model, size, precision, checkpointing, batch, device)
+            found = peak_or_zero(model, size, precision, checkpointing=checkpointing, batch=batch, device=device)
             if found:
                 good, peak = batch, found
             else:
@@ -114,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--append", action="store_true", help="add to the result file instead of replacing it")
     args, console = parser.parse_args(argv), record.console()
     try:
-        device, limit = find_device(args.device), round(args.gib * 2**30)
+        device, limit = choose_device(args.device), round(args.gib * 2**30)
         if limit <= 0 or args.size < 1 or args.most < 1:
             raise ValueError(f"--gib {args.gib:g}, --size {args.size}, --most {args.most}: all must be positive")
         if device.type == "cuda" and limit > torch.cuda.mem_get_info(device)[1]:
@@ -124,9 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for precision in parse_choices("--precision", args.precision, PRECISIONS):
                 shared = {"model": model.name, "precision": precision, "size": args.size}
                 found = (
-                    tried(model, args.size, precision, limit, device, args.most)
+                    search_largest_batch(model, args.size, precision, limit=limit, device=device, most=args.most)
                     if device.type == "cuda"
-                    else estimated(model, args.size, precision, limit)
+                    else estimate_largest_batch(model, args.size, precision, limit)
                 )
                 rows += [{**shared, **row} for row in found]
     except ValueError as error:
@@ -136,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     metadata["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
     metadata["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
     console.print(record.table(COLUMNS, rows))
-    page = record.write(args.out or record.default_out("memory"), "Memory", COLUMNS, metadata, rows, args.append)
+    out = args.out or record.default_out("memory")
+    page = record.write(out, "Memory", columns=COLUMNS, found=metadata, rows=rows, append=args.append)
     console.print(f"{metadata['how']}; written to {page}")
     return 0
 

@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tools.tables import markdown_table, terminal_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
@@ -25,7 +27,7 @@ Columns = Mapping[str, Callable[[Row], str]]  # title: function from a row to th
 def processor() -> str:
     """Return the CPU's name, as the system gives it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -44,7 +46,7 @@ def commit() -> str:
 
     def git(*words: str) -> str:
         try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
         except OSError:
             return ""
         return done.stdout.strip()
@@ -78,32 +80,30 @@ def console() -> Console:
 
 def table(columns: Columns, rows: Sequence[Row]) -> Table:
     """Return the rows as a table for a terminal."""
-    shown = Table(*columns)
-    for row in rows:
-        shown.add_row(*(text(row) for text in columns.values()))
-    return shown
+    return terminal_table(list(columns), cells_of(columns, rows))
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a result file's table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+def cells_of(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:
+    """Return the cells of each row as text."""
+    return [[text(row) for text in columns.values()] for row in rows]
 
 
-def write(out: Path, title: str, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool) -> Path:
+def write(
+    out: Path, title: str, *, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool = False
+) -> Path:
     """Write metadata and rows to `out`.json and .md, with `append` after the existing ones; return the Markdown file."""
     file, page = out.with_suffix(".json"), out.with_suffix(".md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(file.read_text())["runs"] if append and file.exists() else []
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if append and file.exists() else []
     runs.append({"facts": dict(found), "rows": list(rows)})
-    file.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
+    file.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
     lines = [f"# {title}, {found['date']}, {found['hardware']}"]
     for run in runs:
         lines += ["", f"    {run['facts']['command']}", ""]
         others = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
         lines += [f"{key}: {value}.  " for key, value in others]
-        lines += ["", *markdown_table(list(columns), [[text(row) for text in columns.values()] for row in run["rows"]])]
-    page.write_text("\n".join(lines) + "\n")
+        lines += ["", *markdown_table(list(columns), cells_of(columns, run["rows"]))]
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return page
 
 

@@ -56,7 +56,7 @@ FLOORS = {
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """Cost of a run."""
 
     training: int  # images
@@ -65,7 +65,7 @@ class Cost:
     hours: float  # GPU-hours at the floor
 
 
-def cost(cfg: CfgNode) -> Cost:
+def cost(cfg: CfgNode) -> RunCost:
     """Estimate a config's run on ImageNet. Raises ValueError for a model or size without a floor."""
     name, size = cfg.MODEL.NAME, cfg.DATA.IMG_SIZE
     if name not in FLOORS or size not in (224, 384):
@@ -77,7 +77,7 @@ def cost(cfg: CfgNode) -> Cost:
     evaluation = epochs // cfg.EVAL.EVERY * VALIDATION * (2 if cfg.EMA.DECAY else 1)
     train_rate, eval_rate = FLOORS[name].at(size)
     hours = (training / train_rate + evaluation / eval_rate) / 3600
-    return Cost(training=training, evaluation=evaluation, floor=train_rate, hours=hours)
+    return RunCost(training=training, evaluation=evaluation, floor=train_rate, hours=hours)
 
 
 def recipes() -> list[Path]:
@@ -94,12 +94,12 @@ def row(path: Path, share: float, images_per_s: float, price: float, gpus: Seque
     name = f"{path.parent.name}/{path.stem}"
     return [
         *(name, f"{c.training / 1e6:.0f}", f"{c.floor:,.0f}", f"{c.hours:,.0f}", f"{hours:,.0f}"),
-        *(duration(hours / count) for count in gpus),
+        *(format_hours(hours / count) for count in gpus),
         f"{hours * price:,.0f}",
     ]
 
 
-def duration(hours: float) -> str:
+def format_hours(hours: float) -> str:
     """Return hours as text, in days from two days on."""
     return f"{hours / 24:.1f} d" if hours >= 48 else f"{hours:.1f} h"
 

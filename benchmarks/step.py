@@ -1,10 +1,10 @@
 """Measure the step of our models and of baselines: images/s and memory, in training and inference, all taking turns.
 
     python benchmarks/step.py --models sgformer_small,stvit_small
-    python benchmarks/step.py --models stvit_small --compile --opponent timm.models.vision_transformer:deit_small_patch16_224
-    python benchmarks/step.py --models sgformer_small,stvit_small --opponent published=opponents:{model}
+    python benchmarks/step.py --models stvit_small --compile --baseline timm.models.vision_transformer:deit_small_patch16_224
+    python benchmarks/step.py --models sgformer_small,stvit_small --baseline published=authors:{model}
 
-A training step is forward, cross-entropy, backward and AdamW. --opponent names a baseline, a callable that returns a model; `{model}`
+A training step is forward, cross-entropy, backward and AdamW. --baseline names a baseline, a callable that returns a model; `{model}`
 stands for the name of our model. Modules are also searched in oracle/, which git ignores. Ratios are to the first baseline, round
 by round, or to our eager model without one. The floor is the roofline of our model (roofline.py); every share is of it. Memory: on a
 GPU the peak; on the CPU the bytes that a forward pass keeps for the backward pass. Results go to benchmarks/results/.
@@ -36,6 +36,7 @@ from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
 from common.byte_size import format_bytes
 from config.command_line import Parser
 from engine.malloc import keep_freed_memory
+from tools.device import choose_device
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
 WARM_CALLS = 2
@@ -108,7 +109,7 @@ class Bench:
         call = torch.compile(model, backend=self.args.backend) if name.endswith(", compiled") else model
         step = ModelStep(model, call, self.args.batch, self.args.size, precision)
         for _ in range(WARM_CALLS):
-            step.of(mode)()
+            step.set_mode(mode)()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return step, torch.cuda.max_memory_allocated(self.device) - before
@@ -143,12 +144,14 @@ class Bench:
                 continue
             finally:
                 progress.advance(task)
-            steps[name] = step.of(mode)
+            steps[name] = step.set_mode(mode)
             rows[name]["memory"] = memory
-        seconds = in_turn(steps, args.rounds, args.seconds, self.device, lambda: progress.advance(task), args.clock)
+        seconds = in_turn(
+            steps, args.rounds, args.seconds, self.device, advance=lambda: progress.advance(task), clock=args.clock
+        )
         base = next((b.name for b in self.baselines if b.name in seconds), "ours")
         for name, times in seconds.items():
-            found, against = Spread.of([args.batch / s for s in times]), ratios(seconds[base], times)
+            found, against = Spread.from_values([args.batch / s for s in times]), ratios(seconds[base], times)
             rows[name]["images_per_s"] = found.median
             rows[name]["rates"] = (found.median, found.lowest, found.highest)
             rows[name]["ratio"] = (against.median, against.lowest, against.highest)
@@ -210,13 +213,6 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
-def find_device(asked: str) -> torch.device:
-    """Return the requested device. Raises ValueError for CUDA without a CUDA device."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device; take cpu or auto")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def check(args: Namespace) -> torch.device:
     """Check the shared flags and return the device. Raises ValueError for values out of range."""
     for flag in ("size", "rounds"):
@@ -224,7 +220,7 @@ def check(args: Namespace) -> torch.device:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if args.backend not in (known := torch.compiler.list_backends(exclude_tags=())):
         raise ValueError(f"--backend {args.backend}: torch.compile has {', '.join(known)}")
-    device = find_device(args.device)
+    device = choose_device(args.device)
     if args.clock == "cpu" and device.type == "cuda":
         raise ValueError("--clock cpu does not measure a GPU; leave it out, or measure with --device cpu")
     return device
@@ -253,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also measure our models, or all candidates, under torch.compile",
     )
     parser.add_argument(
-        "--opponent",
+        "--baseline",
+        "--opponent",  # its former name
         action="append",
         default=[],
         metavar="[NAME=]MODULE:FACTORY",
@@ -267,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = parse_models(args.models)
         modes = parse_choices("--modes", args.modes, MODES)
         precisions = parse_choices("--precision", args.precision, PRECISIONS)
-        baselines = [parse_baseline(text) for text in args.opponent]
+        baselines = [parse_baseline(text) for text in args.baseline]
         check_baselines(baselines, models)
         bench = Bench(args, baselines, device, console)
         rows = measure(bench, models, modes, precisions)
@@ -275,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail(error)
     console.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
     found = {**metadata("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
-    page = record.write(args.out or record.default_out("step"), "Steps", COLUMNS, found, rows, args.append)
+    out = args.out or record.default_out("step")
+    page = record.write(out, "Steps", columns=COLUMNS, found=found, rows=rows, append=args.append)
     console.print(f"written to {page}")
     return 0
 
@@ -285,7 +283,7 @@ def check_baselines(baselines: Sequence[Baseline], models: Sequence[Ours]) -> No
     names = [baseline.name for baseline in baselines]
     for name in names:
         if names.count(name) > 1 or name.startswith("ours"):
-            raise ValueError(f"--opponent: {name!r} names two candidates; write NAME=MODULE:FACTORY with another NAME")
+            raise ValueError(f"--baseline: {name!r} names two candidates; write NAME=MODULE:FACTORY with another NAME")
     for baseline in baselines:
         for model in models:
             baseline.find(model.name)

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(record.table({title: BATCHED[title] for title in shown}, rows))
     found = {**metadata("benchmarks/throughput.py", argv, bench), "images": f"of {args.size} x {args.size}"}
     columns = {title: cell for title, cell in BATCHED.items() if compared or args.append or title not in RATIO}
-    page = record.write(args.out or record.default_out("throughput"), "Throughput", columns, found, rows, args.append)
+    out = args.out or record.default_out("throughput")
+    page = record.write(out, "Throughput", columns=columns, found=found, rows=rows, append=args.append)
     console.print(f"written to {page}")
     return 0
 

@@ -17,7 +17,8 @@ class Spread:
     highest: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
+    def from_values(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of measurements."""
         return cls(statistics.median(values), min(values), max(values))
 
     def text(self, digits: int = 1) -> str:
@@ -50,21 +51,23 @@ def in_turn(
     seconds: float,
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
-    clock: str = "wall",
+    clock: str | Mapping[str, str] = "wall",
 ) -> dict[str, list[float]]:
     """Return the seconds of a call of each candidate, by round; a turn is as many calls as fill `seconds`.
 
     Every second round is in reverse order. Candidates are warm: called before. `advance` is called after each turn.
+    `clock` may differ by candidate.
     """
     calls = {name: max(1, round(seconds / timed(run, 1, device))) for name, run in candidates.items()}
+    clocks = {name: clock if isinstance(clock, str) else clock[name] for name in candidates}
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds):
         for name in list(candidates)[:: -1 if number % 2 else 1]:
-            found[name].append(timed(candidates[name], calls[name], device, clock))
+            found[name].append(timed(candidates[name], calls[name], device, clocks[name]))
             advance()
     return found
 
 
 def ratios(base: Sequence[float], values: Sequence[float]) -> Spread:
     """Return the spread of the speed-ups of `values` over `base`, round by round."""
-    return Spread.of([theirs / ours for theirs, ours in zip(base, values, strict=True)])
+    return Spread.from_values([theirs / ours for theirs, ours in zip(base, values, strict=True)])

@@ -128,7 +128,7 @@ class Pieces:
 
         return clocked
 
-    def of(self, run: Callable[[], None]) -> float:
+    def time_within(self, run: Callable[[], None]) -> float:
         """Return the seconds that the pieces take in a call of `run`."""
         self.seconds = 0.0
         with ExitStack() as stack:
@@ -167,13 +167,15 @@ def run(args: Namespace) -> Row | None:
             for name in ("bare", "whole") if number % 2 else ("whole", "bare"):
                 meet(processes)
                 if name == "whole":
-                    found[name].append(timed(lambda: pieces.of(whole), 1, processes.device, args.clock) / updates)
+                    found[name].append(
+                        timed(lambda: pieces.time_within(whole), 1, processes.device, args.clock) / updates
+                    )
                     found["pieces"].append(pieces.seconds / updates)
                 else:
                     found[name].append(timed(bare, updates, processes.device, args.clock))
         log.close()
     overhead, within = (
-        Spread.of([whole / base - 1 for whole, base in zip(found["whole"], found[name], strict=True)])
+        Spread.from_values([whole / base - 1 for whole, base in zip(found["whole"], found[name], strict=True)])
         for name in ("bare", "pieces")
     )
     row: Row = {
@@ -186,7 +188,7 @@ def run(args: Namespace) -> Row | None:
         "within": astuple(within) if processes.device.type == "cpu" else None,
     }
     for name, values in found.items():
-        row[name] = astuple(Spread.of(values))
+        row[name] = astuple(Spread.from_values(values))
     main = processes.main
     shut_down()
     return row if main else None
@@ -209,7 +211,7 @@ def launch(argv: Sequence[str], processes: int) -> Row:
             raise ValueError(
                 f"the measurement with {processes} processes ended with status {done.returncode}, see above"
             )
-        row: Row = json.loads(out.read_text())
+        row: Row = json.loads(out.read_text(encoding="utf-8"))
         return row
 
 
@@ -237,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.row:
             row = run(args)
             if row:
-                args.row.write_text(json.dumps(row))
+                args.row.write_text(json.dumps(row), encoding="utf-8")
             return 0
         try:
             counts = [int(word) for word in args.processes.split(",")]
@@ -257,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     metadata["images"] = "a folder's" if args.data else "synthetic"
     metadata["clock"] = args.clock
-    page = record.write(args.out or record.default_out("trainer"), "Trainer", COLUMNS, metadata, rows, args.append)
+    out = args.out or record.default_out("trainer")
+    page = record.write(out, "Trainer", columns=COLUMNS, found=metadata, rows=rows, append=args.append)
     console.print(f"written to {page}")
     return 0
 

@@ -29,12 +29,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], shared: bool = F
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text in UTF-8 as `write_atomically` does."""
+    """Write a text in UTF-8 as `write_atomically` does; bytes that are not UTF-8 survive (common/text.py)."""
     write_atomically(path, lambda file: _write_text(file, text))
 
 
 def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def remove_temporary(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 import config
+from common.text import allow_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
         """Parse all arguments; exit with a suggestion at the first that is unknown."""
+        allow_any_text()
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]

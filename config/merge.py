@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from common.text import for_system
 from config.lookup import get, keys
 from config.schema import defaults
 from config.validate import validate
@@ -141,7 +142,16 @@ def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"config file {file} must hold KEY: VALUE lines, not a {type(tree).__name__}")
     if not isinstance(tree.get("RECIPE", {}), dict):
         raise ValueError(f"RECIPE in {file} is a section, got {tree['RECIPE']!r}; give its keys, e.g. MODE")
-    return tree
+    return {key: _for_system(value) for key, value in tree.items()}
+
+
+def _for_system(value: Any) -> Any:
+    """Return a tree with its texts, such as paths, as file functions take them in any locale."""
+    if isinstance(value, dict):
+        return {key: _for_system(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_for_system(entry) for entry in value]
+    return for_system(value) if isinstance(value, str) else value
 
 
 def merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, source: str) -> None:

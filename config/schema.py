@@ -58,7 +58,7 @@ _C.MODEL.NORM_BACKEND = "torch"
 _C.DATA = CfgNode()
 # Folder with train/<class>/*.jpg and val/<class>/*.jpg, or with the archives that hold them: docs/data.md.
 _C.DATA.PATH = ""
-# File with the classes of validation images in an archive without class folders; "" searches beside the archive.
+# File with the classes of validation images without class folders; "" searches beside them and in DATA.PATH.
 _C.DATA.VAL_LABELS = ""
 # torch (decodes JPEGs on the CPU), dali (NVIDIA DALI, on a GPU or the CPU) or synthetic (random images, no decoding: the
 # ceiling of everything else).

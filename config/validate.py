@@ -175,6 +175,8 @@ def _validate_data(cfg: CfgNode) -> None:
         raise ValueError(
             f"DATA.DALI_DEVICE={cfg.DATA.DALI_DEVICE} has no effect while DATA.LOADER={cfg.DATA.LOADER}; set DATA.LOADER to dali"
         )
+    if cfg.DATA.LOADER == "dali" and cfg.EVAL.MODE == "border":
+        raise ValueError("EVAL.MODE=border: the DALI loader crops and does not fill; set DATA.LOADER to torch")
 
 
 def _validate_mixing(cfg: CfgNode) -> None:

@@ -23,20 +23,23 @@ from data.augment.build import (
 from data.augment.device_stage import DeviceStage
 from data.augment.transforms import EvalTransform
 from data.loaders.bad_images import BadImages
+from data.loaders.brightness import sample_darkness
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
 from data.loaders.image_source import ImageSource
 from data.loaders.sampler import Sampler
-from data.loaders.shared_memory import check_shared_memory, default_workers
+from data.loaders.shared_memory import check_shared_memory
 from data.loaders.synthetic import SyntheticEval, SyntheticTrain
 from data.loaders.torch_loader import EvalLoader, TrainLoader
+from data.loaders.workers import default_workers
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_listing import Progress
 from data.stores.archive_source import ArchiveSource
-from data.stores.class_labels import class_names, label_folders
+from data.stores.class_labels import class_names
 from data.stores.fingerprint import class_fingerprint, storage_fingerprint
-from data.stores.folder import FolderSource, class_folders, read_class_index, scan_labelled, val_folder
+from data.stores.folder import FolderSource, read_class_index
+from data.stores.folder_split import open_val_folder
 from data.stores.layout import has_split
-from data.stores.split import Split, file_sizes, open_split
+from data.stores.split import Split, file_sizes, open_split, single_class
 
 FILE_SAMPLE, LARGE_PERCENTILE = 256, 95  # sizes of so many files, and their percentile, estimate a batch of files
 
@@ -101,7 +104,13 @@ def build_data(
         stage=build_device_stage(cfg, len(classes), device),
         classes=classes,
         fingerprint=fingerprint,
-        notes=[*train_split.notes, *val_split.notes, *_missing_classes(val_split, val_source, classes)],
+        notes=[
+            *train_split.notes,
+            *val_split.notes,
+            *_missing_classes(val_split, val_source, classes),
+            *_dark(rank, train_source, train_split.name),
+            *_dark(rank, val_source, val_split.name),
+        ],
         origin=val_split.name,
         names=_names(val_source),
         transform=build_eval_transform(cfg),
@@ -127,12 +136,12 @@ def build_eval_data(
     if cfg.DATA.LOADER == "synthetic":
         if folder:
             raise ValueError(f"--val-path {folder.path} has no effect with DATA.LOADER=synthetic; set it to torch")
-        return _synthetic(cfg, rank, world, device)
+        return _synthetic_eval(cfg, rank, world, device)
     answers: list[int] | None = None
     notes: list[str] = []
     source: ImageSource
     if folder:
-        classes, source, origin = _labelled(cfg, folder)
+        classes, source, origin, notes = _labelled(cfg, folder)
         present = np.unique(source.labels).tolist()
         answers = present if len(present) < len(classes) and not folder.all_logits else None
     else:
@@ -146,7 +155,7 @@ def build_eval_data(
         stage=build_device_stage(cfg, len(classes), device),
         classes=classes,
         fingerprint=class_fingerprint(classes, val=source.labels),
-        notes=notes,
+        notes=[*notes, *_dark(rank, source, origin)],
         origin=origin,
         names=_names(source),
         transform=build_eval_transform(cfg),
@@ -154,19 +163,22 @@ def build_eval_data(
     )
 
 
+def _dark(rank: int, source: ImageSource, name: str) -> list[str]:
+    """Return a warning if most images of a sample are nearly black; only on the process that logs it."""
+    return sample_darkness(source, name) if rank == 0 else []
+
+
 def _names(source: ImageSource) -> Callable[[int], str]:
     """Return a function mapping an image index to its path relative to the split folder, or in its archive."""
     return source.relative if isinstance(source, FolderSource) else source.name
 
 
-def _labelled(cfg: CfgNode, folder: ValFolder) -> tuple[list[str], FolderSource, str]:
-    """Return the model's classes, the folder's images labelled with them, and a description of both."""
+def _labelled(cfg: CfgNode, folder: ValFolder) -> tuple[list[str], FolderSource, str, list[str]]:
+    """Return the model's classes, the folder's images labelled with them, a description of both, and notes."""
     lists = class_names(folder.known, cfg.DATA.CLASS_INDEX, folder.num_classes or cfg.MODEL.NUM_CLASSES)
     name, classes = next(iter(lists.items()))
     _check_count(cfg, classes, name)
-    root = val_folder(folder.path)
-    labels, how = label_folders(class_folders(root), lists, folder.path)
-    return classes, scan_labelled(root, labels), f"{root}, {len(labels)} folders {how}"
+    return classes, *open_val_folder(folder.path, lists, cfg.DATA.VAL_LABELS)
 
 
 def _open(cfg: CfgNode, split: str, progress: Progress | None) -> Split:
@@ -188,7 +200,10 @@ def _classes(cfg: CfgNode, split: Split) -> list[str]:
     if cfg.DATA.CLASS_INDEX:
         classes, name = read_class_index(cfg.DATA.CLASS_INDEX), cfg.DATA.CLASS_INDEX
     else:
-        classes, name = split.classes(), split.name
+        classes = split.classes()
+        name = split.name
+    if split.location.split == "train" and (problem := single_class(split, classes)):
+        raise ValueError(problem)
     _check_count(cfg, classes, name)
     return classes
 
@@ -213,9 +228,9 @@ def _missing_classes(split: Split, source: ImageSource, classes: list[str]) -> l
 def _sampler(cfg: CfgNode, num_samples: int, storage: np.ndarray | None = None) -> Sampler:
     return Sampler(
         num_samples,
-        cfg.TRAIN.SEED,
-        cfg.TRAIN.GLOBAL_BATCH,
-        cfg.TRAIN.MICRO_BATCH,
+        seed=cfg.TRAIN.SEED,
+        global_batch=cfg.TRAIN.GLOBAL_BATCH,
+        micro_batch=cfg.TRAIN.MICRO_BATCH,
         repeats=cfg.AUG.REPEATS,
         block=cfg.DATA.BLOCK_SHUFFLE,
         storage=storage,
@@ -246,8 +261,6 @@ def _eval_loader(
     images = {"source": source, "transform": build_eval_transform(cfg), "batch_size": cfg.EVAL.BATCH}
     shared: dict[str, Any] = {**images, "rank": rank, "world": world, **_worker_options(cfg)}
     if cfg.DATA.LOADER == "dali":
-        if cfg.EVAL.MODE == "border":
-            raise ValueError("EVAL.MODE=border: the DALI loader crops and does not fill; set DATA.LOADER to torch")
         return DaliEvalLoader(**shared, device=device, backend=cfg.DATA.DALI_DEVICE)
     return EvalLoader(**shared, pin_memory=device.type == "cuda")
 
@@ -279,18 +292,43 @@ def _check_shared_memory(cfg: CfgNode, source: ImageSource, batch: int, size: in
     check_shared_memory(workers, cfg.DATA.PREFETCH, batch * image, batches, readers)
 
 
-def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:
-    num_classes, size, seed = cfg.DATA.SYNTHETIC_CLASSES, cfg.DATA.IMG_SIZE, cfg.TRAIN.SEED
-    sampler = _sampler(cfg, cfg.DATA.SYNTHETIC_TRAIN)
-    counts = {"train": sampler.num_samples, "val": cfg.DATA.SYNTHETIC_VAL, "classes": num_classes}
-    pin = device.type == "cuda"
-    return Data(
-        val=SyntheticEval(cfg.DATA.SYNTHETIC_VAL, size, num_classes, cfg.EVAL.BATCH, seed, rank, world),
+def _synthetic_eval(cfg: CfgNode, rank: int, world: int, device: torch.device) -> EvalData:
+    num_classes = cfg.DATA.SYNTHETIC_CLASSES
+    counts = {"train": cfg.DATA.SYNTHETIC_TRAIN, "val": cfg.DATA.SYNTHETIC_VAL, "classes": num_classes}
+    return EvalData(
+        val=SyntheticEval(
+            num_images=cfg.DATA.SYNTHETIC_VAL,
+            size=cfg.DATA.IMG_SIZE,
+            num_classes=num_classes,
+            batch_size=cfg.EVAL.BATCH,
+            seed=cfg.TRAIN.SEED,
+            rank=rank,
+            world=world,
+        ),
         stage=build_device_stage(cfg, num_classes, device),
         classes=[f"class {i}" for i in range(num_classes)],
         fingerprint={"synthetic": True, **counts},
+    )
+
+
+def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:
+    sampler = _sampler(cfg, cfg.DATA.SYNTHETIC_TRAIN)
+    evaluation = _synthetic_eval(cfg, rank, world, device)
+    return Data(
+        val=evaluation.val,
+        stage=evaluation.stage,
+        classes=evaluation.classes,
+        fingerprint=evaluation.fingerprint,
         train=SyntheticTrain(
-            sampler, size, num_classes, build_random_erasing(cfg), seed, rank, world, pin, size_timeline(cfg)
+            sampler,
+            size=cfg.DATA.IMG_SIZE,
+            num_classes=cfg.DATA.SYNTHETIC_CLASSES,
+            erase=build_random_erasing(cfg),
+            seed=cfg.TRAIN.SEED,
+            rank=rank,
+            world=world,
+            pin_memory=device.type == "cuda",
+            sizes=size_timeline(cfg),
         ),
         sampler=sampler,
         bad=BadImages(sampler.num_samples, cfg.DATA.MAX_BAD_SHARE),

@@ -30,8 +30,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages outside docs/, and a page for each linked file of the repository."""
-    texts = {source: (ROOT / source).read_text() for source in PAGES}
-    texts |= {f"docs/{file.src_uri}": Path(file.abs_src_path or "").read_text() for file in files.documentation_pages()}
+    texts = {source: (ROOT / source).read_text(encoding="utf-8") for source in PAGES}
+    texts |= {
+        f"docs/{file.src_uri}": Path(file.abs_src_path or "").read_text(encoding="utf-8")
+        for file in files.documentation_pages()
+    }
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=_rewritten(texts[source], source)))
     todo = [target for source, text in texts.items() for target in _targets(text, source)]
@@ -93,5 +96,5 @@ def _shown(target: str) -> str:
         names = sorted(file.name for file in path.glob("*.md"))
         return "\n".join([f"# {target}", "", *(f"- {name}" for name in names)])
     if path.suffix == ".md":
-        return _rewritten(path.read_text(), target)
-    return f"---\nsearch:\n  exclude: true\n---\n\n# {target}\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text()}````\n"
+        return _rewritten(path.read_text(encoding="utf-8"), target)
+    return f"---\nsearch:\n  exclude: true\n---\n\n# {target}\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text(encoding='utf-8')}````\n"

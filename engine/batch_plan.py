@@ -18,7 +18,7 @@ class BatchPlan:
     @property
     def accumulation(self) -> int:
         """Return the number of micro-batches that a process runs for each update."""
-        return accumulation(self.global_batch, self.micro_batch, self.world)
+        return accumulation_steps(self.global_batch, self.micro_batch, self.world)
 
     @property
     def updates(self) -> int:
@@ -30,7 +30,7 @@ class BatchPlan:
         return range(self.rank, self.accumulation * self.world, self.world)
 
 
-def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+def accumulation_steps(global_batch: int, micro_batch: int, world: int) -> int:
     """Return the number of micro-batches that a process runs per update.
 
     Raises ValueError if the batches do not divide; it lists the micro-batches and numbers of processes that fit.

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from common.timeline import parse_optional
 from engine.batch_norm import to_sync_batch_norm
-from engine.batch_plan import BatchPlan, accumulation
+from engine.batch_plan import BatchPlan
 from engine.compilation import Compilation
 from engine.distributed.ddp import wrap_in_ddp
 from engine.distributed.processes import Processes
@@ -40,21 +40,20 @@ def build_state(cfg: CfgNode, model: nn.Module, plan: BatchPlan, precision: Prec
     ema = ModelEma(model, cfg.EMA.DECAY) if cfg.EMA.DECAY else None
     optimizer = build_optimizer(cfg, model)
     schedule = build_schedule(cfg, model, ema, optimizer, plan)
-    return TrainState(model, ema, optimizer, schedule, precision.scaler, plan)
+    return TrainState(model=model, ema=ema, optimizer=optimizer, schedule=schedule, scaler=precision.scaler, plan=plan)
 
 
-def wrap_model(model: nn.Module, processes: Processes, cfg: CfgNode) -> nn.Module:
+def wrap_model(cfg: CfgNode, model: nn.Module, plan: BatchPlan, processes: Processes) -> nn.Module:
     """Return the model wrapped for gradient exchange between processes, or the model itself for one process.
 
     Raises ValueError for DIST.STATIC_GRAPH with gradient accumulation.
     """
-    if processes.world > 1:
-        steps = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
-        if cfg.DIST.STATIC_GRAPH and steps > 1:  # torch 2.15 fails on a first pass without gradient exchange
-            raise ValueError(
-                f"DIST.STATIC_GRAPH=true does not go with accumulation {steps}; set it to false, or TRAIN.MICRO_BATCH to "
-                f"{cfg.TRAIN.MICRO_BATCH * steps}"
-            )
+    # torch 2.15 fails on a first pass without gradient exchange.
+    if processes.world > 1 and cfg.DIST.STATIC_GRAPH and plan.accumulation > 1:
+        raise ValueError(
+            f"DIST.STATIC_GRAPH=true does not go with accumulation {plan.accumulation}; set it to false, or TRAIN.MICRO_BATCH to "
+            f"{plan.micro_batch * plan.accumulation}"
+        )
     return wrap_in_ddp(
         model,
         processes,
@@ -64,7 +63,7 @@ def wrap_model(model: nn.Module, processes: Processes, cfg: CfgNode) -> nn.Modul
     )
 
 
-def build_compilation(cfg: CfgNode, model: nn.Module, processes: Processes) -> Compilation | None:
+def build_compilation(cfg: CfgNode, model: nn.Module, plan: BatchPlan, device: torch.device) -> Compilation | None:
     """Return the compilation of the run's models, or None if TRAIN.COMPILE is off.
 
     Called before `build_state`: it replaces drop path layers if their rate is to change. Raises ValueError for
@@ -74,15 +73,13 @@ def build_compilation(cfg: CfgNode, model: nn.Module, processes: Processes) -> C
     if mode == "off":
         return None
     if mode == "reduce-overhead":
-        steps = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
-        if processes.device.type != "cuda":
+        if device.type != "cuda":
             raise ValueError("TRAIN.COMPILE=reduce-overhead records CUDA graphs; set it to default on the CPU")
-        if (
-            steps > 1
-        ):  # a replay for the second micro-batch overwrites the first one's gradients, which lie in graph memory
+        # A replay for the second micro-batch would overwrite the first one's gradients, which lie in graph memory.
+        if plan.accumulation > 1:
             raise ValueError(
-                f"TRAIN.COMPILE=reduce-overhead does not go with accumulation {steps}; set it to default, or TRAIN.MICRO_BATCH "
-                f"to {cfg.TRAIN.MICRO_BATCH * steps}"
+                f"TRAIN.COMPILE=reduce-overhead does not go with accumulation {plan.accumulation}; set it to default, or "
+                f"TRAIN.MICRO_BATCH to {plan.micro_batch * plan.accumulation}"
             )
     if cfg.TIMELINE.DROP_PATH_RATE:
         vary_drop_path(model)
@@ -108,7 +105,14 @@ def wrap_teacher(cfg: CfgNode, model: nn.Module, processes: Processes) -> Teache
     own: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     height, width = own["input_size"][1:]
     size = (height, width) if own.get("fixed_input_size") else None
-    return Teacher(prepare_model(model, processes), cfg.DATA.MEAN, cfg.DATA.STD, own["mean"], own["std"], size)
+    return Teacher(
+        prepare_model(model, processes),
+        mean=cfg.DATA.MEAN,
+        std=cfg.DATA.STD,
+        own_mean=own["mean"],
+        own_std=own["std"],
+        own_size=size,
+    )
 
 
 def build_criterion(cfg: CfgNode, teacher: Teacher | None) -> Criterion:

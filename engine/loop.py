@@ -171,7 +171,7 @@ class Loop:
     def _step_metrics(self, state: TrainState, epoch: int, updates_per_s: float, data_share: float) -> StepMetrics:
         """Return the metrics of a logging step; waits for the device."""
         since_epoch, since_logging = state.sums.read(self.processes)
-        _, skipped_in_run, overflows_in_run = state.skips.tensor.tolist()
+        skips = state.skips.read()
         return StepMetrics(
             epoch=epoch,
             update=state.update,
@@ -183,8 +183,8 @@ class Loop:
             images_per_s=updates_per_s * state.plan.global_batch,
             data_share=data_share,
             skipped=round(since_logging.skipped),
-            skipped_in_run=skipped_in_run,
-            overflows_in_run=overflows_in_run,
+            skipped_in_run=skips.in_run,
+            overflows_in_run=skips.overflows,
         )
 
     def _exchange(self, last: bool) -> AbstractContextManager:

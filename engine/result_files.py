@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.atomic_files import write_atomically
+from common.text import readable
 
 TABLES = (".csv", ".parquet")
 
@@ -20,16 +21,26 @@ def check_target(flag: str, path: str, suffixes: Sequence[str]) -> Path:
     target = Path(path).expanduser()
     if target.suffix not in suffixes:
         raise ValueError(f"{flag} {path}: its name must end in {' or '.join(suffixes)}, which sets the format")
-    if target.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; give a file in it, e.g. {target / ('result' + suffixes[0])}")
-    if not target.parent.is_dir():
-        raise ValueError(f"{flag} {path}: there is no folder {target.parent}; make it, or name another one")
+    check_location(f"{flag} {path}", target, f"result{suffixes[0]}")
     if target.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
             f"{flag} {path}: parquet files need pyarrow, which is not installed; run pip install pyarrow, or name it "
             f"{target.stem}.csv"
         )
     return target
+
+
+def check_location(label: str, target: Path, example: str) -> None:
+    """Raise ValueError, which starts with `label`, for a path of a file that is a folder or lies in a missing one."""
+    if target.is_dir():
+        raise ValueError(f"{label} is a folder; give a file in it, e.g. {target / example}")
+    check_parent(label, target)
+
+
+def check_parent(label: str, target: Path) -> None:
+    """Raise ValueError, which starts with `label`, if the folder that a path lies in does not exist."""
+    if not target.parent.is_dir():
+        raise ValueError(f"{label}: there is no folder {target.parent}; make it, or name another one")
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
@@ -62,10 +73,10 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _text(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
-    """Return file names with bytes that are not UTF-8 escaped, as parquet requires."""
+    """Return names with bytes that are not UTF-8 escaped, as parquet requires."""
     if isinstance(values, np.ndarray):
         return values
-    return [v.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for v in values]
+    return [readable(value) if isinstance(value, str) else value for value in values]
 
 
 def _finite(value: Any) -> Any:

@@ -39,9 +39,8 @@ class TrainState:
     plan: BatchPlan
     update: int = 0  # updates done
     closed: int = 0  # updates done at the end of the last epoch whose evaluation is done too
-    best: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # by "raw" and "ema": top1, correct1, images, epoch, update
+    # By "raw" and "ema": top1, correct1, images, epoch, update.
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
     sums: RunningSums = field(default_factory=RunningSums)
     skips: SkipCounts = field(default_factory=SkipCounts)
     rollbacks: int = 0  # returns of the run to an earlier checkpoint after too many consecutive skips

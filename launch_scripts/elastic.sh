@@ -12,7 +12,7 @@ The same command on every node, also on one that joins later.
   -n  smallest and largest number of nodes, e.g. 1:4
   -a  host name of the node that they meet at; if that one dies, start the command again with another
   -p  port there (default: \$MASTER_PORT, else 20000 + \$SLURM_JOB_ID % 10000, else 29500)
-  -i  name of the meeting, another one for each run (default: the config's name)
+  -i  name of the rendezvous, another one for each run (default: the config's name)
   -m  restarts after the death of a worker or a node before torchrun gives up (default: 100)
   -g  processes on this node (default: \$NPROC_PER_NODE, else its GPUs, or 1 without)
 

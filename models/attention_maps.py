@@ -72,7 +72,9 @@ def attention_maps(
     Raises ValueError for a model that has no attention maps or is in training mode, a block that it lacks or a point outside.
     """
     if not has_maps(model):
-        raise ValueError(f"{type(model).__name__} has no maps to show: SG-Former, GroupMixFormer and STViT have")
+        raise ValueError(
+            f"{type(model).__name__} has no maps to show: not all of its blocks have an attention with `attention_maps`"
+        )
     if model.training:
         raise ValueError("a model in training mode would show maps of another forward pass; call model.eval() first")
     if at is not None and not all(0 <= value <= 1 for value in at):

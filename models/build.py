@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, model_entrypoint
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
@@ -15,6 +15,7 @@ from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
 from models.custom_model import digest, import_models
 from models.kernels.switch import use_kernels
+from models.registry import is_retoken, retoken_models
 from models.weights import adapt, classifier_names, fit, load_weights
 
 
@@ -91,9 +92,8 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
             weights, metadata = load_weights(Path(source))
         except ValueError as error:
             raise ValueError(f"DISTILL.TEACHER_WEIGHTS: {error}") from error
-        size = (
-            cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")
-        )  # Retoken's take any size, timm's that of their weights
+        # Retoken's models take any size, timm's that of their weights.
+        size = cfg.DATA.IMG_SIZE if is_retoken(name) else metadata.get("img_size")
         asked = {"img_size": size if isinstance(size, int) else tuple(size)} if size and takes_img_size(name) else {}
         model = timm.create_model(name, num_classes=len(classes), **asked)
     said = f"{name} with the {metadata['weights']} weights of {source}"
@@ -121,15 +121,6 @@ def check_name(name: str, key: str = "MODEL.NAME") -> None:
         f"{key}={name!r} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
         f"Retoken's are {ours}; timm.list_models() lists the others"
     )
-
-
-def retoken_models() -> list[str]:
-    """Return the names of the variants that this package registers."""
-    return [name for name in timm.list_models() if is_retoken(name)]
-
-
-def is_retoken(name: str) -> bool:
-    return bool(model_entrypoint(name).__module__.startswith("models."))
 
 
 def takes_img_size(name: str) -> bool:

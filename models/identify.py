@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .backbone import STRIDES, Backbone
-from .build import retoken_models
 from .published import COUNTER, find_rule
+from .registry import retoken_models
 
 ENOUGH = 0.5  # share of a variant's entries that identifies it
 Shapes = dict[str, tuple[int, ...]]

@@ -22,7 +22,7 @@ from .sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuided
 REDUCTIONS = (8, 4, 2, 1)  # of the stages; 1 for plain attention
 
 
-class Mlp(nn.Module):
+class DepthwiseMlp(nn.Module):
     """Two linear layers, with a residual depthwise convolution and GELU between."""
 
     gelu_convolution: ClassVar[tuple[str, str]] = ("fc1", "depthwise")
@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.norm2 = LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, mlp_ratio)
+        self.mlp = DepthwiseMlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, significance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ Vision Transformer with Super Token Sampling (Huang et al., CVPR 2023), sections
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -289,7 +290,6 @@ PUBLISHED = (
     Rule("head.*", "head.*"),
 )
 
-
 IDENTITY_KERNELS = Constant(  # with which the published code gathers and adds neighbours
     "stoken_refine.qkv.weight", ("unfold.weights", "fold.weights"), lambda t: torch.eye(9, dtype=t).view(9, 1, 3, 3)
 )
@@ -315,11 +315,11 @@ class STViT(Backbone):
         img_size: int | tuple[int, int] | None = None,  # accepted as in all families, and not used
         **head: Unpack[HeadOptions],
     ):
-        rates = drop_path_rates(drop_path_rate, depths)
+        rates, block = drop_path_rates(drop_path_rate, depths), partial(Block, num_iters=num_iters)
         stages = [
             Stage(
                 Downsample(dims[i - 1], dim) if i else nn.Identity(),
-                [Block(dim, num_heads[i], cells[i], num_iters, i in scaled_stages, rate) for rate in rates[i]],
+                [block(dim, num_heads[i], cells[i], scaled=i in scaled_stages, drop_path=rate) for rate in rates[i]],
             )
             for i, dim in enumerate(dims)
         ]

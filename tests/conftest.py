@@ -83,5 +83,5 @@ def run_python(*argv: str, processes: int = 0, check: bool = True) -> subprocess
 
 @pytest.fixture(scope="session")
 def run_script() -> Callable[..., subprocess.CompletedProcess]:
-    """See run_python."""
+    """Return run_python."""
     return run_python

@@ -46,5 +46,10 @@ def _run(page: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
         ]
         url = page.resolve().as_uri()
         return subprocess.run(
-            [browser, *fixed, *arguments, url], capture_output=True, text=True, timeout=SECONDS, check=True
+            [browser, *fixed, *arguments, url],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
+            check=True,
         )

@@ -19,10 +19,12 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from config.command_line import Parser, check_which
-from data.augment.transforms import EvalTransform
+from data.augment.transforms import EVAL_MODES, INTERPOLATIONS, EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
 from data.stores.class_labels import class_names, readable_names
-from data.stores.folder import SUFFIXES, ClassIndexError
+from data.stores.folder import ClassIndexError
+from data.stores.folder_tree import list_images
+from data.stores.image_files import SUFFIXES
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
@@ -127,7 +129,7 @@ def load_classifier(
         source = str(path)
         model = _find_model(model, metadata, tensors, source)
         tensors, metadata = _fit_names(model, tensors, metadata, source)
-    transform, notes = _find_transform(model, metadata, size, crop_pct)
+    transform, notes = _find_transform(model, metadata, size, crop_pct, source)
     net = _build(model, metadata, transform.crop, tensors, source)
     names = _class_names(metadata, class_index)
     default = _default_cfg(model)
@@ -153,7 +155,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in (Path(text).expanduser() for text in paths):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found += sorted(path / image for image in list_images(path, "")[0])
         elif path.exists():
             found.append(path)
         else:
@@ -161,7 +163,9 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
             raise ValueError(f"{path} does not exist{f'; did you mean {folder / near[0]}?' if near else ''}")
     if not found:
-        raise ValueError(f"there is no image in {', '.join(paths)}; these suffixes are searched: {' '.join(SUFFIXES)}")
+        raise ValueError(
+            f"there is no image in {', '.join(paths)}; images end in {' '.join(SUFFIXES)}, or begin as such files do"
+        )
     return found
 
 
@@ -241,7 +245,7 @@ def _head_names(model: str) -> tuple[str, ...]:
 
 
 def _find_transform(
-    model: str, metadata: dict[str, Any], size: int | None, crop_pct: float | None
+    model: str, metadata: dict[str, Any], size: int | None, crop_pct: float | None, source: str
 ) -> tuple[EvalTransform, list[str]]:
     """Return the evaluation crop, and notes on assumptions made for it."""
     if size is not None and size < 1:
@@ -251,7 +255,7 @@ def _find_transform(
     stated = metadata.get("evaluation")
     notes = []
     if stated:
-        known = EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
+        known = _stated_transform(stated, source)
     else:
         default = _default_cfg(model)
         side = metadata.get("img_size", default.input_size[-1])
@@ -265,6 +269,21 @@ def _find_transform(
     if crop_pct is not None:
         resize = math.floor(crop / crop_pct)
     return EvalTransform(crop, resize, known.interpolation, known.mode, known.fill), notes
+
+
+def _stated_transform(stated: dict[str, Any], source: str) -> EvalTransform:
+    """Return the evaluation crop that a file states. Raises ValueError if there is no such crop."""
+    for key, known in (("interpolation", INTERPOLATIONS), ("mode", EVAL_MODES)):
+        if key in stated and stated[key] not in known:
+            raise ValueError(
+                f"{source} states the evaluation {key} {stated[key]!r}, which is none of {', '.join(known)}; is it of a newer version?"
+            )
+    crop, resize = stated["crop"], stated.get("resize", 0)
+    if 0 < resize < crop:
+        raise ValueError(
+            f"{source} states an evaluation crop of {crop} pixels from images resized to {resize}; is it damaged?"
+        )
+    return EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
 
 
 def _default_cfg(model: str) -> PretrainedCfg:

@@ -15,12 +15,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from config.command_line import Parser
 from tools.run_comparison import ABSENT, Comparison, compare, format_number, read_run
 from tools.tables import aligned_columns, markdown_table, terminal_table
+
+JSON_KEYS = {
+    "divergence": "parting",
+    "summary": "verdict",
+}  # keys that scripts read; the others are those of Comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.fail(error)
     if args.json:
-        tree = {"tolerance": args.tolerance, "comparisons": [asdict(comparison) for comparison in found]}
+        tree = {"tolerance": args.tolerance, "comparisons": [as_json(comparison) for comparison in found]}
         print(json.dumps(tree, indent=2, allow_nan=False))
     else:
         show(found, args.markdown)
     return 0 if all(comparison.same for comparison in found) else 1
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain values, under the keys of the JSON output."""
+    return {JSON_KEYS.get(name, name): value for name, value in asdict(comparison).items()}
 
 
 def compare_parser() -> Parser:
@@ -76,11 +87,11 @@ def show(found: Sequence[Comparison], markdown: bool) -> None:
         )
         for note in (compared, *comparison.notes):
             print(note + "\n" * markdown)
-        verdict = f"{comparison.a}, {comparison.b}: {comparison.verdict}"
+        summary = f"{comparison.a}, {comparison.b}: {comparison.summary}"
         if screen.is_terminal and not markdown:
-            screen.print(verdict, style="bold green" if comparison.same else "bold red", markup=False, soft_wrap=True)
+            screen.print(summary, style="bold green" if comparison.same else "bold red", markup=False, soft_wrap=True)
         else:
-            print(f"**{verdict}**\n" if markdown else verdict)
+            print(f"**{summary}**\n" if markdown else summary)
 
 
 def sections(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -92,7 +103,7 @@ def sections(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
         found.append(("config", [""], [[line] for line in c.config]))
     if c.manifest:
         found.append(("manifest", ["", *names], [list(row) for row in c.manifest]))
-    apart = [d for kind in ("train", "eval") for d in c.parting[kind]]
+    apart = [d for kind in ("train", "eval") for d in c.divergence[kind]]
     if c.largest_loss:
         apart.append(c.largest_loss)
     if apart:

@@ -19,6 +19,7 @@ from torch import Tensor
 from common.atomic_files import write_atomically
 from config.command_line import Parser
 from engine.checkpoint.files import save_state, save_weights
+from engine.result_files import check_location
 from models.backbone import Backbone
 from models.build import check_name, retoken_models
 from models.identify import identify, skeleton
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     source, target = Path(args.source), Path(args.target)
     try:
-        check_target(source, target)
+        check_paths(source, target)
         weights, metadata = load_weights(source, args.weights or "raw")
         if args.weights and metadata["weights"] != args.weights:
             raise ValueError(
@@ -77,14 +78,11 @@ def convert_parser() -> Parser:
     return parser
 
 
-def check_target(source: Path, target: Path) -> None:
+def check_paths(source: Path, target: Path) -> None:
     """Raise ValueError for a file that cannot be written, or that is the input."""
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{target}: the suffix selects the format; end it in {', '.join(SUFFIXES)}")
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(
-            f"{target}: {'is a folder' if target.is_dir() else 'its folder does not exist'}; name another file"
-        )
+    check_location(str(target), target, f"weights{target.suffix}")
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target} is the file to be read; give OUT another name")
 

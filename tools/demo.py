@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from rich.progress import track
+from rich.console import Console
 
 from common.rng import keyed_generator
 from tools.demo_pictures import FORMS, draw
+from tools.progress import with_progress
 
 VERSION = 1  # of the pictures; raise it when they change
 MARKER = "demo.json"
@@ -58,7 +59,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name another folder")
     if (out / MARKER).is_file():
-        if json.loads((out / MARKER).read_text()) == described and _count(out) == train + val:
+        if json.loads((out / MARKER).read_text(encoding="utf-8")) == described and _count(out) == train + val:
             print(f"{out}: {train} + {val} pictures of {len(FORMS)} classes are there already")
             return False
     elif out.is_dir() and any(out.iterdir()):
@@ -70,9 +71,11 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
             (partial / split / name).mkdir(parents=True)
     start = time.perf_counter()
     pictures = [(s, i, seed, str(partial)) for s, n in zip(SPLITS, (train, val), strict=True) for i in range(n)]
-    for _ in _with_progress(_draw_all(pictures, workers), len(pictures)):
+    console = Console(highlight=False, soft_wrap=True)
+    line = "drew {count} of {total} pictures"
+    for _ in with_progress(_draw_all(pictures, workers), len(pictures), console, title="Drawing pictures", done=line):
         pass
-    (partial / MARKER).write_text(json.dumps(described))
+    (partial / MARKER).write_text(json.dumps(described), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     print(f"{out}: drew {train} + {val} pictures of {len(FORMS)} classes in {time.perf_counter() - start:.0f} s")
@@ -96,17 +99,6 @@ def _draw_all(pictures: list[Picture], workers: int | None) -> Iterator[None]:
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(draw_picture, pictures, chunksize=CHUNK)
-
-
-def _with_progress(done: Iterator[None], total: int) -> Iterator[None]:
-    """Pass items on and show progress: a bar on a terminal, ten lines elsewhere."""
-    if sys.stdout.isatty():
-        yield from track(done, "Drawing pictures", total=total)
-        return
-    for count, item in enumerate(done, 1):
-        if count * 10 // total > (count - 1) * 10 // total:
-            print(f"drew {count} of {total} pictures", flush=True)
-        yield item
 
 
 def _count(folder: Path) -> int:

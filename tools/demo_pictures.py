@@ -27,7 +27,7 @@ def draw(name: str, rng: Rng) -> Image.Image:
     ground, ink, second = _colours(rng)
     picture = _background(rng, x, y, ground)
     _strokes(rng, picture, x, y, count=rng.randint(3, 8))
-    _object(rng, picture, x, y, FORMS[name], ink, second)
+    _object(rng, picture, x, y, form=FORMS[name], ink=ink, second=second)
     _strokes(rng, picture, x, y, count=rng.randint(0, 3), thin=True)
     picture *= _light(rng, x, y)
     return _camera(rng, picture)
@@ -91,7 +91,7 @@ def _strokes(rng: Rng, picture: Array, x: Array, y: Array, count: int, thin: boo
         _blend(picture[:, rows, columns], _inside(np.abs(v) - taper, 1.0), colour)
 
 
-def _object(rng: Rng, picture: Array, x: Array, y: Array, form: Callable, ink: Array, second: Array) -> None:
+def _object(rng: Rng, picture: Array, x: Array, y: Array, *, form: Callable, ink: Array, second: Array) -> None:
     """Paint the object with its shadow, in place."""
     height, width = len(y), len(x)
     radius = min(height, width) * rng.uniform(0.24, 0.44)

@@ -21,7 +21,8 @@ from yacs.config import CfgNode
 
 from common.byte_size import format_bytes
 from config.command_line import ROOT
-from data.loaders.shared_memory import SHM, default_workers, neighbours
+from data.loaders.shared_memory import SHM
+from data.loaders.workers import default_workers, processes_per_machine
 from tools.doctor_findings import Finding, fail, ok, warn
 
 PYTHON = (3, 11)
@@ -70,7 +71,7 @@ def packages(cfg: CfgNode | None) -> Iterator[Finding]:
 
 def requirements(path: Path) -> list[Requirement]:
     """Return the requirements of a file that apply to this system."""
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     found = [Requirement(line) for line in lines if line and not line.startswith("-")]
     return [one for one in found if one.marker is None or one.marker.evaluate()]
 
@@ -128,7 +129,7 @@ def _driver() -> str:
         return ""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.split("\n")[0].strip()
@@ -201,11 +202,11 @@ def limits(cfg: CfgNode | None) -> Iterator[Finding]:
     """Check cores, /dev/shm, open files and the clock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cfg.DATA.WORKERS if cfg and cfg.DATA.WORKERS >= 0 else default_workers()
-    if workers * neighbours() > 2 * cores:
+    if workers * processes_per_machine() > 2 * cores:
         yield warn(
             "cores",
-            f"{cores}, for {workers} loader processes x {neighbours()} training processes",
-            f"DATA.WORKERS {max(1, cores // neighbours())}, or -1",
+            f"{cores}, for {workers} loader processes x {processes_per_machine()} training processes",
+            f"DATA.WORKERS {max(1, cores // processes_per_machine())}, or -1",
         )
     else:
         yield ok("cores", f"{cores}; {workers} loader processes for each training process")

@@ -16,7 +16,7 @@ import config
 from common.byte_size import format_bytes
 from data.build import Data
 from data.stores.split import open_split
-from engine.batch_plan import accumulation
+from engine.batch_plan import accumulation_steps
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
@@ -94,7 +94,7 @@ def file_system(folder: Path) -> str:
     if not mounts.is_file():
         return "unknown"
     best, kind = "", "unknown"
-    for line in mounts.read_text().splitlines():
+    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, point, found, *_ = line.split()
         point = point.replace("\\040", " ")
         if Path(folder).resolve().is_relative_to(point) and len(point) >= len(best):
@@ -105,7 +105,7 @@ def file_system(folder: Path) -> str:
 def run(cfg: CfgNode, world: int) -> Iterator[Finding]:
     """Build everything as train.py --dry-run does; check the batch, data, model, memory and disk."""
     try:
-        factor = accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, world)
+        factor = accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, world)
     except ValueError as error:
         yield fail("batch", str(error), "lower --batch-size, or launch another number of processes (--processes)")
     else:

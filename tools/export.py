@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from common.atomic_files import write_atomically
 from config.command_line import Parser
-from models.backbone import Backbone
+from engine.result_files import check_location, check_parent
 from models.inference.fold import fold
+from models.inference.prepare import is_foldable
 from tools.classifier import Classifier, add_checkpoint_options, load_from_args
 from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in classifier.notes:
             screen.print(f"note: {note}", markup=False)
         model = fold_and_check(classifier, screen) if args.fold else classifier.model
-        export(classifier, model, args.format, out, args.opset, screen)
+        export(classifier, model, kind=args.format, out=out, opset=args.opset, screen=screen)
     except (ValueError, OSError) as error:
         parser.fail(error)
     except DifferenceError as error:
@@ -86,12 +87,12 @@ def check_out(out: Path, kind: str) -> Path:
     suffix = FORMATS[kind]
     if suffix and out.suffix != suffix:
         raise ValueError(f"--out {out}: --format {kind} writes a {suffix} file; name it {out.with_suffix(suffix)}")
-    if suffix and out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file in it, e.g. {out / ('model' + suffix)}")
-    if not suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if suffix:
+        check_location(f"--out {out}", out, f"model{suffix}")
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already; give a new or an empty folder")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it, or name another one")
+    check_parent(f"--out {out}", out)
     return out
 
 
@@ -107,8 +108,8 @@ def check_packages(kind: str) -> None:
 
 def fold_and_check(classifier: Classifier, screen: Console) -> nn.Module:
     """Return a folded copy of the model. Raises DifferenceError if the two differ in float64 on random images."""
-    if not isinstance(classifier.model, Backbone):
-        raise ValueError(f"--fold supports SG-Former, GroupMixFormer and STViT, not {classifier.name}; leave it out")
+    if not is_foldable(classifier.model):
+        raise ValueError(f"--fold: the class of {classifier.name} does not declare `foldable = True`; leave it out")
     plain = copy.deepcopy(classifier.model).double()
     other = copy.deepcopy(plain)
     done = fold(other)
@@ -122,7 +123,9 @@ def fold_and_check(classifier: Classifier, screen: Console) -> nn.Module:
     return other.float()
 
 
-def export(classifier: Classifier, model: nn.Module, kind: str, out: Path, opset: int | None, screen: Console) -> None:
+def export(
+    classifier: Classifier, model: nn.Module, *, kind: str, out: Path, opset: int | None, screen: Console
+) -> None:
     """Write a model, read it back and print the difference. Raises DifferenceError, and leaves no file, above the bound."""
     bound = BOUND
 

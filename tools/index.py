@@ -16,24 +16,35 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from config.command_line import Parser
+from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
 from data.loaders.decode import UnreadableImageError
 from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_source import ArchiveSource
 from data.stores.folder import read_class_index
+from data.stores.image_files import DEFECTS
 from data.stores.layout import NoSplitError
-from data.stores.split import ArchiveSplit, Split, file_sizes, open_split
+from data.stores.names import lookalike_notes, printable
+from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, single_class
+from tools.progress import with_progress
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
 NAMED = 20  # problems of one kind that are listed
 _source: ImageSource | None = None  # image source of a decoding process
+
+
+class Decoded(NamedTuple):
+    """Result of decoding an image: the reason why it cannot be, or its mean level."""
+
+    reason: str = ""
+    level: float = 0.0
 
 
 @dataclass
@@ -56,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stores = open_splits(args, screen)
         classes = read_class_index(args.class_index) if args.class_index else next(iter(stores.values())).classes()
         summaries = []
+        if "train" in stores and (problem := single_class(stores["train"], classes)):
+            raise ValueError(problem)
         for split, store in stores.items():
             source = store.source(classes, must_hold_all=False)
             summary = describe(split, store, source, classes)
@@ -114,8 +127,13 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
             problems.append(
                 f"{duplicates} images have the class and name of another: {', '.join(store.index.metadata['duplicate_names'][:5])}"
             )
+    if store.passed.found:
+        lines.append(("passed over", store.passed.text()))
+        lost = store.passed.text(DEFECTS)
+        problems += [f"images may be missing: {lost}"] if lost else []
     counts = np.bincount(source.labels, minlength=len(classes))
     held = counts[counts > 0]
+    problems += lookalike_notes(store.name, [name for name, count in zip(classes, counts, strict=True) if count])
     lines.append(("images", f"{len(source)} of {len(held)} classes"))
     few, many = (int(i) for i in (counts.argmin(), counts.argmax()))
     lines.append(
@@ -146,16 +164,31 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, workers: int) -> None:
-    """Decode images in several processes, and note those that cannot be decoded."""
+    """Decode images in several processes, and note those that cannot be decoded, and most of them being nearly black."""
     stored = indices
     if isinstance(source, ArchiveSource):  # in storage order
         rank = np.empty(len(source), dtype=np.int64)
         rank[source.storage_order()] = np.arange(len(source))
         stored = indices[np.argsort(rank[indices])]
-    reasons = decode_all(source, stored.tolist(), workers)
-    found = [reason for reason in with_progress(reasons, len(stored), summary.split) if reason]
+    results = with_progress(
+        decode_all(source, stored.tolist(), workers),
+        len(stored),
+        Console(stderr=True, highlight=False, soft_wrap=True),
+        title=f"decoding {summary.split}",
+        done=f"decoded {{count}} of {{total}} images of {summary.split}",
+        transient=True,
+        fewest=10 * SAMPLE + 1,
+    )
+    decoded = list(results)
+    found = [image.reason for image in decoded if image.reason]
+    levels = [image.level for image in decoded if not image.reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
     summary.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
+    if levels:
+        dark = sum(level < NEARLY_BLACK for level in levels)
+        summary.lines.append(("level", f"{np.mean(levels):.1f} of 255 on average; {dark} images are nearly black"))
+    if warning := darkness(levels, summary.split):
+        summary.problems.append(warning)
     summary.problems += found[:NAMED]
     if len(found) > NAMED:
         kinds = Counter(reason.split("(")[-1].split(";")[-1].split(")")[0].strip() for reason in found[NAMED:])
@@ -164,19 +197,19 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
         )
 
 
-def decode_all(source: ImageSource, indices: list[int], workers: int) -> Iterator[str]:
-    """Decode images; yield for each the reason why it cannot be decoded, "" if it can."""
+def decode_all(source: ImageSource, indices: list[int], workers: int) -> Iterator[Decoded]:
+    """Decode images; yield the result of each."""
     chunks = (indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK))
     if workers == 1 or len(indices) <= CHUNK:
-        yield from (reason for chunk in chunks for reason in _check(chunk, source))
+        yield from (image for chunk in chunks for image in _check(chunk, source))
         return
     context = multiprocessing.get_context("fork")  # as the workers of the loaders
     with ProcessPoolExecutor(workers, context, initializer=_set_source, initargs=(source,)) as pool:
         pending = [pool.submit(_check, chunk) for chunk in islice(chunks, 4 * workers)]
         while pending:
-            reasons = pending.pop(0).result()
+            decoded = pending.pop(0).result()
             pending += [pool.submit(_check, chunk) for chunk in islice(chunks, 1)]
-            yield from reasons
+            yield from decoded
 
 
 def _set_source(source: ImageSource) -> None:
@@ -184,39 +217,26 @@ def _set_source(source: ImageSource) -> None:
     _source = source
 
 
-def _check(indices: list[int], source: ImageSource | None = None) -> list[str]:
-    """Decode images of a source (default: this process's); return a reason for each, "" if it can be decoded."""
+def _check(indices: list[int], source: ImageSource | None = None) -> list[Decoded]:
+    """Decode images of a source (default: this process's); return the result of each."""
     source = source or _source
     assert source is not None
-    reasons = []
+    decoded = []
     for index in indices:
         try:
-            load(source, index)
-            reasons.append("")
+            decoded.append(Decoded(level=mean_level(load(source, index))))
         except UnreadableImageError as error:
-            reasons.append(f"{error.name} {error.reason}")
-    return reasons
-
-
-def with_progress(reasons: Iterator[str], total: int, split: str) -> Iterator[str]:
-    """Pass results on and show progress: a bar on a terminal, ten lines for a long check elsewhere."""
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        yield from track(reasons, f"decoding {split}", total, console=console, transient=True)
-        return
-    for count, reason in enumerate(reasons, 1):
-        if total > 10 * SAMPLE and count * 10 // total > (count - 1) * 10 // total:
-            console.print(f"decoded {count} of {total} images of {split}")
-        yield reason
+            decoded.append(Decoded(f"{error.name} {error.reason}"))
+    return decoded
 
 
 def print_summary(summary: SplitSummary, screen: Console) -> None:
     """Print the counts of a split, then its problems."""
     screen.print(summary.split, style="bold")
     for name, text in summary.lines:
-        screen.print(f"  {name:<8} {text}", markup=False)
+        screen.print(f"  {name:<11} {printable(text)}", markup=False)
     for problem in summary.problems:
-        screen.print(f"  problem  {problem}", style="red", markup=False)
+        screen.print(f"  problem     {printable(problem)}", style="red", markup=False)
 
 
 if __name__ == "__main__":

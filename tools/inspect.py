@@ -177,7 +177,14 @@ def measure(name: str, sizes: Sequence[int], latency: bool, batch: int = 0) -> M
     parameters = sum(p.numel() for p in first.parameters())
     time_ms = time_forward(name, sizes[0]) if latency else None
     memory = training_memory(name, sizes[0], batch) if batch else None
-    return Measures(name, parameters, macs, activations[0], time_ms, memory)
+    return Measures(
+        name=name,
+        parameters=parameters,
+        macs=macs,
+        activations=activations[0],
+        latency_ms=time_ms,
+        memory=memory,
+    )
 
 
 def training_memory(name: str, size: int, batch: int) -> int:
@@ -210,7 +217,9 @@ def stages(name: str, size: int) -> list[Part]:
                 parameters = sum(p.numel() for p in module.parameters())
                 macs, activations = (flops.get_total_flops() - before[0]) // 2, counter.values - before[1]
                 if parameters or macs:
-                    found.append(Part(part, shape, parameters, macs, activations))
+                    found.append(
+                        Part(name=part, output=shape, parameters=parameters, macs=macs, activations=activations)
+                    )
 
             hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
         model(torch.empty(1, 3, size, size))

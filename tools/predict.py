@@ -24,13 +24,14 @@ from engine.malloc import keep_freed_memory
 from engine.result_files import TABLES, check_target, write_table
 from models.inference.prepare import is_foldable, prepare_inference
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
+from tools.device import choose_device
 
 THREADS = 8  # for decoding
 SHOWN = 20  # unreadable files that are listed
 
 
 @dataclass
-class Predictions:
+class RankedClasses:
     """Most probable classes of each readable image, in descending order, with their probabilities."""
 
     paths: list[str] = field(default_factory=list)
@@ -65,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("images", total=len(images))
         predictions = predict(
-            classifier, images, top, args.batch_size, device, lambda count: progress.update(task, advance=count)
+            classifier,
+            images,
+            top,
+            batch_size=args.batch_size,
+            device=device,
+            advance=lambda count: progress.update(task, advance=count),
         )
     if table:
         write_table(table, columns(classifier, predictions, top))
@@ -94,24 +100,18 @@ def predict_parser() -> Parser:
     return parser
 
 
-def choose_device(asked: str) -> torch.device:
-    """Return the requested device. Raises ValueError for CUDA without a CUDA device."""
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device; leave it out, or check the driver with nvidia-smi")
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 @torch.inference_mode()
 def predict(
     classifier: Classifier,
     images: Sequence[Path],
     top: int,
+    *,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda count: None,
-) -> Predictions:
+) -> RankedClasses:
     """Classify images in batches; `advance` is called with the number of images of each batch."""
-    predictions = Predictions()
+    predictions = RankedClasses()
     model = classifier.model.to(device)
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(images), batch_size):
@@ -137,7 +137,7 @@ def _prepare(classifier: Classifier, path: Path) -> Tensor | UnreadableImageErro
         return error
 
 
-def lines(classifier: Classifier, predictions: Predictions) -> Iterator[str]:
+def lines(classifier: Classifier, predictions: RankedClasses) -> Iterator[str]:
     """Yield predictions as lines of text: the image, then a line for each class."""
     rows = zip(predictions.paths, predictions.labels, predictions.probabilities, strict=True)
     for path, labels, probabilities in rows:
@@ -146,7 +146,7 @@ def lines(classifier: Classifier, predictions: Predictions) -> Iterator[str]:
             yield f"  {100 * probability:5.1f} %  {classifier.label(label)}"
 
 
-def columns(classifier: Classifier, predictions: Predictions, top: int) -> dict[str, list[str] | list[float]]:
+def columns(classifier: Classifier, predictions: RankedClasses, top: int) -> dict[str, list[str] | list[float]]:
     """Return predictions as columns of a table: the image, then class, name and probability for each rank."""
     table: dict[str, list[str] | list[float]] = {"image": predictions.paths}
     named = classifier.readable != classifier.classes

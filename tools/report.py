@@ -16,7 +16,8 @@ from typing import Any
 
 import jinja2
 
-from common.atomic_files import write_atomically
+from common.atomic_files import write_text_atomically
+from common.text import readable
 from config.command_line import Parser
 from tools.report_pictures import embed_picture
 from tools.report_tables import (
@@ -29,7 +30,7 @@ from tools.report_tables import (
     start_row,
 )
 from tools.run_comparison import ABSENT
-from tools.run_info import HEADLINES, LOG_LINES, RunInfo, format_age, format_duration
+from tools.run_info import HEADLINES, LOG_LINES, RunInfo, format_age, format_rounded_duration
 
 PAGE = Path(__file__).parent / "page"
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             page = render(runs)
-            write_atomically(out, lambda file: _write_text(file, page))
+            write_text_atomically(out, readable(page))
         except OSError as error:
             raise ValueError(f"{out} cannot be written ({error.strerror}); choose another file with --out") from error
     except ValueError as error:
@@ -92,8 +93,8 @@ def render(runs: Sequence[RunInfo]) -> str:
     ]
     return environment.get_template("page.html").render(
         title=names[0] if len(runs) == 1 else " · ".join(names),
-        css=jinja2.filters.Markup((PAGE / "page.css").read_text()),
-        js=jinja2.filters.Markup((PAGE / "page.js").read_text()),
+        css=jinja2.filters.Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+        js=jinja2.filters.Markup((PAGE / "page.js").read_text(encoding="utf-8")),
         runs=contexts,
         names=names,
         comparison=side_by_side(runs) if len(runs) > 1 else [],
@@ -158,7 +159,7 @@ def progress(run: RunInfo) -> dict[str, Any]:
     note = f"update {run.last:,}{f' of {total:,}' if total else ''}"
     if run.status == "running":
         note += f"; last row {format_age(run.written)}" if run.written else ""
-        note += f"; about {format_duration(left)} of training left" if (left := run.left(total)) else ""
+        note += f"; about {format_rounded_duration(left)} of training left" if (left := run.left(total)) else ""
     return {
         "title": run.epochs_text(),
         "percent": f"{percent:.1f}",
@@ -208,10 +209,6 @@ def _names(runs: Sequence[RunInfo]) -> list[str]:
     """Return the runs' names, or their paths where names repeat."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text)
 
 
 if __name__ == "__main__":

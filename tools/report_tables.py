@@ -39,7 +39,7 @@ def metadata(run: RunInfo) -> list[tuple[str, str]]:
             found[name] = ", ".join(f"{package} {version}" for package, version in value.items())
         elif name not in ("config", "command", "time", "update"):
             found[name] = value
-    return [(name.replace("_", " "), _counted(name, _brief(value))) for name, value in found.items()]
+    return [(name.replace("_", " "), _counted(name, _as_text(value))) for name, value in found.items()]
 
 
 def evaluation_row(row: Mapping[str, Any]) -> list[str]:
@@ -118,7 +118,7 @@ def _counted(name: str, text: str) -> str:
     return f"{int(text):,}" if text.isdecimal() and len(text) > 3 and name != "seed" else text
 
 
-def _brief(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """Return a value as text, a list cut after LISTED entries."""
     if not isinstance(value, list):
         return ABSENT if value is None else str(value)

@@ -74,13 +74,13 @@ class Comparison:
     b: str
     config: list[str]
     manifest: list[tuple[str, str, str]]
-    parting: dict[str, list[Difference]]  # train, eval: those beyond the tolerance, of the first row with any
+    divergence: dict[str, list[Difference]]  # train, eval: those beyond the tolerance, of the first row with any
     largest_loss: Difference | None
     best: dict[str, list[dict[str, Any] | None]]  # by weights: of a, of b
     rows: dict[str, int]  # train, eval: number of rows compared
     through: int  # the last update compared
     same: bool
-    verdict: str
+    summary: str
     notes: list[str] = field(default_factory=list)
 
 
@@ -93,7 +93,7 @@ def read_run(path: Path, may_be_empty: bool = False) -> Run:
     if not (metrics.is_file() or may_be_empty):
         raise ValueError(f"{path} holds no metrics.jsonl, it is no run directory{_near(path)}")
     train, evals = {}, {}
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    lines = metrics.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if metrics.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line, parse_constant=lambda _: None)
@@ -124,22 +124,22 @@ def compare(a: Run, b: Run, tolerance: float) -> Comparison:
         )
     found = [d for update in updates for d in _train_differences(a, b, update)]
     found += [d for key in evaluations for d in row_differences(a.evals[key], b.evals[key], f"eval {key[1]}")]
-    parting = {kind: _first(found, kind, tolerance) for kind in ("train", "eval")}
+    divergence = {kind: _first(found, kind, tolerance) for kind in ("train", "eval")}
     losses = [d for d in found if d.where == "train" and "loss" in d.name]
-    same = not any(parting.values())
+    same = not any(divergence.values())
     through = max([*updates, *(update for update, _ in evaluations)])
     return Comparison(
         a=str(a.path),
         b=str(b.path),
         config=config_differences(a.config, b.config, ()),
         manifest=manifest_differences(a.manifest, b.manifest),
-        parting=parting,
+        divergence=divergence,
         largest_loss=max(losses, key=_size, default=None),
         best={which: [best(run, which) for run in (a, b)] for which in ("raw", "ema")},
         rows={"train": len(updates), "eval": len(evaluations)},
         through=through,
         same=same,
-        verdict=_summary(found, parting, tolerance, through, [*updates, *(update for update, _ in evaluations)]),
+        summary=_summary(found, divergence, tolerance, through, [*updates, *(update for update, _ in evaluations)]),
         notes=_notes(a, b, updates),
     )
 
@@ -154,14 +154,14 @@ def row_differences(
         if x == y or not all(value is None or isinstance(value, int | float) for value in (x, y)):
             continue
         relative = None if x is None or y is None else abs(x - y) / max(abs(x), abs(y))
-        yield Difference(int(a["update"]), where, name, x, y, relative)
+        yield Difference(update=int(a["update"]), where=where, name=name, a=x, b=y, relative=relative)
 
 
 def manifest_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """List the differences in commit, packages, hardware, processes, data, seed and model, as (name, of a, of b)."""
     flat_a, flat_b = _flat_metadata(a), _flat_metadata(b)
     return [
-        (name, _brief(flat_a.get(name, ABSENT)), _brief(flat_b.get(name, ABSENT)))
+        (name, _shortened(flat_a.get(name, ABSENT)), _shortened(flat_b.get(name, ABSENT)))
         for name in {**flat_a, **flat_b}
         if flat_a.get(name) != flat_b.get(name)
     ]
@@ -199,13 +199,13 @@ def _first(found: Sequence[Difference], kind: str, tolerance: float) -> list[Dif
 
 def _summary(
     found: Sequence[Difference],
-    parting: Mapping[str, Sequence[Difference]],
+    divergence: Mapping[str, Sequence[Difference]],
     tolerance: float,
     through: int,
     updates: Sequence[int],
 ) -> str:
-    """Return the comparison's result in one line: identical, within the tolerance, or the update at which runs part."""
-    firsts = [differences[0] for differences in parting.values() if differences]
+    """Return the comparison's result in one line: identical, within the tolerance, or the update at which runs diverge."""
+    firsts = [differences[0] for differences in divergence.values() if differences]
     if firsts:
         first = min(firsts, key=lambda d: d.update)
         before = max((u for u in updates if u < first.update), default=None)
@@ -257,8 +257,8 @@ def describe_commit(start: Mapping[str, Any]) -> str:
     return f"{commit} + {changed} changed files" if changed else commit
 
 
-def _brief(value: Any) -> str:
-    """Return a value as text of at most 60 characters."""
+def _shortened(value: Any) -> str:
+    """Return a value as text of at most 60 characters, a list with its length first."""
     text = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -268,7 +268,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
+        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(
+            path.read_text(encoding="utf-8", errors="surrogateescape")
+        )
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); repair or delete it") from error
     return tree if isinstance(tree, dict) else {}

@@ -142,7 +142,7 @@ class RunInfo:
     def log(self) -> list[str]:
         """Lines of log.txt."""
         path = self.path / "log.txt"
-        return path.read_text(errors="replace").splitlines() if path.is_file() else []
+        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
 
     def warnings(self) -> list[tuple[str, int, str]]:
         """List the log's warnings, grouped where only numbers differ: time of the last, count, text of the last."""
@@ -159,7 +159,7 @@ class RunInfo:
         """List the training images that could not be read, with the reason."""
         path = self.path / "bad_images.jsonl"
         found = []
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else ():
             with contextlib.suppress(ValueError):  # a crash may cut off the last line
                 row = json.loads(line)
                 found.append((str(row.get("path", "")), str(row.get("reason", ""))))
@@ -171,7 +171,7 @@ class RunInfo:
         if not path.is_file():
             return ""
         with contextlib.suppress(ValueError):
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
             back = record.get("went_back_to")
             return f"{record.get('error')}; {f'went back to {back}' if back else 'could not go back'}. More in {path}."
         return f"{path} is damaged"
@@ -196,11 +196,11 @@ class RunInfo:
 
 def format_age(moment: float) -> str:
     """Return the time since a moment (seconds since 1970) as text."""
-    return f"{format_duration(max(time.time() - moment, 0))} ago"
+    return f"{format_rounded_duration(max(time.time() - moment, 0))} ago"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration as text: a rounded number with its unit, seconds to days."""
+def format_rounded_duration(seconds: float) -> str:
+    """Return a duration as text: a rounded number with its unit, seconds to days. live_widgets.duration is exact, as a clock."""
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {name}"

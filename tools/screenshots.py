@@ -59,12 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_dataset(work / "data")
         for name in RUNS:
             train(work, name)
-        (out / "live.svg").write_text(draw_live_view(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"))
+        (out / "live.svg").write_text(
+            draw_live_view(work / "demo.terminal", r"epoch +4/6.*update +(7|8|9)\d/125"), encoding="utf-8"
+        )
         draw_reports(work, out)
         first = work / "stvit_small_64" / "pictures" / "first_batch.png"
         save_small(Image.open(first), out / "first_batch.png")
         for name, family in ATTENTION_MAPS.items():
-            draw_attention_maps(work, name, out / f"look_{family}.jpg")
+            save_attention_maps(work, name, out / f"attention_maps_{family}.jpg")
     except (ValueError, OSError, subprocess.SubprocessError) as error:
         parser.fail(error)
     for path in sorted(out.iterdir()):
@@ -100,15 +102,18 @@ def draw_reports(work: Path, out: Path) -> None:
         ("report_phone", one, 500, 1100, "light"),
     ):
         page, shot = work / f"{name}.html", work / f"{name}.png"
-        page.write_text(report.render(runs))
+        page.write_text(report.render(runs), encoding="utf-8")
         if messages := screenshot(page, shot, width, height, theme):
             raise ValueError(f"{page}: its scripts write to the console: {'; '.join(messages)}")
         save_small(Image.open(shot), out / f"{name}.png")
 
 
-def draw_attention_maps(work: Path, name: str, out: Path) -> None:
+def save_attention_maps(work: Path, name: str, out: Path) -> None:
     """Draw the attention maps of a trained model for a validation picture."""
-    photo, folder = min((work / "data" / "val" / PICTURE).glob("*.jpg"), key=elongation), work / f"look_{name}"
+    photo, folder = (
+        min((work / "data" / "val" / PICTURE).glob("*.jpg"), key=elongation),
+        work / f"attention_maps_{name}",
+    )
     weights = ("--checkpoint", str(work / name / "best_raw.safetensors"), "--size", str(SIZE))
     argv = [sys.executable, "-m", "tools.visualize", str(photo), *weights, "--out", str(folder)]
     subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -5,6 +5,7 @@ Only the control codes that rich writes are interpreted: colours, carriage retur
 
 import errno
 import fcntl
+import io
 import os
 import pty
 import re
@@ -22,7 +23,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FONT = re.compile(r"@font-face \{[^}]*\}\s*")  # rich's SVGs load a font from a server
 
 
-class Screen:
+class RecordedScreen:
     """Lines on a terminal's screen, with their colours."""
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class Screen:
 
     def svg(self, columns: int, rows: int, title: str) -> str:
         """Return an SVG of a terminal window with the last `rows` lines, long ones wrapped."""
-        console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), force_terminal=True)  # noqa: SIM115
+        console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
         lines = [line for text in AnsiDecoder().decode("\n".join(self._shown)) for line in text.wrap(console, columns)]
         for line in lines[-rows:]:
             console.print(line)
@@ -84,12 +85,12 @@ def record(argv: Sequence[str], out: Path, columns: int, rows: int, env: Mapping
     return process.wait()
 
 
-def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> Screen:
+def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> RecordedScreen:
     """Return the first screen after a write of `end` for whose text `wanted` is true; the last screen if there is none.
 
     Raises ValueError if `end` was never written.
     """
-    screen, found = Screen(), False
+    screen, found = RecordedScreen(), False
     parts = output.split(end)
     for part in parts[:-1]:
         screen.feed(part + end)

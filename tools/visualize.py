@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = find_images(args.images)
         classifier = load_from_args(args)
         if not has_maps(classifier.model):
-            raise ValueError(f"{classifier.name} has no maps to show: SG-Former, GroupMixFormer and STViT have")
+            raise ValueError(
+                f"{classifier.name} has no maps to show: not all of its blocks have an attention with `attention_maps`"
+            )
         blocks = parse_blocks(args.blocks, classifier.model)
         point = parse_point(args.at) if args.at else None
         out.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in classifier.notes:
             screen.print(f"note: {note}", markup=False)
         todo = track(images, "drawing", console=screen, transient=True, disable=not screen.is_terminal)
-        written, unreadable = draw_all(classifier, todo, blocks, point, args.smooth, out, args.format)
+        written, unreadable = draw_all(
+            classifier, todo, blocks=blocks, point=point, smooth=args.smooth, out=out, formats=args.format
+        )
     except (ValueError, OSError) as error:
         parser.fail(error)
     for failed in unreadable:
@@ -141,6 +145,7 @@ def parse_point(text: str) -> tuple[float, float, bool]:
 def draw_all(
     classifier: Classifier,
     images: Iterable[Path],
+    *,
     blocks: Sequence[BlockIndex],
     point: tuple[float, float, bool] | None,
     smooth: bool,
@@ -161,7 +166,7 @@ def draw_all(
         except UnreadableImageError as error:
             unreadable.append(error)
             continue
-        panels, caption = draw(classifier, image, path, blocks, point, smooth)
+        panels, caption = draw(classifier, image, path, blocks=blocks, point=point, smooth=smooth)
         name = path.stem if path.stem not in names else path.name
         name = name if name not in names else f"{len(names)}_{name}"
         names.add(name)
@@ -185,6 +190,7 @@ def draw(
     classifier: Classifier,
     image: Tensor,
     path: Path,
+    *,
     blocks: Sequence[BlockIndex],
     point: tuple[float, float, bool] | None,
     smooth: bool,

@@ -18,7 +18,7 @@ from engine.precision import DTYPES, Precision
 from engine.predictions import Collector, Predictions
 from engine.result_files import write_table
 from models.build import build_model
-from models.inference.prepare import prepare_inference
+from models.inference.prepare import is_foldable, prepare_inference
 from models.weights import fit, load_weights
 from trainer.evaluation_protocol import describe_protocol
 
@@ -114,6 +114,10 @@ def build_evaluated_model(e: Evaluation, weights: Weights) -> nn.Module:
     model.load_state_dict(fit(model, weights, str(e.checkpoint), remedy=remedy))
     model = prepare_model(model, e.processes)
     if e.fold:
+        if not is_foldable(model):
+            raise ValueError(
+                f"--fold: the class of MODEL.NAME={e.cfg.MODEL.NAME} does not declare `foldable`; leave it out"
+            )
         prepare_inference(model.eval(), DTYPES.get(e.cfg.TRAIN.AMP))
     return model
 

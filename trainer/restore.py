@@ -5,10 +5,46 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.async_saver import AsyncSaver, load_on_all
+from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
+from engine.logging.log import Log
 from engine.state import TrainState
 
 Contents = dict[str, Any]  # of a checkpoint file
+
+
+def find_checkpoint(
+    run: RunDirectory,
+    log: Log,
+    processes: Processes,
+    *,
+    accept: Callable[[Contents], bool] = lambda contents: True,
+    rename: bool = False,
+) -> tuple[Path | None, Contents | None]:
+    """Return the newest intact checkpoint of a run that is accepted, the same on all processes, and on the main one its contents.
+
+    Warns of newer ones that are damaged and, with `rename`, sets them aside. Raises ValueError on all processes if none is
+    intact, if one has a format that is too new, or if the folder cannot be read.
+    """
+    held: list[Contents] = []
+
+    def find() -> Path | None:
+        folder = run.checkpoints
+        try:
+            found, contents, damaged = folder.newest_good(accept)
+            held.append(contents)
+            for error in damaged:
+                log.warning(f"{error}; going back to {found}")
+            for path in folder.set_aside(damaged, found) if rename and found else ():
+                log.warning(f"set aside {path}")
+        except OSError as error:
+            raise ValueError(
+                f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
+            ) from error
+        return found
+
+    found = processes.on_main(find)
+    return found, (held[0] if found and held else None)
 
 
 def restore_state(
@@ -31,9 +67,18 @@ def restore_state(
 
 
 def continue_saving(
-    state: TrainState, contents: Contents, saver: AsyncSaver, processes: Processes, write: bool = True
+    state: TrainState,
+    contents: Contents,
+    saver: AsyncSaver,
+    processes: Processes,
+    *,
+    write: bool = True,
+    save_again: bool = False,
 ) -> None:
-    """Let the saver continue from a restored checkpoint of this run; `write` missing files of best weights anew."""
-    saver.continue_from(state)
+    """Let the saver continue from a restored checkpoint of this run; `write` missing files of best weights anew.
+
+    `save_again` has the same update saved once more, for a state that was changed after it was restored.
+    """
+    saver.continue_from(state, save_again)
     if processes.main and write:
         saver.restore_best_files(state, contents)

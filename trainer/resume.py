@@ -19,7 +19,7 @@ from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
 from engine.state import TrainState
-from trainer.restore import Contents, continue_saving, restore_state
+from trainer.restore import Contents, continue_saving, find_checkpoint, restore_state
 from trainer.warm_start import load_initial_weights
 
 # Keys and sections that may differ between two starts of one run: they change no number, or only its rounding.
@@ -109,12 +109,12 @@ def restore(
 
 
 def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *, run: RunDirectory, log: Log) -> Start:
-    """Return the run's newest whole checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
+    """Return the run's newest intact checkpoint, else that of --resume, else MODEL.INIT's weights, else random weights.
 
     With --eval a file that is named precedes the run's own, and random weights are refused with ValueError.
     """
     if not (args.eval and (args.resume or cfg.MODEL.INIT)):
-        newest, contents = find_newest(processes, run=run, log=log, rename=not (args.eval or args.dry_run))
+        newest, contents = find_checkpoint(run, log, processes, rename=not (args.eval or args.dry_run))
         if newest:
             return Start(newest, contents, own=True)
     if args.resume:
@@ -122,35 +122,6 @@ def choose_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *
     if args.eval and not cfg.MODEL.INIT:
         raise ValueError(f"--eval: {run.path} holds no checkpoint; name one with --resume or --init, or use eval.py")
     return Start(initial_weights=bool(cfg.MODEL.INIT))
-
-
-def find_newest(
-    processes: Processes, *, run: RunDirectory, log: Log, rename: bool
-) -> tuple[Path | None, Contents | None]:
-    """Return the run's newest whole checkpoint, the same on all processes, and on the main one its contents.
-
-    Warns of newer ones that are damaged and, with `rename`, sets them aside. Raises ValueError if none is whole or if one has a
-    format that is too new.
-    """
-    held: list[Contents] = []
-
-    def find() -> Path | None:
-        folder = run.checkpoints
-        try:
-            found, contents, damaged = folder.newest_good()
-            held.append(contents)
-            for error in damaged:
-                log.warning(f"{error}; going back to {found}")
-            for path in folder.set_aside(damaged, found) if rename and found else ():
-                log.warning(f"set aside {path}")
-        except OSError as error:
-            raise ValueError(
-                f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
-            ) from error
-        return found
-
-    found = processes.on_main(find)
-    return found, (held[0] if found and held else None)
 
 
 def restore_checkpoint(

@@ -1,6 +1,5 @@
 """Rollback of a diverged run: a record of the updates that were not finite, and one return to the last good checkpoint."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from engine.loop import Loop
 from engine.optim.skipped_updates import DivergedError, is_rollback_target, json_number, tensor_norms
 from engine.result_files import write_json
 from engine.state import TrainState
-from trainer.restore import Contents, continue_saving, restore_state
+from trainer.restore import Contents, continue_saving, find_checkpoint, restore_state
 
 
 def roll_back(
@@ -32,7 +31,7 @@ def roll_back(
     Raises DivergedError if there is no good checkpoint, or if the run has rolled back before.
     """
     saver.finish()
-    path, contents = (None, None) if state.rollbacks else find_good(run, processes)
+    path, contents = (None, None) if state.rollbacks else find_good(run, log, processes)
     record = describe_divergence(error, state, loop, sampler, processes)
     if processes.main:
         try:
@@ -49,19 +48,16 @@ def roll_back(
     remove_later(path, run, processes)
     state.rollbacks += 1
     log.warning(f"{error}; going back to {path}, once. {run.diverged} lists the images, losses and norms")
-    continue_saving(state, contents, saver, processes)
-    saver.stored = None  # the file lacks the rollback, so the same update must be saved again
+    continue_saving(state, contents, saver, processes, save_again=True)  # the file lacks the count of rollbacks
 
 
-def find_good(run: RunDirectory, processes: Processes) -> tuple[Path | None, Contents | None]:
-    """Return the newest checkpoint with sound weights, the same on all processes, and on the main one its contents."""
-    found: Path | None = None
-    contents = None
-    if processes.main:
-        with contextlib.suppress(ValueError, OSError):
-            found, contents, _ = run.checkpoints.newest_good(is_rollback_target)
-    path = processes.from_main(found)
-    return (Path(str(path)) if path else None), contents
+def find_good(run: RunDirectory, log: Log, processes: Processes) -> tuple[Path | None, Contents | None]:
+    """Return the newest checkpoint with sound weights as `find_checkpoint` does, none if all are damaged or unreadable."""
+    try:
+        return find_checkpoint(run, log, processes, accept=is_rollback_target)
+    except ValueError as error:
+        log.warning(str(error))
+        return None, None
 
 
 def remove_later(path: Path, run: RunDirectory, processes: Processes) -> None:

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 import config
 from common.rng import seed_default_generators
 from data.build import Data, build_data
-from engine.batch_plan import accumulation
+from engine.batch_plan import accumulation_steps
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.manifest import describe_start, read_manifest, record_start
@@ -57,8 +57,14 @@ class Session:
 
     def open_log(self) -> None:
         """Create the log files of the run directory, or continue them from the run's position."""
-        keys, plain = self.cfg.LOG, yaml.safe_load(config.dump(self.cfg))
-        self.log.open(self.run.path, self.state.update, keys.TENSORBOARD, self.state.closed, keys.WANDB, plain)
+        self.log.open(
+            self.run.path,
+            self.state.update,
+            tensorboard=self.cfg.LOG.TENSORBOARD,
+            closed=self.state.closed,
+            wandb=self.cfg.LOG.WANDB,
+            config=yaml.safe_load(config.dump(self.cfg)),
+        )
 
     def check(self, vote: Vote) -> None:
         """Raise PreemptedError or SavingError if the processes voted to stop or to fail."""
@@ -103,14 +109,21 @@ def build_session(
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
     model = build_session_model(cfg, len(data.classes), processes)
-    compilation = build_compilation(cfg, model, processes)
+    compilation = build_compilation(cfg, model, plan, processes.device)
     state = build_state(cfg, model, plan, precision)
     restore(cfg, args, state, data, processes, run=run, log=log, saver=saver)
     if compilation and not args.dry_run:
         compilation.apply(state.weights().values())
     done = args.eval or state.complete
     teacher = None if done else load_teacher(cfg, data, state, processes, run=run, log=log)
-    loop = build_loop(cfg, wrap_model(model, processes, cfg), data.stage.train, precision, processes, teacher)
+    loop = build_loop(
+        cfg,
+        wrap_model(cfg, model, plan, processes),
+        prepare=data.stage.train,
+        precision=precision,
+        processes=processes,
+        teacher=teacher,
+    )
     session = Session(
         cfg=cfg,
         processes=processes,
@@ -141,7 +154,7 @@ def build_session(
 def check_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *, run: RunDirectory, log: Log) -> None:
     """Lock the run directory for a training run. Raises ValueError if the config or the directory does not allow the start."""
     check_wandb(cfg.LOG.WANDB)
-    accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
+    accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
     if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):

@@ -28,14 +28,30 @@ OWN_CLIPPING = ("max_grad_norm", "clip_threshold")  # names of the clipping thre
 def log_summary(s: Session, with_memory: bool = False) -> None:
     """Log the summary of a session, on request with an estimate of the memory, and the notes on its data."""
     memory = estimate_memory(s.cfg, s.state, s.precision) if with_memory and s.processes.main else None
-    for label, text in summarize(s.cfg, s.state, s.data, s.processes.launcher, s.processes.device, s.run.path, memory):
+    lines = summarize(
+        s.cfg,
+        s.state,
+        s.data,
+        launcher=s.processes.launcher,
+        device=s.processes.device,
+        run=s.run.path,
+        memory=memory,
+    )
+    for label, text in lines:
         s.log.info(f"{label:<12}{text}")
     for note in s.data.notes:
         s.log.warning(note)
 
 
 def summarize(
-    cfg: CfgNode, state: TrainState, data: Data, launcher: str, device: torch.device, run: Path, memory: Memory | None
+    cfg: CfgNode,
+    state: TrainState,
+    data: Data,
+    *,
+    launcher: str,
+    device: torch.device,
+    run: Path,
+    memory: Memory | None,
 ) -> list[Line]:
     """Return the lines that describe a run, without memory if `memory` is None."""
     checkpoint_bytes = memory.stored if memory else None

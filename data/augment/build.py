@@ -36,7 +36,9 @@ def build_eval_transform(cfg: CfgNode) -> EvalTransform:
     resize = cfg.DATA.EVAL_RESIZE if cfg.EVAL.MODE == "center" else 0
     if cfg.EVAL.CROP_PCT:
         resize = math.floor(size / cfg.EVAL.CROP_PCT)
-    return EvalTransform(size, resize, cfg.DATA.EVAL_INTERPOLATION, cfg.EVAL.MODE, _fill(cfg))
+    return EvalTransform(
+        crop=size, resize=resize, interpolation=cfg.DATA.EVAL_INTERPOLATION, mode=cfg.EVAL.MODE, fill=_fill(cfg)
+    )
 
 
 def build_random_erasing(cfg: CfgNode) -> RandomErasing:
@@ -47,9 +49,24 @@ def build_random_erasing(cfg: CfgNode) -> RandomErasing:
 def build_device_stage(cfg: CfgNode, num_classes: int, device: torch.device) -> DeviceStage:
     """Build the normalisation, erasing and mixing of batches on the device."""
     aug = cfg.AUG
-    mixing = Mixup(num_classes, aug.MIXUP, aug.CUTMIX, aug.MIX_PROB, aug.MIX_SWITCH_PROB, aug.LABEL_SMOOTHING)
-    mix_prob = parse_optional(cfg.TIMELINE.MIX_PROB, "TIMELINE.MIX_PROB")
-    return DeviceStage(mixing, cfg.DATA.MEAN, cfg.DATA.STD, cfg.TRAIN.SEED, device, aug.ERASE_MODE, aug.ORDER, mix_prob)
+    mixing = Mixup(
+        num_classes,
+        mixup=aug.MIXUP,
+        cutmix=aug.CUTMIX,
+        prob=aug.MIX_PROB,
+        switch_prob=aug.MIX_SWITCH_PROB,
+        smoothing=aug.LABEL_SMOOTHING,
+    )
+    return DeviceStage(
+        mixing,
+        mean=cfg.DATA.MEAN,
+        std=cfg.DATA.STD,
+        seed=cfg.TRAIN.SEED,
+        device=device,
+        erase_mode=aug.ERASE_MODE,
+        order=aug.ORDER,
+        mix_prob=parse_optional(cfg.TIMELINE.MIX_PROB, "TIMELINE.MIX_PROB"),
+    )
 
 
 def size_timeline(cfg: CfgNode) -> Timeline | None:

@@ -17,7 +17,7 @@ from data.augment.rand_augment_policy import Op
 
 LOOK_UP = "look-up"
 ARGUMENT_TABLE = "argument table"  # an operation whose table depends on its argument alone, whatever its name
-Parts = tuple[tuple[str, int], ...]  # operations in the order of a group's rows, with their numbers of rows
+RowCounts = tuple[tuple[str, int], ...]  # operations in the order of a group's rows, with their numbers of rows
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class OpGroup:
     """Operations of one kind and layer, one for each of E images."""
 
     kind: str  # LOOK_UP, one of color_batch.FILTERS, or the axes and resampling of an affine operation
-    parts: Parts  # one operation, but for look-ups
+    row_counts: RowCounts  # one operation, but for look-ups
     images: Tensor  # int64 (E,), the image each is for
     numbers: Tensor  # float64 (E, 6), affine coefficients, or a factor in the first column
     tables: Tensor  # uint8 (E, 256), of look-ups whose table depends on the argument alone
@@ -35,7 +35,7 @@ class OpGroup:
 class PackedOps:
     """The operations of a batch, with the fields of OpGroup for all groups together."""
 
-    kinds: tuple[tuple[str, Parts], ...]  # of the groups, in the order in which they run
+    kinds: tuple[tuple[str, RowCounts], ...]  # of the groups, in the order in which they run
     images: Tensor
     numbers: Tensor
     tables: Tensor
@@ -43,9 +43,9 @@ class PackedOps:
     @property
     def groups(self) -> list[OpGroup]:
         """Return the groups in the order in which they run; their tensors are views."""
-        rows = [sum(count for _, count in parts) for _, parts in self.kinds]
+        rows = [sum(count for _, count in row_counts) for _, row_counts in self.kinds]
         views = zip(*(tensor.split(rows) for tensor in (self.images, self.numbers, self.tables)), strict=True)
-        return [OpGroup(kind, parts, *own) for (kind, parts), own in zip(self.kinds, views, strict=True)]
+        return [OpGroup(kind, row_counts, *own) for (kind, row_counts), own in zip(self.kinds, views, strict=True)]
 
     def to(self, device: torch.device) -> "PackedOps":
         """Return the operations on a device."""
@@ -57,23 +57,23 @@ class PackedOps:
 
 def pack(ops: Sequence[Sequence[Op]], size: int) -> PackedOps:
     """Sort the operations of a batch of size x size images into groups, layer by layer."""
-    kinds: list[tuple[str, Parts]] = []
+    kinds: list[tuple[str, RowCounts]] = []
     entries: list[tuple[int, Op]] = []
     for layer in range(max(map(len, ops), default=0)):
         present = [(image, own[layer]) for image, own in enumerate(ops) if len(own) > layer]
-        present.sort(key=lambda entry: (_kind(entry[1]), _part(entry[1])))
+        present.sort(key=lambda entry: (_kind(entry[1]), _row_name(entry[1])))
         for kind, members in groupby(present, lambda entry: _kind(entry[1])):
-            parts = []
-            for name, same in groupby(members, lambda entry: _part(entry[1])):
+            row_counts = []
+            for name, same in groupby(members, lambda entry: _row_name(entry[1])):
                 before = len(entries)
                 entries += same
-                parts.append((name, len(entries) - before))
-            kinds.append((kind, tuple(parts)))
+                row_counts.append((name, len(entries) - before))
+            kinds.append((kind, tuple(row_counts)))
     numbers, tables = np.zeros((len(entries), 6)), np.zeros((len(entries), 256), dtype=np.uint8)
     for row, (_, op) in enumerate(entries):
         if op.name in AXES:
             numbers[row] = matrix(op.name, op.argument or 0.0, size)
-        elif _part(op) == ARGUMENT_TABLE:
+        elif _row_name(op) == ARGUMENT_TABLE:
             tables[row] = argument_table(op.name, op.argument or 0.0)
         else:
             numbers[row, 0] = op.argument or 0.0
@@ -89,7 +89,7 @@ def _kind(op: Op) -> str:
     return name if name in FILTERS else LOOK_UP
 
 
-def _part(op: Op) -> str:
+def _row_name(op: Op) -> str:
     """Return the name of an operation within its group."""
     name = base_name(op.name)
     return name if name in IMAGE_TABLES or name in FILTERS or name in AXES else ARGUMENT_TABLE

@@ -22,17 +22,27 @@ from data.augment.rand_augment_policy import Op
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def run_op(images: Tensor, op: Op | OpGroup, fill: Tensor) -> Tensor:
-    """Return the images with an operation applied.
+def run_op(image: Tensor, op: Op, fill: Tensor) -> Tensor:
+    """Return an image, uint8 (3, S, S) on the CPU, with an operation applied.
 
-    An Op takes one image, uint8 (3, S, S) on the CPU, an OpGroup the images that its operations are for, uint8 (E, 3, S, S)
-    on its own device, without synchronising with it. `fill`, uint8 (3,), is the colour outside the image.
+    `fill`, uint8 (3,), is the colour outside the image.
     """
-    if isinstance(op, OpGroup):
-        return _run_batch(images, op, fill)
     if op.name in AXES:
-        return _affine_image(images, op, fill)
-    return torch.from_numpy(color_cpu(images.contiguous().numpy(), op.name, op.argument or 0.0))
+        return _affine_image(image, op, fill)
+    return torch.from_numpy(color_cpu(image.contiguous().numpy(), op.name, op.argument or 0.0))
+
+
+def run_group(images: Tensor, group: OpGroup, fill: Tensor) -> Tensor:
+    """Return the images of a group, uint8 (E, 3, S, S) on its device, with its operations applied, without synchronising.
+
+    `fill`, uint8 (3,), is the colour outside the images.
+    """
+    if group.kind == LOOK_UP:
+        return look_up(images, _tables(images, group))
+    if group.kind in FILTERS:
+        return FILTERS[group.kind](images, group.numbers[:, 0])
+    axes, resample = group.kind.split()
+    return affine_batch(images, group.numbers, axes, resample, fill)
 
 
 def _affine_image(image: Tensor, op: Op, fill: Tensor) -> Tensor:
@@ -46,22 +56,13 @@ def _affine_image(image: Tensor, op: Op, fill: Tensor) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _run_batch(images: Tensor, group: OpGroup, fill: Tensor) -> Tensor:
-    if group.kind == LOOK_UP:
-        return look_up(images, _tables(images, group))
-    if group.kind in FILTERS:
-        return FILTERS[group.kind](images, group.numbers[:, 0])
-    axes, resample = group.kind.split()
-    return affine_batch(images, group.numbers, axes, resample, fill)
-
-
 def _tables(images: Tensor, group: OpGroup) -> Tensor:
     """Return the tables of a group of look-ups, uint8 (E, 3, 256)."""
-    counts = [count for _, count in group.parts]
+    counts = [count for _, count in group.row_counts]
     split = zip(*(t.split(counts) for t in (images, group.numbers[:, 0], group.tables)), strict=True)
     return torch.cat(
         [
             tables.unsqueeze(1).expand(-1, 3, -1) if name == ARGUMENT_TABLE else IMAGE_TABLES[name](own, arguments)
-            for (name, _), (own, arguments, tables) in zip(group.parts, split, strict=True)
+            for (name, _), (own, arguments, tables) in zip(group.row_counts, split, strict=True)
         ]
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.augment.op_groups import pack
-from data.augment.operations import run_op
+from data.augment.operations import run_group, run_op
 from data.augment.rand_augment_policy import Op
 
 
@@ -34,7 +34,7 @@ class RandAugment:
         """Return the same as __call__, group by group as on a GPU, on any device."""
         images = images.clone()
         for group in pack(ops, images.shape[-1]).to(self.device).groups:
-            images.index_copy_(0, group.images, run_op(images.index_select(0, group.images), group, self.fill))
+            images.index_copy_(0, group.images, run_group(images.index_select(0, group.images), group, self.fill))
         return images
 
 

@@ -23,6 +23,7 @@ from data.augment.random_erasing import RandomErasing
 
 ATTEMPTS = 10
 INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+EVAL_MODES = ("center", "squash", "border")
 IMAGENET_FILL = (124, 116, 104)
 
 
@@ -149,12 +150,9 @@ class EvalTransform:
     fill: tuple[int, int, int] = IMAGENET_FILL  # around an image in border mode
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"DATA.EVAL_INTERPOLATION={self.interpolation!r} must be bicubic or bilinear")
-        if self.mode not in ("center", "squash", "border"):
-            raise ValueError(f"EVAL.MODE={self.mode!r} must be center, squash or border")
-        if 0 < self.resize < self.crop:
-            raise ValueError(f"DATA.EVAL_RESIZE={self.resize} must be 0 or at least the crop DATA.IMG_SIZE={self.crop}")
+        assert self.interpolation in INTERPOLATIONS, self.interpolation
+        assert self.mode in EVAL_MODES, self.mode
+        assert not 0 < self.resize < self.crop, (self.resize, self.crop)
 
     def geometry(self, height: int, width: int) -> tuple[tuple[int, int], Crop]:
         """Return (height, width) that an image of height x width pixels is resized to, and the crop of that.

@@ -105,7 +105,7 @@ class BadImages:
 
 def _append(path: Path, bad_images: Iterable[BadImage]) -> None:
     """Append a row for each file without one; start a new line after a row that a crash cut off."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     listed = set()
     for line in text.splitlines():
         try:
@@ -113,5 +113,5 @@ def _append(path: Path, bad_images: Iterable[BadImage]) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     rows = "".join(json.dumps(asdict(bad)) + "\n" for bad in bad_images if bad.path not in listed)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write("\n" + rows if text and not text.endswith("\n") else rows)

@@ -148,8 +148,14 @@ class DaliTrainLoader(BaseTrainLoader):
         self._device = torch.device(self.device)
         dataset = EncodedTrainDataset(self.source, self.transform)
         loader = build_dataloader(dataset, self._keys, readers_of(self.workers), self.prefetch, pin_memory=False)
-        size = self.sampler.micro_batch_size
-        self._decoder = _Decoder(dataset, loader, size, self.workers, self._device, self.backend)
+        self._decoder = _Decoder(
+            dataset,
+            loader,
+            batch_size=self.sampler.micro_batch_size,
+            threads=self.workers,
+            device=self._device,
+            backend=self.backend,
+        )
         self._augment = RandAugment(self.transform.fill, self._device)
 
     def _batches(self) -> Iterator[Batch]:
@@ -170,7 +176,14 @@ class DaliEvalLoader(BaseEvalLoader):
         self._device = torch.device(self.device)
         dataset = EncodedEvalDataset(self.source, self.transform)
         loader = build_dataloader(dataset, self._indices, readers_of(self.workers), self.prefetch, pin_memory=False)
-        self._decoder = _Decoder(dataset, loader, self.batch_size, self.workers, self._device, self.backend)
+        self._decoder = _Decoder(
+            dataset,
+            loader,
+            batch_size=self.batch_size,
+            threads=self.workers,
+            device=self._device,
+            backend=self.backend,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         for encoded, images in self._decoder:
@@ -184,8 +197,7 @@ def readers_of(workers: int) -> int:
 
 def check_dali(backend: str, device: torch.device) -> None:
     """Raise ValueError if DALI is not installed or its backend cannot run on the device."""
-    if backend not in DEVICES:
-        raise ValueError(f"DATA.DALI_DEVICE={backend!r} must be one of {', '.join(DEVICES)}")
+    assert backend in DEVICES, backend
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -206,6 +218,7 @@ class _Decoder:
         self,
         dataset: EncodedTrainDataset | EncodedEvalDataset,
         loader: DataLoader,
+        *,
         batch_size: int,
         threads: int,
         device: torch.device,

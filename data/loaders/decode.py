@@ -1,5 +1,9 @@
 """Decode image files to RGB pixels: JPEG by torchvision, other formats by Pillow; the EXIF orientation is ignored.
 
+Samples of more than 8 bits are scaled by the file's type, never by its content: of 16 bits the high byte is kept, for grey and
+for colour, so that 65535 is white. Types without a brightest value (floats, 32-bit and signed integers) are refused. Alpha is
+dropped.
+
 Both decode a JPEG to the same pixels, grey and CMYK ones too; torchvision is faster. Its operator is called by the registered
 name, because torchvision 0.29 warns at each call of the Python wrapper that decoding moves to TorchCodec. Without the
 operator in later versions of torchvision, Pillow decodes everything, with one warning.
@@ -12,6 +16,8 @@ import numpy as np
 import torch
 import torchvision.io  # registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 
 from data.loaders.jpeg_header import START, stated_size
@@ -82,10 +88,26 @@ def _read_pixels(data: np.ndarray) -> Tensor:
         _check_pixels(file.height, file.width)
         file.load()
         image: Image.Image = file
-        if image.mode.startswith("I"):  # 16 bit grey, which Pillow's conversion would clip at 255
-            grey = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+        if bits := _grey_bits(file):
+            image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
         pixels = np.array(image.convert("RGB"))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _grey_bits(file: ImageFile) -> int:
+    """Return the bits a sample of a grey image of more than 8, which Pillow's conversion would clip at 255; 0 for other images.
+
+    Raises ValueError for a type of samples without a brightest value.
+    """
+    if file.mode.startswith("I;16") and file.format != "FITS":  # a FITS file's 16 bits are signed
+        return int(file.tag_v2.get(BITSPERSAMPLE, (16,))[0]) if isinstance(file, TiffImageFile) else 16
+    if file.mode == "I" and file.format in ("PNG", "PPM"):  # Pillow scales a PGM's brightest value to 65535
+        return 16
+    if file.mode[0] in "IF":
+        raise ValueError(
+            f"its samples, of Pillow's mode {file.mode} in a {file.format} file, have no defined brightest value; "
+            "convert it to 8 bits, or to unsigned 16 bits with 65535 as white"
+        )
+    return 0

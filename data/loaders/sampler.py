@@ -44,12 +44,8 @@ class Sampler:
         storage: np.ndarray | None = None,
     ) -> None:
         """`block` is the block shuffle's block size in images, 0 for a full shuffle; `storage` the indices in storage order."""
-        if global_batch < 1 or micro_batch < 1 or global_batch % micro_batch:
-            raise ValueError(
-                f"TRAIN.GLOBAL_BATCH={global_batch} must be a positive multiple of TRAIN.MICRO_BATCH={micro_batch}"
-            )
-        if repeats < 1:
-            raise ValueError(f"AUG.REPEATS={repeats} must be at least 1")
+        assert min(global_batch, micro_batch, repeats) > 0, (global_batch, micro_batch, repeats)
+        assert global_batch % micro_batch == 0, (global_batch, micro_batch)
         self.num_samples, self.seed, self.repeats, self.shuffle = num_samples, seed, repeats, shuffle
         self.block, self.storage = block, storage
         self.global_batch, self.micro_batch_size = global_batch, micro_batch
@@ -128,11 +124,7 @@ class MicroBatchSampler:
     """Samples of one rank's micro-batches, from an update of an epoch on; the batch sampler of DataLoader."""
 
     def __init__(self, sampler: Sampler, rank: int, world: int) -> None:
-        if sampler.micro_batches_per_update % world:
-            raise ValueError(
-                f"{world} processes cannot share the {sampler.micro_batches_per_update} micro-batches of an update evenly; "
-                "choose TRAIN.GLOBAL_BATCH = TRAIN.MICRO_BATCH x processes x accumulation"
-            )
+        assert sampler.micro_batches_per_update % world == 0, (sampler.micro_batches_per_update, world)
         _check_rank(rank, world)
         self.sampler, self.rank, self.world = sampler, rank, world
         self.epoch, self.first_update = 0, 0

@@ -4,15 +4,17 @@ Both are read with stdlib's parsers from windows of a file, filled with `os.prea
 """
 
 import os
+import stat
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.stores.folder import SUFFIXES
+from data.stores.image_files import SUFFIXES
+from data.stores.names import remedy_of
 
 TAR, ZIP = ".tar", ".zip"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -30,10 +32,11 @@ class Member(NamedTuple):
 
 @dataclass
 class Contents:
-    """Files of an archive, and defects that do not prevent its use."""
+    """Files of an archive, links that are passed over, and defects that do not prevent its use."""
 
     members: list[Member]
     problems: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
 
 class Window:
@@ -67,26 +70,32 @@ class Window:
 def list_archive(path: Path, start: int = 0, size: int | None = None, inner: str = "") -> Contents:
     """List the files of an archive, or of the tar `inner` at byte `start` of it. ValueError if it cannot be used."""
     name = f"{path}:{inner}" if inner else str(path)
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be opened ({error.strerror}); {remedy_of(error)}") from error
     try:
         window = Window(fd, start, os.fstat(fd).st_size - start if size is None else size)
         if path.name.lower().endswith(ZIP) and not inner:
-            return Contents(list(_zip_members(window, name)))
+            return _zip_contents(window, name)
         return _tar_contents(window, name)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OverflowError) as error:
         raise ValueError(
             f"{name} cannot be read ({error}); it is damaged, or no {path.suffix[1:]} file: copy it again and compare checksums"
         ) from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror}); {remedy_of(error)}") from error
     finally:
         os.close(fd)
 
 
 def _tar_contents(window: Window, name: str) -> Contents:
     members: list[Member] = []
+    links: list[str] = []
     if window.read(2) == b"\x1f\x8b":
         raise ValueError(f"{name} is compressed; unpack it with gunzip, images are read from a tar in place")
     window.seek(0)
-    with tarfile.open(fileobj=window, mode="r:", errorlevel=0) as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=window, mode="r:", errorlevel=0, encoding="utf-8") as tar:  # type: ignore[call-overload]
         while (info := tar.next()) is not None:
             tar.members = []  # TarFile would keep every member in memory
             unusable = info.issparse() or info.islnk() or info.issym()
@@ -95,6 +104,8 @@ def _tar_contents(window: Window, name: str) -> Contents:
                 raise ValueError(
                     f"{name} holds {info.name}, which is {kind}; write the tar again with --hard-dereference --dereference"
                 )
+            if unusable:
+                links.append(info.name)
             if info.isfile() and not unusable:
                 members.append(Member(info.name, window.start + info.offset_data, info.size))
         end = tar.offset
@@ -111,7 +122,7 @@ def _tar_contents(window: Window, name: str) -> Contents:
     cut = (
         [] if len(block) == tarfile.BLOCKSIZE else [f"{name} has no end mark after {len(members)} files; is it whole?"]
     )
-    return Contents(members, cut)
+    return Contents(members, cut, links)
 
 
 def _after_zeros(window: Window) -> int | None:
@@ -123,9 +134,13 @@ def _after_zeros(window: Window) -> int | None:
     return None
 
 
-def _zip_members(window: Window, name: str) -> Iterator[Member]:
+def _zip_contents(window: Window, name: str) -> Contents:
     with zipfile.ZipFile(window) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
+    links = [info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)]
+    if image := next((link for link in links if link.lower().endswith(SUFFIXES)), None):
+        raise ValueError(f"{name} holds {image}, which is a link; write the zip again without -y")
+    infos = [info for info in infos if not stat.S_ISLNK(info.external_attr >> 16)]
     packed = [info for info in infos if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1]
     if packed:
         kind = "encrypted" if packed[0].flag_bits & 1 else "compressed"
@@ -133,6 +148,10 @@ def _zip_members(window: Window, name: str) -> Iterator[Member]:
             f"{name} holds {len(packed)} {kind} files of {len(infos)}, {packed[0].filename} the first; images are read from "
             "a zip in place: write it again without compression, zip -0 -r"
         )
+    return Contents(list(_zip_members(window, infos)), links=links)
+
+
+def _zip_members(window: Window, infos: Sequence[zipfile.ZipInfo]) -> Iterator[Member]:
     for info in infos:
         window.seek(info.header_offset)
         header = window.read(LOCAL_HEADER.size)

@@ -22,11 +22,12 @@ import numpy as np
 from common.atomic_files import write_atomically
 from data.stores.archive_listing import ArchiveListing, Progress, assign_classes, list_images
 from data.stores.build_once import build_once
-from data.stores.folder import SUFFIXES
+from data.stores.image_files import SUFFIXES, PassedOver
 from data.stores.label_files import inputs_of
 from data.stores.layout import Sample, SplitLocation
+from data.stores.names import decode, encode
 
-FORMAT = 1  # increased when the contents of an index, or the way it is built, change
+FORMAT = 2  # increased when the contents of an index, or the way it is built, change
 
 
 class NoImagesError(ValueError):
@@ -37,7 +38,7 @@ class NoImagesError(ValueError):
 class ArchiveIndex:
     """Locations of a split's images in its archives, sorted by class, folder and file name as torchvision sorts a folder."""
 
-    metadata: dict[str, Any]  # kind, classes (None if they are numbers), problems, duplicates, inputs
+    metadata: dict[str, Any]  # kind, classes (None if they are numbers), problems, passed over, duplicates, inputs
     archive: np.ndarray  # int32 (n,)
     offset: np.ndarray  # int64 (n,)
     size: np.ndarray  # int64 (n,)
@@ -51,7 +52,7 @@ class ArchiveIndex:
     def path(self, index: int) -> str:
         """Return the path of an image in its archive."""
         start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.names[start : int(self.ends[index])].tobytes())
+        return decode(self.names[start : int(self.ends[index])].tobytes())
 
 
 def open_index(location: SplitLocation, val_labels: str, progress: Progress | None) -> tuple[ArchiveIndex, Path]:
@@ -119,16 +120,21 @@ def build_index(location: SplitLocation, val_labels: str, progress: Progress) ->
     kind, samples, label_file = assign_classes(location, listings, val_labels)
     label_files = [_relative(file, location.index_folder) for file in inputs_of(label_file)] if label_file else []
     rows = [(sample, listing) for listing, own in zip(listings, samples, strict=True) for sample in own]
+    passed = PassedOver()
+    for listing in listings:
+        passed.merge(listing.passed)
     if not rows:
         raise NoImagesError(
             f"{location.name} holds no images of {location.split}: their names end in {' '.join(SUFFIXES)}"
             + (f" and begin with {location.split}/" if location.inside else "")
+            + (f"; it holds {passed.text()}" if passed.found else "")
         )
     problems = [problem for listing in listings for problem in listing.problems]
     problems += [f"{location.archives[listing.archive]} holds no images" for listing in listings if not listing.samples]
     metadata = {
         "kind": kind,
         "problems": problems,
+        "passed_over": passed.found,
         "label_inputs": label_files,
         "inputs": inputs(location, label_files, val_labels),
     }
@@ -149,9 +155,7 @@ def _sorted(
     number = {name: i for i, name in enumerate(classes)} if classes and numbered == {False} else None
     labels = [number[str(s.label)] if number else s.label for s, _ in rows]
     again = [a.path for (a, _), (b, _) in pairwise(rows) if (a.label, a.path) == (b.label, b.path)]
-    paths = [
-        os.fsencode((listing.inner + "/" if listing.inner else "") + sample.member.path) for sample, listing in rows
-    ]
+    paths = [encode((listing.inner + "/" if listing.inner else "") + sample.member.path) for sample, listing in rows]
     return ArchiveIndex(
         metadata={
             **metadata,

@@ -3,17 +3,19 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from data.stores.archive import TAR, list_archive
-from data.stores.folder import SUFFIXES
+from data.stores.archive import TAR, Contents, Member, list_archive
+from data.stores.image_files import LINKS, PassedOver
 from data.stores.label_files import find_label_file, read_labels
 from data.stores.layout import (
     LABEL_BYTES,
     Sample,
     SplitLocation,
+    images_of,
     of_split,
     parse_label,
     refuse_shard_names,
@@ -22,6 +24,7 @@ from data.stores.layout import (
     without_shared_folder,
 )
 
+NO_CLASSES = ("images", "image", "imgs", "img", "val", "validation", "data")  # names of folders of flat images
 MANY = 100  # from so many archives on, progress is logged
 THREADS = 16  # archives listed in parallel; bound by the latency of network file systems
 Progress = Callable[[str], None]  # called with lines about the building of an index
@@ -37,6 +40,7 @@ class ArchiveListing:
     kind: str  # shards, folders, flat or empty
     samples: list[Sample]
     problems: list[str]
+    passed: PassedOver
 
 
 def list_images(location: SplitLocation, progress: Progress) -> list[ArchiveListing]:
@@ -63,34 +67,43 @@ def _list(location: SplitLocation, number: int) -> tuple[ArchiveListing, list[tu
     """List an archive; return its own images, and the tars in it as (archive number, path, offset, size)."""
     path = location.archives[number]
     contents = list_archive(path)
-    entries = of_split(contents.members, location.split, location.inside)
+    listing, entries = _listing(location, number, "", contents, location.inside)
     tars = [(number, inner, member.offset, member.size) for inner, member in entries if inner.lower().endswith(TAR)]
-    if tars and any(name.lower().endswith(SUFFIXES) for name, _ in entries):
+    if tars and listing.samples:
         raise ValueError(f"{path} holds tars and images side by side; which are meant? Write it again with one kind")
-    return _listing(path, number, "", entries, contents.problems), tars
+    return listing, tars
 
 
 def _list_inner(location: SplitLocation, number: int, inner: str, offset: int, size: int) -> ArchiveListing:
-    path = location.archives[number]
-    contents = list_archive(path, offset, size, inner)
-    return _listing(path, number, inner, of_split(contents.members, location.split, False), contents.problems)
+    contents = list_archive(location.archives[number], offset, size, inner)
+    return _listing(location, number, inner, contents, False)[0]
 
 
-def _listing(path: Path, number: int, inner: str, entries: Sequence[Any], problems: list[str]) -> ArchiveListing:
+def _listing(
+    location: SplitLocation, number: int, inner: str, contents: Contents, inside: bool
+) -> tuple[ArchiveListing, list[tuple[str, Member]]]:
+    """Return the images among the contents of an archive, and all its members of the split."""
+    path, passed = location.archives[number], PassedOver()
     name = f"{path}:{inner}" if inner else str(path)
+    entries = of_split(contents.members, location.split, inside, passed)
+    for link in contents.links:
+        passed.add(LINKS, link)
     labels: dict[str, str | int] = {}
-    members = shard_labels(entries, name)
-    if members:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            for key, member in members.items():
-                data = os.pread(fd, min(member.size, LABEL_BYTES), member.offset)
-                labels[key] = parse_label(data, member.path, name)
-        finally:
-            os.close(fd)
-    samples = samples_of(entries, labels, name)
+    with ExitStack() as stack:
+        files: list[int] = []
+
+        def read(member: Member, count: int) -> bytes:
+            if not files:
+                files.append(os.open(path, os.O_RDONLY))
+                stack.callback(os.close, files[0])
+            return os.pread(files[0], min(member.size, count), member.offset)
+
+        images = images_of(entries, read, passed)
+        for key, member in shard_labels(entries, images, name).items():
+            labels[key] = parse_label(read(member, LABEL_BYTES), member.path, name)
+    samples = samples_of(images, labels, name)
     kind = "shards" if labels else "empty" if not samples else "flat" if samples[0].label is None else "folders"
-    return ArchiveListing(number, inner, kind, samples, problems)
+    return ArchiveListing(number, inner, kind, samples, contents.problems, passed), entries
 
 
 def assign_classes(
@@ -112,8 +125,11 @@ def assign_classes(
     kind = kinds.pop() if kinds else "empty"
     samples = [listing.samples for listing in listings]
     if kind == "folders":
-        flat = iter(without_shared_folder([sample for own in samples for sample in own]))
-        return kind, [[next(flat) for _ in own] for own in samples], None
+        below = without_shared_folder([sample for own in samples for sample in own])
+        rest = iter(below)
+        samples = [[next(rest) for _ in own] for own in samples]
+        file = _label_file_of_one_folder(location, below, val_labels)
+        return ("flat", _labelled(samples, file), file) if file else (kind, samples, None)
     if kind != "flat":
         return kind, samples, None
     stems = [
@@ -133,5 +149,18 @@ def assign_classes(
             f"{location.name} holds images without classes; expected <class>/<image> or KEY.jpg with KEY.cls in it"
         )
     file = find_label_file(location.index_folder, val_labels)
-    labels = read_labels(file, [s.path for own in samples for s in own])
-    return kind, [[Sample(labels[s.path], s.path, s.member) for s in own] for own in samples], file
+    return kind, _labelled(samples, file), file
+
+
+def _label_file_of_one_folder(location: SplitLocation, samples: Sequence[Sample], val_labels: str) -> Path | None:
+    """Return the label file of validation images that all lie in one folder that is no class, as in val/images/."""
+    names = {sample.label for sample in samples}
+    if location.split != "val" or len(names) != 1 or str(names.pop()).lower() not in NO_CLASSES:
+        return None
+    return find_label_file(location.index_folder, val_labels)
+
+
+def _labelled(samples: Sequence[Sequence[Sample]], file: Path) -> list[list[Sample]]:
+    """Return samples with their classes from a label file."""
+    labels = read_labels(file, [sample.path for own in samples for sample in own])
+    return [[Sample(labels[sample.path], sample.path, sample.member) for sample in own] for own in samples]

@@ -117,7 +117,10 @@ class _LockWait:
     def once(self) -> None:
         """Wait for POLL_S; remove the lock instead if its owner has ended or it is stale."""
         try:
-            owner, touched = self.lock.read_text().split(), self.lock.stat().st_mtime_ns
+            owner, touched = (
+                self.lock.read_text(encoding="utf-8", errors="replace").split(),
+                self.lock.stat().st_mtime_ns,
+            )
         except OSError:
             return  # released in the meantime
         if touched != self.touched:  # timed by this process's clock, since those of two machines differ

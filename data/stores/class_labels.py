@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from timm.data import ImageNetInfo
 
 from data.stores.folder import ClassIndexError, read_class_index
+from data.stores.names import look
 
 IMAGENET = 1000
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -80,16 +81,22 @@ def label_folders(folders: Sequence[str], lists: Mapping[str, list[str]], path: 
     if "val" in unknown:
         remedy = f"did you mean {path}/val?"
     else:
-        remedy = "remove or rename them, or give the names of the model's classes in DATA.CLASS_INDEX"
-    shown = (
-        f"{name!r} (nearest: {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))})"
-        for name in unknown[:NAMED]
-    )
+        remedy = (
+            "rename them, or give the names of the model's classes in DATA.CLASS_INDEX; move what is no class elsewhere"
+        )
+    shown = (_with_nearest(name, names) for name in unknown[:NAMED])
     more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
     raise ValueError(
         f"--val-path {path} has {len(unknown)} class folders of {len(folders)} that {title} does not know: "
         f"{', '.join(shown)}{more}; {remedy}"
     )
+
+
+def _with_nearest(name: str, names: Sequence[str]) -> str:
+    """Return a name with the nearest of `names`, for a message; escaped if one of these looks the same."""
+    alike = [other for other in names if look(other) == look(name)]
+    nearest = alike or difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    return f"{name!a} (nearest: {', '.join(map(ascii if alike else str, nearest))})"
 
 
 def _by_number(folders: Sequence[str], num_classes: int, path: str) -> dict[str, int]:

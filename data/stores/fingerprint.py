@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from data.stores.names import encode
+
 
 def class_fingerprint(classes: list[str], **labels: np.ndarray) -> dict[str, Any]:
     """Return the number of classes and of each split's images, and hashes of the class names and of the images per class.
 
     `labels` holds the labels of each split, int64 (n,), by the name of the split.
     """
-    found: dict[str, Any] = {"classes": len(classes), "classes_sha256": _sha256("\n".join(classes).encode())}
+    found: dict[str, Any] = {"classes": len(classes), "classes_sha256": _sha256(encode("\n".join(classes)))}
     for split, own in labels.items():
         counts = np.bincount(own, minlength=len(classes))
         found[split] = len(own)

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+from common.text import for_system
+from data.stores.folder_tree import BrokenLinks, check_link, list_folder, list_images, listing, system_errors
+from data.stores.image_files import SUFFIXES, PassedOver
+from data.stores.names import check_classes, from_system, read_text, some
+
 SCAN_THREADS = 16  # class folders listed in parallel; bound by the latency of network file systems
-NAMED = 5  # names listed in an error
+INNER_LEVELS, INNER_FOLDERS = 3, 50  # of a search for the folder that was meant
 
 
 class ClassIndexError(ValueError):
@@ -31,9 +35,12 @@ class ClassIndexError(ValueError):
 class FolderSource:
     """Labels of the images of a folder, and their bytes by index."""
 
-    def __init__(self, root: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
+    def __init__(
+        self, root: Path, paths: Sequence[str], labels: Sequence[int], passed: PassedOver | None = None
+    ) -> None:
         encoded = [os.fsencode(path) for path in paths]
         self.root, self.labels = root, np.array(labels, dtype=np.int64)
+        self.passed = passed or PassedOver()  # files and folders below root that are no images of it
         self._paths = b"".join(encoded)  # relative to root
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
 
@@ -61,9 +68,12 @@ def read_class_index(path: str | Path) -> list[str]:
     ClassIndexError for a missing file, another format, or a class that is not unique.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  False also without permission to look
         raise ClassIndexError(repr(str(path)), "is not a file; give its path, or '' to sort the folder names")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ClassIndexError(repr(str(path)), str(error).removeprefix(f"{path} ")) from error
     try:
         names = _names_of_json(json.loads(text)) if text.lstrip()[:1] in ("{", "[") else text.splitlines()
     except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -100,40 +110,58 @@ def split_folder(root: str | Path, split: str) -> Path:
     if not str(root):
         raise ValueError("DATA.PATH is not set; give the folder that holds train/ and val/ (--data-path FOLDER)")
     root = Path(root).expanduser()
-    if not root.is_dir():
-        parent = next((p for p in root.parents if p.is_dir()), Path("/"))
-        raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {parent} holds {listing(parent)}")
-    folder = root / split
-    if folder.is_dir():
-        return folder
-    inner = [child for child in _folders(root) if (root / child / split).is_dir()]
-    hint = (
-        f"did you mean DATA.PATH={str(root / inner[0])!r}?" if inner else "give the folder that holds train/ and val/"
-    )
+    with system_errors(root):
+        check_link(root)
+        if not root.is_dir():
+            raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {_nearest(root)}")
+        check_link(root / split)
+        if (root / split).is_dir():
+            return root / split
+        meant = _meant(root, split)
+    hint = f"did you mean DATA.PATH={str(meant)!r}?" if meant else "give the folder that holds train/ and val/"
     raise ValueError(f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {listing(root)}; {hint}")
+
+
+def _nearest(path: Path) -> str:
+    """Return the contents of the nearest folder above a path that does not exist, for a message."""
+    parent = next((p for p in path.parents if p.is_dir()), Path("/"))
+    return f"{parent} holds {listing(parent)}"
+
+
+def _meant(root: Path, split: str) -> Path | None:
+    """Return the folder with the split that DATA.PATH may mean: the one above it, or one a few levels below."""
+    if root.name in ("train", "val") and (root.parent / split).is_dir():
+        return root.parent
+    level = [root]
+    for _ in range(INNER_LEVELS):
+        level = [folder / name for folder in level for name in list_folder(folder).folders][:INNER_FOLDERS]
+        for folder in level:
+            if (folder / split).is_dir():
+                return folder
+    return None
 
 
 def val_folder(path: str) -> Path:
     """Return the folder of --val-path; ValueError if it is none, with the contents of the nearest one."""
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        parent = next((p for p in folder.parents if p.is_dir()), Path("/"))
-        raise ValueError(
-            f"--val-path {path!r} is not a folder; {parent} holds {listing(parent)}; give one that holds a folder per class"
-        )
+    with system_errors(folder):
+        check_link(folder)
+        if not folder.is_dir():
+            raise ValueError(
+                f"--val-path {path!r} is not a folder; {_nearest(folder)}; give one that holds a folder per class"
+            )
     return folder
 
 
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the class folders of a split; ValueError if there are none."""
-    classes = _folders(folder)
-    if classes:
-        return classes
-    flat = sum(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(folder))
-    if flat:
+    entries = list_folder(folder)
+    if entries.folders:
+        return sorted(map(from_system, entries.folders))
+    if entries.images:
         raise ValueError(
-            f"{folder} holds {flat} images but no class folders, so their classes are unknown; "
-            f"move each into a folder of its class, {folder}/<class>/<image> (for ImageNet's val, by its ground truth file)"
+            f"{folder} holds {len(entries.images)} images but no class folders, so their classes are unknown; "
+            f"move each into a folder of its class, {folder}/<class>/<image>"
         )
     raise ValueError(
         f"{folder} holds no class folders, it holds {listing(folder)}; expected {folder}/<class>/<image>.jpg"
@@ -143,8 +171,8 @@ def class_folders(folder: Path) -> list[str]:
 def scan(folder: Path, classes: Sequence[str], must_hold_all: bool) -> FolderSource:
     """List the images of a split, classes in the given order, files as torchvision.datasets.ImageFolder sorts them.
 
-    Names that start with a dot are skipped. ValueError for class folders that are not in `classes`, for empty ones, and,
-    with `must_hold_all`, for classes without a folder.
+    System files and names that start with a dot are skipped. ValueError for class folders that are not in `classes`, for
+    empty ones, for links that lead nowhere, and, with `must_hold_all`, for classes without a folder.
     """
     present = class_folders(folder)
     check_classes(folder, "class folders", present, classes, must_hold_all)
@@ -156,65 +184,26 @@ def scan_labelled(folder: Path, labels: Mapping[str, int]) -> FolderSource:
     """List the images of the named class folders, by label; ValueError for folders without images."""
     held = sorted((label, name) for name, label in labels.items())
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        listings = list(pool.map(lambda item: _images(folder, item[1]), held))
-    empty = [name for (_, name), paths in zip(held, listings, strict=True) if not paths]
+        listings = list(pool.map(lambda item: list_images(folder, for_system(item[1])), held))
+    passed, broken = PassedOver(), BrokenLinks()
+    for _, own, links in listings:
+        passed.merge(own)
+        broken.merge(links)
+    broken.refuse(folder)
+    empty = [(name, own) for (_, name), (paths, own, _) in zip(held, listings, strict=True) if not paths]
     if empty:
-        raise ValueError(
-            f"{folder} has no images in {len(empty)} of its {len(held)} class folders: {some(empty)}; "
-            f"fill or remove them (images end in {' '.join(SUFFIXES)})"
-        )
-    repeated = np.repeat([label for label, _ in held], [len(paths) for paths in listings])
-    return FolderSource(folder, [path for paths in listings for path in paths], repeated.tolist())
+        raise ValueError(_without_images(folder, empty, len(held)))
+    repeated = np.repeat([label for label, _ in held], [len(paths) for paths, _, _ in listings])
+    return FolderSource(folder, [path for paths, _, _ in listings for path in paths], repeated.tolist(), passed)
 
 
-def check_classes(
-    name: str | Path, noun: str, present: Sequence[str], classes: Sequence[str], must_hold_all: bool
-) -> None:
-    """Raise ValueError for present classes that are not in `classes`, and, with `must_hold_all`, for missing ones."""
-    unknown = sorted(set(present) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{name} has {len(unknown)} {noun} that are not among the {len(classes)} classes: {some(unknown)}; "
-            f"remove them, or add them to train/ and to DATA.CLASS_INDEX if one is set (the classes are {some(classes)})"
-        )
-    missing = sorted(set(classes) - set(present))
-    if missing and must_hold_all:
-        raise ValueError(
-            f"{name} has no {noun.removeprefix('class ').removesuffix('s')} for {len(missing)} of the {len(classes)} classes: "
-            f"{some(missing)}; add their images, or take them out of DATA.CLASS_INDEX"
-        )
-
-
-def _images(folder: Path, name: str) -> list[str]:
-    """List the paths of the images below folder/name, relative to `folder`: sorted by folder, then by file name."""
-    found: dict[str, list[str]] = {}
-    pending = [name]
-    while pending:
-        inner = pending.pop()
-        files = found.setdefault(inner, [])
-        with os.scandir(folder / inner) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append(f"{inner}/{entry.name}")
-                elif entry.name.lower().endswith(SUFFIXES):
-                    files.append(entry.name)
-    return [f"{inner}/{file}" for inner in sorted(found) for file in sorted(found[inner])]
-
-
-def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def listing(folder: Path) -> str:
-    """Return the names in a folder, the first few, for a message."""
-    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    return some(names) if names else "nothing"
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names and the number of the others, for a message."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def _without_images(folder: Path, empty: Sequence[tuple[str, PassedOver]], held: int) -> str:
+    """Return the message for class folders without images."""
+    other = PassedOver()
+    for _, passed in empty:
+        other.merge(passed)
+    holds = f" (they hold {other.text()})" if other.found else ""
+    return (
+        f"{folder} has no images in {len(empty)} of its {held} class folders: {some([name for name, _ in empty])}{holds}; "
+        f"fill them or move them elsewhere (images end in {' '.join(SUFFIXES)}, or begin as such files do)"
+    )

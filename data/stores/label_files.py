@@ -3,6 +3,7 @@
     per image   ILSVRC2012_val_00000001.JPEG n01751748    (also "mv FILE CLASS/", the lines of valprep.sh)
                 ILSVRC2012_val_00000001.JPEG 65           0-based, classes sorted by name (Swin's val_map.txt, Caffe's val.txt)
                 ILSVRC2012_val_00000001,n01751748 111 ... Kaggle's LOC_val_solution.csv
+                val_0.JPEG n03444034 0 32 44 62           tiny-imagenet-200's val_annotations.txt
     by position n01751748                                 a line per image, in the order of their numbers
                 490                                       ILSVRC2012_validation_ground_truth.txt of the development kit
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from data.stores.matlab import synset_ids
+from data.stores.names import read_text
 
 KEY = "DATA.VAL_LABELS"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -29,13 +31,32 @@ KNOWN = (
     "val.txt",
     "valprep.sh",
     "imagenet_2012_validation_synset_labels.txt",
+    "val_annotations.txt",
 )
 ID_FILES = ("meta.mat", "map_clsloc.txt")
+LABELS_REMEDY = (
+    f"put the file that tells them there or into DATA.PATH ({', '.join((KITS[0], *KNOWN[2:]))}), name it with {KEY}, or "
+    "move each image into a folder of its class"
+)
 Labels = dict[str, str] | dict[str, int]
 
 
 def find_label_file(folder: Path, given: str) -> Path:
     """Return the file `given`, else the one with a known name in `folder`. ValueError for none, or more than one."""
+    found = search_label_file([folder], given)
+    if found is None:
+        raise ValueError(
+            f"the validation images of {folder} lie in no class folders and no file tells their classes; put "
+            f"{KITS[0]} there, or another of {', '.join(KNOWN[2:])}, or name a file with {KEY}"
+        )
+    return found
+
+
+def search_label_file(folders: Sequence[Path], given: str) -> Path | None:
+    """Return the file `given`, else the one with a known name in the first folder that holds one; None for none.
+
+    ValueError if a folder holds more than one.
+    """
     if given:
         path = Path(given).expanduser()
         if not path.exists():
@@ -43,20 +64,18 @@ def find_label_file(folder: Path, given: str) -> Path:
                 f"{KEY}={given!r} does not exist; give a file that tells the class of each validation image"
             )
         return path
-    found = [folder / name for name in KNOWN if (folder / name).exists()]
-    if len(found) == 2 and all(path.name in KITS for path in found):
-        found = found[1:]  # the unpacked kit
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(
-            f"{folder} holds several files with the classes of validation images: {names}; name one with {KEY}"
-        )
-    if not found:
-        raise ValueError(
-            f"the validation images of {folder} lie in no class folders and no file tells their classes; put "
-            f"{KITS[0]} there, or another of {', '.join(KNOWN[2:])}, or name a file with {KEY}"
-        )
-    return found[0]
+    for folder in folders:
+        found = [folder / name for name in KNOWN if (folder / name).exists()]
+        if len(found) == 2 and all(path.name in KITS for path in found):
+            found = found[1:]  # the unpacked kit
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise ValueError(
+                f"{folder} holds several files with the classes of validation images: {names}; name one with {KEY}"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def inputs_of(path: Path) -> list[Path]:
@@ -77,7 +96,7 @@ def read_labels(path: Path, images: Sequence[str]) -> Labels:
         files = _unpacked(path)
     if files is not None:
         return _kit_labels(files, images, path)
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path)
     rows = [fields for line in text.splitlines() if (fields := _fields(line))]
     if rows and all(len(row) == 1 for row in rows):
         values = [row[0] for row in rows]
@@ -104,6 +123,8 @@ def _fields(line: str) -> list[str]:
 
 def _per_image(rows: list[list[str]], images: Sequence[str], path: Path) -> Labels:
     """Return the class of each image from lines with image and class."""
+    if path.suffix == ".csv" and rows and _stem(rows[0][0]) not in {_stem(image) for image in images}:
+        rows = rows[1:]  # a heading
     odd = next((row for row in rows if len(row) != 2), None)
     if odd or not rows:
         raise ValueError(

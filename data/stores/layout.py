@@ -18,13 +18,17 @@ Archives hold one of four layouts:
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from data.stores.archive import COMPRESSED, TAR, ZIP, Member
-from data.stores.folder import SUFFIXES, listing, split_folder
+from data.stores.folder import split_folder
+from data.stores.folder_tree import check_link, list_folder, listing, system_errors
+from data.stores.image_files import HEAD, IMAGE, OTHER, PassedOver, ignored, kind_of_file
+from data.stores.names import decode_text
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 JSON_KEYS = ("label", "cls", "class", "target", "wnid")
@@ -79,25 +83,31 @@ class Sample(NamedTuple):
 
 def find_split(root: str | Path, split: str) -> SplitLocation:
     """Find a split below DATA.PATH. NoSplitError if there is none, ValueError if there are several candidates."""
+    with system_errors(root):
+        return _find(root, split)
+
+
+def _find(root: str | Path, split: str) -> SplitLocation:
     if not str(root):
         split_folder(root, split)  # raises: not set
     root = Path(root).expanduser()
+    check_link(root)
     if root.is_file():
         if not _is_archive(root.name):
             raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
         return SplitLocation(split, root, None, (root,))
     if not root.is_dir():
         split_folder(root, split)  # raises: no folder
-    names = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(root) if not ignored(entry.name.lower()))
     beside = [group for group in _groups(names, split) if group]
     for folder in (root / name for name in SPLIT_NAMES[split]):
+        check_link(folder)
         if not folder.is_dir():
             continue
-        inner = tuple(p for p in sorted(folder.iterdir()) if _is_archive(p.name) and not p.name.startswith("."))
-        folders = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        inner, folders = _archives_in(folder)
         if inner and folders:
             raise ValueError(
-                f"{folder} holds archives ({inner[0].name}, ...) and folders ({sorted(folders)[0]}/, ...); which are the images? "
+                f"{folder} holds archives ({inner[0].name}, ...) and folders ({folders[0]}/, ...); which are the images? "
                 "Move one kind away"
             )
         notes = [f"{folder} is read; {' '.join(group[:2])} beside it is not" for group in beside]
@@ -108,6 +118,13 @@ def find_split(root: str | Path, split: str) -> SplitLocation:
     if beside:
         return SplitLocation(split, root, None, tuple(root / name for name in beside[0]))
     raise NoSplitError(_nothing_found(root, split, names))
+
+
+def _archives_in(folder: Path) -> tuple[tuple[Path, ...], list[str]]:
+    """Return the archives in a folder, and the names of the folders in it if there are any archives."""
+    names = sorted(entry.name for entry in os.scandir(folder) if not ignored(entry.name.lower()))
+    archives = tuple(folder / name for name in names if _is_archive(name) and not (folder / name).is_dir())
+    return archives, list_folder(folder).folders if archives else []
 
 
 def has_split(root: str | Path, split: str) -> bool:
@@ -142,6 +159,8 @@ def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
     try:
         split_folder(root, split)
     except ValueError as error:
+        if "did you mean" in str(error):
+            return str(error)
         return f"{error}, or archives: expected one of {EXPECTED} (docs/data.md)"
     return f"DATA.PATH={str(root)!r} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
 
@@ -158,15 +177,17 @@ def _is_archive(name: str) -> bool:
     return name.lower().endswith((TAR, ZIP))
 
 
-def of_split(members: Sequence[Member], split: str, inside: bool) -> list[tuple[str, Member]]:
-    """Return (path relative to the split folder, member) of a split's members without hidden ones.
+def of_split(members: Sequence[Member], split: str, inside: bool, passed: PassedOver) -> list[tuple[str, Member]]:
+    """Return (path relative to the split folder, member) of a split's members without system files and hidden ones.
 
-    A leading <split>/ is removed; with `inside`, members without it belong to no split and are left out.
+    A leading <split>/ is removed; with `inside`, members without it belong to no split and are left out. System files and
+    hidden ones are counted in `passed`.
     """
     found: list[tuple[str, Member]] = []
     for member in members:
         parts = [part for part in member.path.split("/") if part not in ("", ".")]
-        if any(part.startswith(".") for part in parts):
+        if hidden := next(((part, reason) for part in parts if (reason := ignored(part.lower()))), None):
+            passed.add(hidden[1], hidden[0])
             continue
         at = next((i for i, part in enumerate(parts[:-1]) if part in SPLIT_NAMES[split]), None) if inside else None
         if inside and at is None:
@@ -177,12 +198,39 @@ def of_split(members: Sequence[Member], split: str, inside: bool) -> list[tuple[
     return found
 
 
-def shard_labels(entries: Sequence[tuple[str, Member]], name: str) -> dict[str, Member]:
+def images_of(
+    entries: Sequence[tuple[str, Member]], read: Callable[[Member, int], bytes], passed: PassedOver
+) -> list[tuple[str, Member]]:
+    """Return those of an archive's members that are images; the others, but for labels and tars, are counted in `passed`.
+
+    `read` returns the first bytes of a member; it is called for rare suffixes only.
+    """
+    images: list[tuple[str, Member]] = []
+    others: list[str] = []
+    for path, member in entries:
+        lowered = path.lower()
+        kind = kind_of_file(lowered, partial(read, member, HEAD))
+        if kind == IMAGE:
+            images.append((path, member))
+        elif kind != OTHER:
+            passed.add(kind, path)
+        elif not lowered.endswith(TAR):
+            others.append(path)
+    keys = {_key(path) for path, _ in images}
+    for path in others:
+        if not (path.lower().endswith(LABEL_SUFFIXES) and _key(path) in keys):
+            passed.add(OTHER, path)
+    return images
+
+
+def shard_labels(
+    entries: Sequence[tuple[str, Member]], images: Sequence[tuple[str, Member]], name: str
+) -> dict[str, Member]:
     """Return the label members of a shard by the key of their image; .cls comes before .json.
 
     ValueError if two samples share a key.
     """
-    keys = {_key(path) for path, _ in entries if path.lower().endswith(SUFFIXES)}
+    keys = {_key(path) for path, _ in images}
     found: dict[str, Member] = {}
     for suffix in reversed(LABEL_SUFFIXES):
         own: dict[str, Member] = {}
@@ -201,7 +249,7 @@ def shard_labels(entries: Sequence[tuple[str, Member]], name: str) -> dict[str, 
 
 def parse_label(data: bytes, member: str, name: str) -> str | int:
     """Return the number or name of the class in a shard's .cls or .json. ValueError if it holds neither."""
-    text = data.decode("utf-8", errors="replace").strip()
+    text = decode_text(data, f"{name}: {member}").strip()
     value: object = text
     if member.lower().endswith(".json"):
         try:
@@ -223,9 +271,8 @@ def parse_label(data: bytes, member: str, name: str) -> str | int:
     return value
 
 
-def samples_of(entries: Sequence[tuple[str, Member]], labels: dict[str, str | int], name: str) -> list[Sample]:
+def samples_of(images: Sequence[tuple[str, Member]], labels: dict[str, str | int], name: str) -> list[Sample]:
     """Return an archive's images with the classes of shard labels or folders. ValueError if only some images have one."""
-    images = [(path, member) for path, member in entries if path.lower().endswith(SUFFIXES)]
     if labels:
         bare = [path for path, _ in images if _key(path) not in labels]
         if bare:

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.accuracy import TopKCounts
 from data.stores.class_labels import IMAGENET, imagenet_wnids
+from data.stores.names import read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
@@ -69,7 +70,7 @@ def _read(path: str) -> list[list[int]]:
     if not file.is_file():
         raise ValueError(f"--real-labels {path!r} is not a file; give the path of real.json")
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"--real-labels {path!r} is not JSON ({error}); give the path of real.json") from error
     if not isinstance(table, list) or not all(isinstance(entry, list) for entry in table):

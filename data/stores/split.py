@@ -16,29 +16,14 @@ import numpy as np
 from data.stores.archive_index import ArchiveIndex, open_index
 from data.stores.archive_listing import Progress
 from data.stores.archive_source import ArchiveSource
-from data.stores.folder import FolderSource, check_classes, class_folders, scan
+from data.stores.folder_split import FolderSplit
+from data.stores.folder_tree import system_errors
+from data.stores.image_files import PassedOver
 from data.stores.layout import SplitLocation, find_split
+from data.stores.names import check_classes, check_numbers, lookalike_notes, shown, some
 
 if TYPE_CHECKING:
     from data.loaders.torch_loader import ImageSource
-
-
-class FolderSplit:
-    """A split that is a folder of class folders."""
-
-    kind = "folder"
-
-    def __init__(self, location: SplitLocation) -> None:
-        assert location.folder is not None
-        self.folder, self.name, self.notes = location.folder, location.name, list(location.notes)
-
-    def classes(self) -> list[str]:
-        """Return the names of the class folders, sorted."""
-        return class_folders(self.folder)
-
-    def source(self, classes: Sequence[str], must_hold_all: bool) -> FolderSource:
-        """Return the images, labelled by their class's index in `classes`; ValueError as for `scan`."""
-        return scan(self.folder, classes, must_hold_all)
 
 
 class ArchiveSplit:
@@ -47,10 +32,14 @@ class ArchiveSplit:
     def __init__(self, location: SplitLocation, index: ArchiveIndex, index_file: Path) -> None:
         self.location, self.index, self.index_file = location, index, index_file
         self.name, self.kind = location.name, str(index.metadata["kind"])
+        self.passed = PassedOver(index.metadata["passed_over"])
         self.notes = [*location.notes, *index.metadata["problems"]]
         if index.metadata["duplicates"]:
             first = index.metadata["duplicate_names"][0]
             self.notes.append(f"{self.name} holds {index.metadata['duplicates']} images twice, {first} the first")
+        if self.passed.found:
+            self.notes.append(f"{self.name}: passed over {self.passed.text()}")
+        self.notes += lookalike_notes(self.name, index.metadata["classes"] or ())
 
     def classes(self) -> list[str]:
         """Return the names of the classes, sorted; their numbers if the archives hold numbers only."""
@@ -75,11 +64,7 @@ class ArchiveSplit:
         return ArchiveSource(self.location, self.index, labels[self.index.label])
 
     def _check_numbers(self, found: Sequence[int], classes: Sequence[str], names: Sequence[str] | None) -> None:
-        if found[-1] >= len(classes):
-            raise ValueError(
-                f"{self.name} has images of class number {found[-1]}, but there are {len(classes)} classes (from 0); "
-                "see whether DATA.CLASS_INDEX, or the numbers in the archives, are those of another data set"
-            )
+        check_numbers(self.name, found, classes)
         odd = [label for label in found if names and classes[label] != names[label]]
         if names and odd:
             raise ValueError(
@@ -96,18 +81,29 @@ def open_split(root: str | Path, split: str, val_labels: str = "", progress: Pro
 
     `progress` is called with lines about the building of an archive index; without it they go to stderr.
     """
-    location = find_split(root, split)
-    labelled = split == "val" and val_labels
-    if location.folder:
-        if labelled:
-            raise ValueError(f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} is a folder; set it to ''")
-        return FolderSplit(location)
-    index, file = open_index(location, val_labels if split == "val" else "", progress)
+    with system_errors(root):
+        location = find_split(root, split)
+        labelled = val_labels if split == "val" else ""
+        if location.folder:
+            return FolderSplit(location, labelled)
+        index, file = open_index(location, labelled, progress)
     if labelled and not index.metadata["label_inputs"]:
         raise ValueError(
             f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} tells the classes itself; set it to ''"
         )
     return ArchiveSplit(location, index, file)
+
+
+def single_class(split: Split, classes: Sequence[str]) -> str:
+    """Return the message for a training split of one class, with the folder that may be meant; "" for several classes."""
+    if len(classes) > 1:
+        return ""
+    inner = split.folders_in(classes[0]) if isinstance(split, FolderSplit) else []
+    hint = f"; did you mean {split.name}/{classes[0]}? It holds the folders {some(inner)}" if len(inner) > 1 else ""
+    return (
+        f"{split.name} holds one class only, {shown(classes[0])}, and from one class nothing can be learned; expected "
+        f"<class>/<image> for each of two or more classes (MODEL.NUM_CLASSES){hint}"
+    )
 
 
 def file_sizes(source: "ImageSource", indices: np.ndarray | None = None) -> np.ndarray:

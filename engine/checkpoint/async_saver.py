@@ -21,6 +21,7 @@ from engine.checkpoint.files import load_state, read_checksum, read_metadata, sa
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
+from engine.optim.skipped_updates import SkipCounts
 from engine.state import TrainState
 
 VISIBLE_S = 60.0  # until a new file on a shared file system is visible to the other nodes
@@ -103,7 +104,7 @@ class AsyncSaver:
             update=state.update,
             state=stored,
             best={which: {**metadata, **more, "weights": which} for which, more in best.items()},
-            prune=not int(stored["skips"][0]),
+            prune=not int(SkipCounts(stored["skips"]).consecutive),
             waited=time.perf_counter() - started,
             evaluated=not state.between_epochs,
         )
@@ -144,9 +145,9 @@ class AsyncSaver:
             self.wait()
         return self._job is None
 
-    def continue_from(self, state: TrainState) -> None:
-        """Record that a state was loaded from this run's own checkpoint, so that it is not saved again."""
-        self.stored, self._last_saved = (state.update, state.closed), state.update
+    def continue_from(self, state: TrainState, save_again: bool = False) -> None:
+        """Record that a state was loaded from this run's own checkpoint; it is saved once more only with `save_again`."""
+        self.stored, self._last_saved = (None if save_again else (state.update, state.closed)), state.update
 
     def saving_error(self) -> SavingError:
         """Return the error to raise when the run cannot be saved."""

@@ -23,7 +23,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         if not isinstance(found, dict) or not isinstance(found.get("starts", []), list):
             raise ValueError("it is no manifest")
     except ValueError as error:
@@ -67,9 +67,19 @@ def _version(package: str) -> str | None:
 def _commit() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        )
         dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None}

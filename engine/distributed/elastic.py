@@ -67,9 +67,8 @@ class Elastic:
                 return
             except dist.DistStoreError:
                 continue
-            except (
-                dist.DistNetworkError
-            ):  # the main process died: exit status 0 would exclude this node from the restart
+            except dist.DistNetworkError:
+                # The main process died: exit status 0 would exclude this node from the restart.
                 break
         deadline = time.monotonic() + WAIT_S
         while not stopped() and time.monotonic() < deadline:

@@ -46,7 +46,7 @@ def find_launch(env: Mapping[str, str]) -> LaunchInfo:
         tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         return _read_launch(env, "SLURM_PROCID", tasks, "SLURM_LOCALID", f"srun, job {env.get('SLURM_JOB_ID', '?')}")
     inside = f" inside job {env['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in env else ""
-    return LaunchInfo(0, 1, 0, f"plain python{inside}")
+    return LaunchInfo(rank=0, world=1, local_rank=0, launcher=f"plain python{inside}")
 
 
 def _read_launch(env: Mapping[str, str], rank_key: str, world_key: str, local_key: str, launcher: str) -> LaunchInfo:
@@ -57,12 +57,12 @@ def _read_launch(env: Mapping[str, str], rank_key: str, world_key: str, local_ke
         )
     slurm = rank_key == "SLURM_PROCID"
     if world == 1 and (slurm or "MASTER_ADDR" not in env):
-        return LaunchInfo(rank, world, local_rank, launcher)
+        return LaunchInfo(rank=rank, world=world, local_rank=local_rank, launcher=launcher)
     address = env.get("MASTER_ADDR") or (_first_host(env) if slurm else "")
     port = _number(env, "MASTER_PORT") if env.get("MASTER_PORT") or not slurm else _port_of_job(env)
     if not address:
         raise ValueError(f"MASTER_ADDR is not set, but {world_key}={world}; set it to the host of process 0")
-    return LaunchInfo(rank, world, local_rank, launcher, address, port)
+    return LaunchInfo(rank=rank, world=world, local_rank=local_rank, launcher=launcher, address=address, port=port)
 
 
 def _number(env: Mapping[str, str], key: str) -> int:
@@ -83,7 +83,13 @@ def _first_host(env: Mapping[str, str]) -> str:
     if re.fullmatch(r"[\w.-]+", nodes):
         return nodes
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        )
         return found.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise ValueError(

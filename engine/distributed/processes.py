@@ -114,7 +114,14 @@ def init_processes(device: str, start_timeout_s: float = 300.0, timeout_s: float
             os.environ.setdefault(key, value)
         backend = "nccl" if cuda else "gloo"
         host_group = _connect(launch, backend, timedelta(seconds=start_timeout_s), timedelta(seconds=timeout_s))
-    return Processes(launch.rank, launch.world, launch.local_rank, own, launch.launcher, host_group)
+    return Processes(
+        rank=launch.rank,
+        world=launch.world,
+        local_rank=launch.local_rank,
+        device=own,
+        launcher=launch.launcher,
+        host_group=host_group,
+    )
 
 
 def _connect(launch: LaunchInfo, backend: str, start_timeout: timedelta, timeout: timedelta) -> Any:

@@ -15,6 +15,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common.atomic_files import write_text_atomically
+from common.text import allow_any_text, readable
 from engine.evaluate import Accuracy
 from engine.logging.live_view import LiveView
 from engine.logging.trackers import TensorBoardTracker, Tracker, WandbTracker
@@ -34,6 +36,7 @@ class Log:
     def __init__(self, main: bool, dali: bool = False):
         """Create the log of a process; `dali` is True if the run decodes with DALI, which hints then do not suggest."""
         self.main, self.dali = main, dali
+        allow_any_text()
         # No live view unless stdout is a terminal: with FORCE_COLOR rich would take a file for one.
         self.console = Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
         self.view: LiveView | None = None  # on a terminal, once a run directory is open
@@ -49,6 +52,7 @@ class Log:
         self,
         folder: Path,
         update: int,
+        *,
         tensorboard: bool,
         closed: int | None = None,
         wandb: str = "",
@@ -63,18 +67,17 @@ class Log:
         if not self.main:
             return
         self.folder = folder
-        self.file = (folder / "log.txt").open("a", buffering=1)
+        self.file = (folder / "log.txt").open("a", buffering=1, encoding="utf-8", errors="surrogateescape")
         self.file.writelines(self.early)
         self.early.clear()
         path = folder / "metrics.jsonl"
         rows: list[str] = []
         if path.exists():
             limits = {"eval": update if closed is None else closed}
-            rows = [line for line in path.read_text().splitlines() if _is_kept(line, update, limits)]
-            temporary = path.with_name(".metrics.jsonl.tmp")
-            temporary.write_text("".join(f"{row}\n" for row in rows))
-            temporary.replace(path)
-        self.metrics = path.open("a", buffering=1)
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            rows = [line for line in text.splitlines() if _is_kept(line, update, limits)]
+            write_text_atomically(path, "".join(f"{row}\n" for row in rows))
+        self.metrics = path.open("a", buffering=1, encoding="utf-8", errors="surrogateescape")
         if tensorboard:
             self.trackers.append(TensorBoardTracker(folder, update))
         if wandb:
@@ -84,7 +87,7 @@ class Log:
                 with self._ignore_write_errors(tracker.name):
                     tracker.text("config", json.dumps(config, indent=2), update)
         if self.console.is_interactive:
-            self.view = LiveView(self.console, folder.name)
+            self.view = LiveView(self.console, readable(folder.name))
             self.view.replay(map(json.loads, rows))
 
     def reopen(self, folder: Path, open_files: Callable[[], None]) -> None:
@@ -109,11 +112,11 @@ class Log:
         """Print a line and write it to log.txt."""
         if not self.main:
             return
-        stamp = time.strftime("%H:%M:%S")
+        stamp, shown = time.strftime("%H:%M:%S"), readable(text)
         if self.console.is_interactive:
-            self.console.print(text, style=style, markup=False, soft_wrap=True)
+            self.console.print(shown, style=style, markup=False, soft_wrap=True)
         else:
-            self.console.print(f"{stamp} {text}", markup=False, soft_wrap=True)
+            self.console.print(f"{stamp} {shown}", markup=False, soft_wrap=True)
         self._write_line(f"{stamp} {text}")
 
     def warning(self, text: str) -> None:

@@ -1,5 +1,6 @@
 """Trackers, which show a run's scalars and pictures: TensorBoard, Weights & Biases."""
 
+import os
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.atomic_files import write_text_atomically
+from common.text import readable
 
 CHARTS = {  # scalars that the tab "Custom scalars" of TensorBoard draws into one chart
     "top-1": ("eval_raw/top1", "eval_ema/top1"),
@@ -43,7 +45,11 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.name = "tensorboard"
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
+        own = folder / "tensorboard"
+        own.mkdir(exist_ok=True)
+        self._folder = None if _is_valid(str(own)) else os.open(own, os.O_RDONLY)
+        path = str(own) if self._folder is None else f"/proc/self/fd/{self._folder}"
+        self._writer = SummaryWriter(path, purge_step=update + 1)
         charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in CHARTS.items()}
         self._writer.add_custom_scalars({"raw and EMA": charts})
 
@@ -58,11 +64,19 @@ class TensorBoardTracker:
 
     def text(self, name: str, text: str, update: int) -> None:
         """Log a text, indented so that Markdown shows it as it is."""
-        self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), update)
+        self._writer.add_text(name, "".join(f"    {line}\n" for line in readable(text).splitlines()), update)
 
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+
+def _is_valid(path: str) -> bool:
+    """Return True for a path in valid Unicode; TensorBoard refuses others, in which bytes are not UTF-8."""
+    return path == readable(path)
 
 
 class WandbTracker:
@@ -77,11 +91,11 @@ class WandbTracker:
         import wandb
 
         self.name, self._wandb, id_file = "wandb", wandb, folder / WANDB_ID
-        run_id = id_file.read_text().strip() if id_file.is_file() else None
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
         try:
             self._run = wandb.init(
                 project=project,
-                name=folder.name,
+                name=readable(folder.name),
                 dir=str(folder),
                 id=run_id,
                 resume="allow",

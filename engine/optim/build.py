@@ -83,8 +83,7 @@ def build_learning_rate(cfg: CfgNode, optimizer: torch.optim.Optimizer, plan: Ba
         warmup_lr=scaled_lr(schedule.WARMUP_LR, plan.global_batch, scale),
         warmup_epochs=steps(schedule.WARMUP_EPOCHS),
     )
-    if scheduler is None:
-        raise ValueError(f"SCHEDULE.NAME={schedule.NAME} is no schedule of timm's; take cosine")
+    assert scheduler is not None, schedule.NAME
     end = steps(cfg.TRAIN.EPOCHS)  # cosine, tanh and poly reach their minimum here; step schedules may fall once more
     last = end if hasattr(scheduler, "get_cycle_length") else end - 1
     return LrSchedule(scheduler, updates_per_step=updates_per_step, delay=schedule.DELAY, last=last)

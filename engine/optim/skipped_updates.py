@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ class DivergedError(RuntimeError):
     def __init__(self, message: str, consecutive: int = 0, last_update: int = 0):
         super().__init__(message)
         self.consecutive, self.last_update = consecutive, last_update
+
+
+class Skips(NamedTuple):
+    """Numbers of skipped updates on the host: consecutive ones, all of the run, and fp16 overflows of the run."""
+
+    consecutive: int
+    in_run: int
+    overflows: int
 
 
 class SkipCounts:
@@ -41,6 +49,10 @@ class SkipCounts:
     def overflows(self) -> Tensor:
         """Return the number of updates of the run skipped because scaled gradients overflowed."""
         return self.tensor[2]
+
+    def read(self) -> "Skips":
+        """Return the counts as numbers; waits for the device."""
+        return Skips(*self.tensor.tolist())
 
     def to(self, device: torch.device) -> "SkipCounts":
         """Return the counts on a device."""

@@ -38,10 +38,7 @@ def prepare_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Bac
     not declare `foldable`.
     """
     if not is_foldable(model):
-        raise ValueError(
-            f"{type(model).__name__} is not of SG-Former, GroupMixFormer or STViT, nor does its class itself declare "
-            "`foldable = True`; leave folding out"
-        )
+        raise ValueError(f"{type(model).__name__} cannot be folded: its class does not declare `foldable = True`")
     fold(model)
     parameter = next(model.parameters())
     fusing = parameter.device.type == "cpu" and parameter.dtype == torch.float32 and dtype in (None, torch.bfloat16)

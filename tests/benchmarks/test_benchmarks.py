@@ -44,10 +44,10 @@ def baselines(monkeypatch):
     monkeypatch.setitem(sys.modules, "somebodys", Baselines)
 
 
-def test_step_writes_what_it_measured(tmp_path, capsys, baselines):
+def test_step_writes_its_measurements(tmp_path, capsys, baselines):
     out = tmp_path / "found"
     flags = [*TINY, *FLOOR, "--batch", "2", "--out", str(out)]
-    assert step.main([*flags, "--opponent", "theirs=somebodys:{model}", "--opponent", "bad=somebodys:raises"]) == 0
+    assert step.main([*flags, "--baseline", "theirs=somebodys:{model}", "--opponent", "bad=somebodys:raises"]) == 0
     assert step.main([*flags, "--modes", "infer", "--compile", "--backend", "eager", "--append"]) == 0
     first, second = json.loads(out.with_suffix(".json").read_text())["runs"]
     rows = {(row["mode"], row["contender"]): row for row in first["rows"]}
@@ -71,25 +71,25 @@ def test_step_writes_what_it_measured(tmp_path, capsys, baselines):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--models", "stvit_smal"], "stvit_small"),
         (["--modes", "trian"], "did you mean train"),
         (["--precision", "bf61"], "did you mean bf16"),
-        (["--opponent", "somebodys:convolutio"], "did you mean convolution"),
-        (["--opponent", "nobodys:convolution"], "No module named 'nobodys'"),
-        (["--opponent", "somebodys"], "[NAME=]MODULE:FACTORY"),
-        (["--opponent", "ours=somebodys:convolution"], "names two candidates"),
-        (["--opponent", "somebodys:broken"], "gave list, not a model"),
+        (["--baseline", "somebodys:convolutio"], "did you mean convolution"),
+        (["--baseline", "nobodys:convolution"], "No module named 'nobodys'"),
+        (["--baseline", "somebodys"], "[NAME=]MODULE:FACTORY"),
+        (["--baseline", "ours=somebodys:convolution"], "names two candidates"),
+        (["--baseline", "somebodys:broken"], "gave list, not a model"),
         (["--backend", "inducter"], "torch.compile has"),
         (["--batch", "0"], "at least 1"),
     ],
 )
-def test_step_says_what_is_wrong(capsys, baselines, flags, told):
+def test_step_refuses_wrong_flags_with_the_remedy(capsys, baselines, flags, message):
     with pytest.raises(SystemExit) as stop:
         step.main([*TINY, *FLOOR, *flags])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_baseline_is_parsed_with_and_without_name(baselines):
@@ -193,8 +193,8 @@ def test_gpu_script_in_small_measures_and_survives_a_part_that_fails(tmp_path):
         env={**os.environ, "PYTHON": sys.executable},
     )
     assert done.returncode == 1
-    said = (tmp_path / "parts.txt").read_text().splitlines()
-    assert [line.split(" (")[0] for line in said if "dali" not in line] == [
+    printed = (tmp_path / "parts.txt").read_text().splitlines()
+    assert [line.split(" (")[0] for line in printed if "dali" not in line] == [
         "machine: done",
         "step: failed with status 2",
         "memory: done",

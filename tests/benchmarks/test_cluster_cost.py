@@ -91,11 +91,11 @@ def test_fixed_global_batch_is_divided_and_accumulated():
 
 def test_command_prints_a_row_for_each_number_of_gpus(capsys):
     assert main(["--gpus", "1", "8", "512"]) == 0
-    said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.splitlines()[2:5]] == ["1", "8", "512"]
-    assert "380 MB an update" in said
-    assert "BatchNorm statistics: 144 KB an update" in said
-    assert "consensus on stopping: 8 bytes an update" in said
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()[2:5]] == ["1", "8", "512"]
+    assert "380 MB an update" in printed
+    assert "BatchNorm statistics: 144 KB an update" in printed
+    assert "consensus on stopping: 8 bytes an update" in printed
     with pytest.raises(SystemExit):
         main(["--tflops", "0"])
     assert "--tflops 0.0: give a positive number" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 
 import config
-from benchmarks.run_cost import FLOORS, ROOT, cost, duration, main, recipes
+from benchmarks.run_cost import FLOORS, ROOT, cost, format_hours, main, recipes
 from models.build import retoken_models
 from tests.helpers.documented import commands
 
@@ -33,15 +33,15 @@ def test_every_recipe_and_model_has_a_floor():
 
 
 def test_durations_are_written_in_hours_or_days():
-    assert [duration(hours) for hours in (0.7, 47.9, 48)] == ["0.7 h", "47.9 h", "2.0 d"]
+    assert [format_hours(hours) for hours in (0.7, 47.9, 48)] == ["0.7 h", "47.9 h", "2.0 d"]
 
 
 def test_documented_table_is_what_the_program_prints(capsys):
     assert main(["--markdown"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 + len(recipes())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(recipes())
     page = PAGE.read_text().splitlines()
-    assert [line for line in (said[0], *said[2:]) if line not in page] == []
+    assert [line for line in (printed[0], *printed[2:]) if line not in page] == []
 
 
 def test_measured_rate_replaces_the_floor(capsys):

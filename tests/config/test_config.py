@@ -113,6 +113,7 @@ def test_int_and_exponent_are_accepted_for_floats(tmp_path):
         (["DATA.EVAL_RESIZE", "200"], ["DATA.EVAL_RESIZE=200", "224", "256"]),
         (["DATA.LOADER", "synthetic", "MODEL.NUM_CLASSES", "7"], ["7", "DATA.SYNTHETIC_CLASSES=1000"]),
         (["DATA.DALI_DEVICE", "cpu"], ["DATA.DALI_DEVICE=cpu has no effect", "set DATA.LOADER to dali"]),
+        (["DATA.LOADER", "dali", "EVAL.MODE", "border"], ["EVAL.MODE=border", "set DATA.LOADER to torch"]),
         (["TAG", "a/b"], ["TAG", "a/b"]),
     ],
 )

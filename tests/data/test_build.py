@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config
 from data.build import build_data, build_eval_data
@@ -36,6 +38,18 @@ def test_training_data_runs_from_file_to_targets(root):
     assert torch.allclose(targets.sum(1), torch.ones(4))
     assert sum(len(data.stage.evaluate(batch)[1]) for batch in data.val) == 7
     assert data.notes == []
+
+
+@pytest.mark.parametrize("dark", [["train"], ["val"], ["train", "val"]])
+def test_nearly_black_images_are_noted_by_the_process_that_logs(dark, tmp_path):
+    root = write_folder(tmp_path, train={"cat": 8, "dog": 2}, val={"cat": 3, "dog": 1})
+    for split in dark:
+        for path in (root / split / "cat").iterdir():
+            Image.fromarray(np.full((40, 40), 4095 // 16, np.uint16)).save(path, "PNG")  # 8 bits in 16
+    notes = build_data(cfg_of(root), 0, 1, "cpu").notes
+    assert all(f" of {root}/{split}" in note and "black" in note for split, note in zip(dark, notes, strict=True))
+    assert len(build_eval_data(cfg_of(root), 0, 1, "cpu").notes) == ("val" in dark)
+    assert build_data(cfg_of(root), 1, 2, "cpu").notes == []
 
 
 def test_options_reach_their_objects(root):
@@ -93,7 +107,7 @@ def test_class_index_file_orders_the_labels(root, tmp_path):
 def test_class_in_val_but_not_in_train_is_refused(tmp_path):
     write_folder(tmp_path, train={"cat": 8, "dog": 8}, val={"cat": 1, "wolf": 1})
     with pytest.raises(
-        ValueError, match=r"val has 1 class folders that are not among the 2 classes: wolf; remove them"
+        ValueError, match=r"val has 1 class folders that are not among the 2 classes: wolf; add their images to train/"
     ):
         build_data(cfg_of(tmp_path), 0, 1, "cpu")
 
@@ -159,6 +173,7 @@ def test_synthetic_loader_needs_no_folder():
     data = build_data(cfg, 1, 2, "cpu")
     assert isinstance(data.train, SyntheticTrain)
     assert isinstance(build_eval_data(cfg, 0, 1, "cpu").val, SyntheticEval)
+    assert len(build_eval_data(cfg, 2, 3, "cpu").val) == 1  # two images; the training batch need not divide by three
     assert (len(data.classes), data.train.updates_per_epoch, data.val.num_images) == (6, 2, 7)
     assert data.fingerprint["train"] == 20
     batch = next(data.train.epoch(0))

@@ -2,12 +2,12 @@
 
 import pytest
 
-from engine.batch_plan import BatchPlan, accumulation, divisors, scaled_lr
+from engine.batch_plan import BatchPlan, accumulation_steps, divisors, scaled_lr
 
 
 @pytest.mark.parametrize(("world", "expected"), [(1, 4), (2, 2), (4, 1)])
 def test_accumulation_follows_from_the_world(world, expected):
-    assert accumulation(32, 8, world) == expected
+    assert accumulation_steps(32, 8, world) == expected
 
 
 def test_micro_batches_of_all_processes_are_all_micro_batches():
@@ -19,9 +19,12 @@ def test_micro_batches_of_all_processes_are_all_micro_batches():
 
 def test_impossible_division_lists_what_fits():
     with pytest.raises(ValueError, match=r"TRAIN\.GLOBAL_BATCH=32") as caught:
-        accumulation(32, 8, 3)
+        accumulation_steps(32, 8, 3)
     assert "1, 2, 4" in str(caught.value)
     assert "with 3 processes these micro-batches fit: none" in str(caught.value)
+    with pytest.raises(ValueError, match=r"TRAIN\.GLOBAL_BATCH=64 .* TRAIN\.MICRO_BATCH=24") as caught:
+        accumulation_steps(64, 24, 1)
+    assert "with 1 processes these micro-batches fit: 1, 2, 4, 8, 16, 32, 64;" in str(caught.value)
 
 
 def test_learning_rate_scales_with_the_global_batch():

@@ -17,7 +17,7 @@ import train as train_script
 from common.rng import seed_default_generators
 from engine import compilation
 from engine.batch_plan import BatchPlan
-from engine.build import build_compilation, build_state, prepare_model
+from engine.build import build_compilation, build_plan, build_state, prepare_model
 from engine.checkpoint.files import load_state
 from engine.compilation import Compilation
 from engine.distributed.processes import Processes
@@ -141,8 +141,9 @@ def run(model, *opts):
     """Return the state of a run of this config, its models compiled."""
     cfg = config.load((), ["TRAIN.COMPILE", "default", "EMA.DECAY", "0.9", "TRAIN.AMP", "off", *opts])
     model = prepare_model(model, ALONE)
-    compiling = build_compilation(cfg, model, ALONE)
-    state = build_state(cfg, model, BatchPlan(1024, 128, 0, 1, 10, 300), Precision("off", CPU))
+    plan = BatchPlan(1024, 128, 0, 1, 10, 300)
+    compiling = build_compilation(cfg, model, plan, CPU)
+    state = build_state(cfg, model, plan, Precision("off", CPU))
     compiling.apply(state.weights().values())
     return state
 
@@ -208,9 +209,12 @@ def test_log_lines_and_cache_folder_of_compilation(monkeypatch, tmp_path):
     ],
 )
 def test_cuda_graphs_are_refused_where_they_cannot_work(opts, device, parts):
-    processes = Processes(0, 1, 0, torch.device(device), "test")
+    def build():
+        cfg = config.load((), ["TRAIN.COMPILE", "reduce-overhead", *opts])
+        build_compilation(cfg, Small(), build_plan(cfg, ALONE, 10), torch.device(device))
+
     with pytest.raises(ValueError, match=parts):
-        build_compilation(config.load((), ["TRAIN.COMPILE", "reduce-overhead", *opts]), Small(), processes)
+        build()
 
 
 @pytest.mark.gpu

@@ -53,15 +53,15 @@ def losses(output):
 
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):
+def uninterrupted(small, tmp_path_factory):
     """An uninterrupted run with soft distillation."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     assert train(small, output, *distil("soft", small, "CHECKPOINT.EVERY_UPDATES", 1)) == 0
     return output
 
 
-def test_checkpoint_and_averages_hold_the_student_only(whole):
-    state = last(whole)
+def test_checkpoint_and_averages_hold_the_student_only(uninterrupted):
+    state = last(uninterrupted)
     names = set(timm.create_model("test_efficientnet", num_classes=3).state_dict())
     assert set(state["model"]) == set(state["ema"]) == names
     assert len(state["facts"]["teacher"]["digest"]) == 16
@@ -75,20 +75,20 @@ def plain(small, tmp_path_factory):
     return output
 
 
-def test_alpha_zero_is_bitwise_no_distillation(small, whole, plain, tmp_path, capsys):
+def test_alpha_zero_is_bitwise_no_distillation(small, uninterrupted, plain, tmp_path, capsys):
     assert train(small, tmp_path, *distil("soft", small, "DISTILL.ALPHA", 0)) == 0
     assert "DISTILL.ALPHA=0" in capsys.readouterr().out
     for part in ("model", "ema"):
         torch.testing.assert_close(last(plain)[part], last(tmp_path)[part], rtol=0, atol=0)
-    assert losses(plain) == losses(tmp_path) != losses(whole)
+    assert losses(plain) == losses(tmp_path) != losses(uninterrupted)
 
 
-def test_first_loss_is_that_of_the_student_without_a_teacher_and_of_its_distance(small, whole, plain, tmp_path):
+def test_first_loss_is_that_of_the_student_without_a_teacher_and_of_its_distance(small, uninterrupted, plain, tmp_path):
     assert train(small, tmp_path, *distil("soft", small, "DISTILL.ALPHA", 1, "TRAIN.EPOCHS", 1)) == 0
-    assert losses(whole)[0] == pytest.approx((losses(tmp_path)[0] + losses(plain)[0]) / 2, rel=1e-5)
+    assert losses(uninterrupted)[0] == pytest.approx((losses(tmp_path)[0] + losses(plain)[0]) / 2, rel=1e-5)
 
 
-def test_interrupted_distillation_resumes_bitwise(small, whole, tmp_path, monkeypatch, capsys):
+def test_interrupted_distillation_resumes_bitwise(small, uninterrupted, tmp_path, monkeypatch, capsys):
     def interrupt(self):
         self.updates = getattr(self, "updates", 0) + 1
         if self.updates == 2:
@@ -107,13 +107,13 @@ def test_interrupted_distillation_resumes_bitwise(small, whole, tmp_path, monkey
     assert "has changed since" in capsys.readouterr().err
     assert train(small, tmp_path, *argv, "DISTILL.TEACHER_WEIGHTS", moved) == 0
     for part in ("model", "ema"):
-        torch.testing.assert_close(last(whole)[part], last(tmp_path)[part], rtol=0, atol=0)
-    assert losses(whole) == losses(tmp_path)
+        torch.testing.assert_close(last(uninterrupted)[part], last(tmp_path)[part], rtol=0, atol=0)
+    assert losses(uninterrupted) == losses(tmp_path)
 
 
-def test_evaluation_needs_no_teacher(small, whole, capsys):
+def test_evaluation_needs_no_teacher(small, uninterrupted, capsys):
     argv = distil("soft", small, "CHECKPOINT.EVERY_UPDATES", 1, "DISTILL.TEACHER_WEIGHTS", "gone.pt")
-    assert train(small, whole, "--eval", *argv) == 0
+    assert train(small, uninterrupted, "--eval", *argv) == 0
     assert "top-1" in capsys.readouterr().out
 
 

@@ -216,7 +216,7 @@ def test_teacher_construction_leaves_random_generators_unchanged(tmp_path):
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
-def test_digest_tells_teachers_apart(tmp_path):
+def test_digest_differs_between_teachers(tmp_path):
     digests = {teacher_of(store(tmp_path / "t.pt", seed=seed)).digest for seed in (0, 0, 1)}
     assert len(digests) == 2
 

@@ -148,7 +148,7 @@ def draw_pictures(folder: Path) -> None:
 
 
 def command(argv: Sequence[str], folder: Path) -> subprocess.CompletedProcess:
-    """Run a command of the project; raise RuntimeError with what it said if it fails."""
+    """Run a command of the project; raise RuntimeError with its output if it fails."""
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"COLUMNS": "200", "XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -101,7 +101,7 @@ def digest_run(run: Path, folder: Path, first: int = 0) -> dict[str, Any]:
 
 
 def digest_checkpoint(file: Path) -> dict[str, Any]:
-    """Return the keys of a checkpoint and a digest of what stands under each."""
+    """Return the keys of a checkpoint and a digest of the value of each."""
     state = torch.load(file, map_location="cpu", weights_only=True)
     found: dict[str, Any] = {"keys": list(state), "sealed": b"retoken sha256" in file.read_bytes()[-128:]}
     found["names"] = sha([[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in state["model"].items()])

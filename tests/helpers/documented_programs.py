@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import eval as eval_script
 import train as train_script
 from config import command_line
-from engine.batch_plan import accumulation
+from engine.batch_plan import accumulation_steps
 from tests.helpers.documented import ROOT, Command
 from tests.helpers.documented_workspace import Workspace, shortened
 
@@ -117,7 +117,7 @@ def train(words: list[str], workspace: Workspace, run: bool, processes: int = 1)
     argv = [workspace.substitute(word) for word in words]
     args = command_line.train_parser().parse_args(argv)
     cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
-    accumulation(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes)
+    accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes)
     if not run or tuple(words) in workspace.dry_runs:
         return "checked"
     if args.dry_run:

@@ -1,4 +1,4 @@
-"""Golden numbers: weights and inputs that anyone can rebuild, and what the published models make of them.
+"""Golden numbers: reproducible weights and inputs, and the outputs and gradients of the published models for them.
 
 `check_golden(model, name)` is the whole comparison; tests/goldens/*.json.gz + *.npz hold the numbers.
 """
@@ -20,7 +20,7 @@ RELATIVE = 1e-9
 
 
 def units(name, count):
-    """Numbers in [-1, 1) that depend on the name and the position only (a splitmix64 stream)."""
+    """Return numbers in [-1, 1) that depend on the name and the position only (splitmix64)."""
     z = np.uint64(zlib.crc32(name.encode()) << 32) + np.arange(1, count + 1, dtype=np.uint64)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -30,7 +30,7 @@ def units(name, count):
 
 
 def filled(name, shape):
-    """The value of a published entry, in float64."""
+    """Return the value of a published entry, in float64."""
     u = torch.from_numpy(units(name, math.prod(shape))).reshape(shape)
     last = name.rsplit(".", 1)[-1]
     if last == "running_mean":
@@ -47,13 +47,13 @@ def filled(name, shape):
 
 
 def images(size, batch=2):
-    """The golden input of a size."""
+    """Return the golden input of a size."""
     shape = (batch, 3, size, size)
     return torch.from_numpy(1.5 * units(f"input{size}", math.prod(shape))).reshape(shape)
 
 
 def load(name):
-    """One golden file: its json with the arrays of its npz added."""
+    """Return a golden file: its json with the arrays of its npz added."""
     golden = json.loads(gzip.decompress((FOLDER / f"{name}.json.gz").read_bytes()))
     with np.load(FOLDER / f"{name}.npz") as arrays:
         return {**golden, **{key: torch.from_numpy(arrays[key]) for key in arrays}}
@@ -117,7 +117,7 @@ def check_train(model, golden):
     assert_close("loss", loss.detach(), want["loss"])
     grads = to_published(model, {name: p.grad for name, p in model.named_parameters()})
     assert grads.keys() == want["grad_norm"].keys()
-    # What is zero but for round-off (a bias before BatchNorm) is compared against the largest gradient.
+    # Gradients that are zero but for round-off (a bias before BatchNorm) are compared against the largest gradient.
     floor = 1e-5 * max(want["grad_norm"].values())
     for key, grad in grads.items():
         assert_close(f"gradient norm of {key}", grad.norm(), want["grad_norm"][key], floor)

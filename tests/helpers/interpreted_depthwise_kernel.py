@@ -1,4 +1,4 @@
-"""The depthwise kernel against PyTorch's operations, on the CPU: test_depthwise_kernel.py runs this under TRITON_INTERPRET=1."""
+"""The depthwise kernel against PyTorch's operations, on the CPU: tests/models/kernels/test_depthwise.py runs this under TRITON_INTERPRET=1."""
 
 import json
 
@@ -171,8 +171,8 @@ def test_model_with_kernels_equals_without(name):
 def test_kernel_benchmark_writes_its_table(monkeypatch, tmp_path):
     for name, value in (("STRIPS", 2), ("COLUMNS", 2), ("CHANNELS", 32), ("WARPS", 1)):
         monkeypatch.setattr(kernels, name, (value,))
-    every = kernels.places
-    monkeypatch.setattr(kernels, "places", lambda *shape: list(every(*shape))[-1:])
+    every = kernels.find_cases
+    monkeypatch.setattr(kernels, "find_cases", lambda *shape: list(every(*shape))[-1:])
     tiles = depthwise.FORWARD, depthwise.BACKWARD
     small = "--models stvit_small --batch 1 --size 32 --channels 3 --rounds 2 --span 1e-6 --no-compile --tiles"
     assert kernels.main([*small.split(), "--out", str(tmp_path / "kernels")]) == 0

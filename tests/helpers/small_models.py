@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from models.build import retoken_models
+from models.registry import retoken_models
 
 NAMES = retoken_models()
 SMALLEST = [name for name in ("groupmixformer_mobile", "sgformer_small", "stvit_small") if name in NAMES]

@@ -115,15 +115,15 @@ def reached(run, update):
 
 
 @pytest.fixture(scope="module")
-def whole(small_cfg, tmp_path_factory, run_script):
+def uninterrupted(small_cfg, tmp_path_factory, run_script):
     """Run directory of the uninterrupted run on two processes of one machine."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     run_script("train.py", "--cfg", str(small_cfg), "--output", str(output), "--opts", *OPTS, processes=2)
     return output / "small"
 
 
 @pytest.mark.slow
-def test_run_that_is_requeued_twice_equals_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
+def test_run_that_is_requeued_twice_equals_the_uninterrupted_one(slurm, small_cfg, uninterrupted, tmp_path):
     run, output = tmp_path / "small", tmp_path / "job.out"
     argv = ("launch_scripts/slurm.sbatch", small_cfg, "--output", tmp_path, "--opts", *OPTS)
     job = submit(slurm, output, *argv)
@@ -136,11 +136,11 @@ def test_run_that_is_requeued_twice_equals_the_uninterrupted_one(slurm, small_cf
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{explain(slurm, output, run)}") from error
     wait_for_end(slurm, job, output, run)
-    assert_equals_the_uninterrupted_run(slurm, job, whole, run, requeues=2)
+    assert_equals_the_uninterrupted_run(slurm, job, uninterrupted, run, requeues=2)
 
 
 @pytest.mark.slow
-def test_run_without_torchrun_is_requeued_and_equals_the_uninterrupted_one(slurm, small_cfg, whole, tmp_path):
+def test_run_without_torchrun_is_requeued_and_equals_the_uninterrupted_one(slurm, small_cfg, uninterrupted, tmp_path):
     run, output = tmp_path / "small", tmp_path / "job.out"
     argv = ("launch_scripts/slurm_srun.sbatch", small_cfg, "--output", tmp_path, "--opts", *OPTS)
     job = submit(slurm, output, *argv)
@@ -150,15 +150,15 @@ def test_run_without_torchrun_is_requeued_and_equals_the_uninterrupted_one(slurm
         raise AssertionError(f"{error}\n{explain(slurm, output, run)}") from error
     slurm.run("scancel", "--signal=USR1", job)
     wait_for_end(slurm, job, output, run)
-    assert_equals_the_uninterrupted_run(slurm, job, whole, run, requeues=1)
+    assert_equals_the_uninterrupted_run(slurm, job, uninterrupted, run, requeues=1)
 
 
-def assert_equals_the_uninterrupted_run(slurm, job, whole, run, requeues):
+def assert_equals_the_uninterrupted_run(slurm, job, uninterrupted, run, requeues):
     assert slurm.job_field(job, "Restarts") == str(requeues)
     starts = [start["update"] for start in json.loads((run / "manifest.json").read_text())["starts"]]
     assert starts == sorted(set(starts))
     assert len(starts) == 1 + requeues
-    assert_same_run(whole, run)
+    assert_same_run(uninterrupted, run)
     assert {path.name for path in (run / "logs").iterdir()} == {f"{job}-{start}" for start in range(1 + requeues)}
     assert (run / "done").is_file()
     assert not (run / "preempted").exists()

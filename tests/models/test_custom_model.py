@@ -54,7 +54,7 @@ def test_module_is_found_on_the_path_of_python(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module' \(net\.py, line 1\)"),
         ("\ndef f(:\n", r"SyntaxError: .*\(net\.py, line 2\)"),
@@ -62,9 +62,9 @@ def test_module_is_found_on_the_path_of_python(tmp_path, monkeypatch):
         (NET.format(name="resnet18", width=4), r"Overwriting resnet18 in registry.*\(net\.py, line 5\)"),
     ],
 )
-def test_file_that_is_no_model_is_refused_with_the_reason(tmp_path, text, said):
+def test_file_that_is_no_model_is_refused_with_the_reason(tmp_path, text, message):
     (tmp_path / "net.py").write_text(text)
-    with pytest.raises(ValueError, match=rf"MODEL\.MODULE='.*net\.py'.*{said}"):
+    with pytest.raises(ValueError, match=rf"MODEL\.MODULE='.*net\.py'.*{message}"):
         import_models(str(tmp_path / "net.py"))
     assert timm.models.model_entrypoint("resnet18").__module__ == "timm.models.resnet"
 
@@ -79,7 +79,7 @@ def test_key_that_is_neither_file_nor_module_is_refused():
         config.load((), ["MODEL.MODULE", "mine/net"])
 
 
-def test_manifest_notes_the_file_and_compare_tells_when_it_differs(tmp_path, small_cfg, capsys):
+def test_manifest_notes_the_file_and_compare_shows_a_difference(tmp_path, small_cfg, capsys):
     for run, width in (("first", 4), ("second", 5)):
         file = write(tmp_path / f"{run}.py", f"own_{run}", width)
         own = [
@@ -118,9 +118,9 @@ def test_mistake_in_a_file_is_shown_where_it_is(tmp_path, small_cfg, capsys):
     opts = ["MODEL.MODULE", str(file), "MODEL.NAME", "own_broken", "MODEL.DROP_PATH_RATE", "0"]
     with pytest.raises(SystemExit):
         train_script.main(["--cfg", str(small_cfg), "--output", str(tmp_path), "--dry-run", "--opts", *opts])
-    said = capsys.readouterr().err
-    assert "first, second = [1]" in said
-    assert said.endswith("not enough values to unpack (expected 2, got 1)\n")
+    printed = capsys.readouterr().err
+    assert "first, second = [1]" in printed
+    assert printed.endswith("not enough values to unpack (expected 2, got 1)\n")
 
 
 def test_backbone_of_other_than_four_stages_is_refused():

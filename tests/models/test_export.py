@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
 
-# What torch 2.11 says of itself while it compiles, exports and loads.
+# Warnings of torch 2.11's own code while it compiles, exports and loads.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),

@@ -51,10 +51,10 @@ def test_384_recipe_starts_from_smaller_weights(family, layout, pictures, tmp_pa
     recipe = f"{ROOT}/configs/{family}/{SMALLEST[family]}_384.yaml"
     argv = ["--cfg", recipe, "--data-path", str(pictures), "--output", str(tmp_path / "out"), "--init", str(source)]
     assert train_script.main([*argv, "--tag", "t", "--opts", *TINY]) == 0
-    said = capsys.readouterr().out
-    assert "the classifier included" in said
-    assert ("stem.pos_embed was resized to (1, 576, 64)" in said) == (family == "sgformer")
-    assert ("inert       MODEL.DROP_PATH_RATE 0.1: TRAIN.EVAL_MODE" in said) == (family == "stvit")
+    printed = capsys.readouterr().out
+    assert "the classifier included" in printed
+    assert ("stem.pos_embed was resized to (1, 576, 64)" in printed) == (family == "sgformer")
+    assert ("inert       MODEL.DROP_PATH_RATE 0.1: TRAIN.EVAL_MODE" in printed) == (family == "stvit")
     (run,) = (tmp_path / "out").iterdir()
     end = load_state(run / "checkpoints/update-00000002.pt")["model"]
     begin = start.state_dict()
@@ -65,7 +65,7 @@ def test_384_recipe_starts_from_smaller_weights(family, layout, pictures, tmp_pa
 
 
 @pytest.mark.parametrize("family", SMALLEST)
-def test_classes_of_ones_own_train_from_a_thousand(family, pictures, tmp_path, capsys):
+def test_custom_classes_train_from_a_thousand(family, pictures, tmp_path, capsys):
     """Three classes: fewer than the five of top-5 accuracy."""
     source = tmp_path / "start.safetensors"
     start_weights(family, source, 1000, "ours")
@@ -73,9 +73,9 @@ def test_classes_of_ones_own_train_from_a_thousand(family, pictures, tmp_path, c
     argv = ["--cfg", recipe, "--data-path", str(pictures), "--output", str(tmp_path / "out"), "--init", str(source)]
     opts = [*TINY, "DATA.IMG_SIZE", "64", "DATA.EVAL_RESIZE", "64"]
     assert train_script.main([*argv, "--opts", *opts]) == 0
-    said = capsys.readouterr().out
-    assert "the classifier stays freshly initialised: it has 1000 classes there, 3 here" in said
-    assert "top-5 100.000 (15/15)" in said
+    printed = capsys.readouterr().out
+    assert "the classifier stays freshly initialised: it has 1000 classes there, 3 here" in printed
+    assert "top-5 100.000 (15/15)" in printed
     (run,) = (tmp_path / "out").iterdir()
     assert load_file(run / "best_raw.safetensors")["head.weight"].shape[0] == 3
 

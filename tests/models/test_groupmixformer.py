@@ -17,7 +17,7 @@ PARAMETERS = {"mobile": 5.7, "tiny": 11.0, "small": 22.4, "base": 45.8, "large":
 
 
 def conv(x, weight, bias=None):
-    """A depthwise convolution of a (H, W, C) map, pixel by pixel."""
+    """Compute a depthwise convolution of a (H, W, C) map, pixel by pixel."""
     H, W, _ = x.shape
     k = weight.shape[-1]
     padded = F.pad(x.permute(2, 0, 1), [k // 2] * 4).permute(1, 2, 0)

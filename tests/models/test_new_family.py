@@ -1,5 +1,6 @@
 """A family in one file, the one of docs/extending.md: folded, fused and drawn by what its classes declare."""
 
+import ast
 import copy
 import re
 
@@ -26,6 +27,7 @@ SHARED = (
     "inference/fold",
     "inference/prepare",
 )
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FAMILIES = re.compile(r"^(from|import) .*\b(groupmixformer|sgformer|sgformer_attention|stvit)\b", re.MULTILINE)
 
 
@@ -95,6 +97,25 @@ def test_subclass_is_not_foldable_unless_it_declares_it(model):
     assert is_foldable(model)
     assert not is_foldable(Changed())
     assert is_foldable(Declared())
+
+
+@pytest.mark.parametrize(
+    "path", ["eval.py", *(f"models/{name}.py" for name in SHARED), "tools/export.py", "tools/visualize.py"]
+)
+def test_shared_module_names_no_family_in_its_messages(path):
+    messages = [
+        node.value
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+    ]
+    docstrings = {
+        ast.get_docstring(node, clean=False)
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, DOCUMENTED)
+    }
+    assert not [
+        text for text in messages if text not in docstrings and re.search("SG-?Former|GroupMixFormer|STViT", text)
+    ]
 
 
 @pytest.mark.parametrize("name", SHARED)

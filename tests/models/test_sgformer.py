@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from models.layers import DepthwiseConv
 from models.published import to_published
-from models.sgformer import Mlp
+from models.sgformer import DepthwiseMlp
 from models.sgformer_attention import HybridScaleAttention, SelfGuidedAttention, run_tokens, window_attention
 from tests.helpers.small_models import images, scrambled, shrunken
 
@@ -249,7 +249,7 @@ def test_drop_path_rises_linearly_over_all_blocks():
 
 
 def test_mlp_adds_the_convolution_to_its_input():
-    mlp, x = scrambled(Mlp(6, 2.0)).double(), images(2, 5, 4, 6, dtype=torch.float64)
+    mlp, x = scrambled(DepthwiseMlp(6, 2.0)).double(), images(2, 5, 4, 6, dtype=torch.float64)
     t = mlp.fc1(x)
     want = mlp.fc2(F.gelu(t + DepthwiseConv.forward(mlp.depthwise, t)))
     torch.testing.assert_close(mlp(x), want, rtol=1e-12, atol=1e-14)

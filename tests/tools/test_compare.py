@@ -1,4 +1,4 @@
-"""tools.compare: where two runs part, what is not compared, and what it says."""
+"""tools.compare: the first update at which runs differ, metrics that are not compared, the printed result."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def test_runs_part_at_the_first_training_row_that_differs(a, tmp_path, capsys):
     assert ["largest", "of", "loss", "update", "20", "train", "loss", "2", "9", "0.78"] in cells
 
 
-def test_smallest_difference_counts_and_is_told(a, tmp_path, capsys):
+def test_smallest_difference_counts_and_is_printed(a, tmp_path, capsys):
     status, out = run(capsys, a, write(tmp_path / "b", changed(rows(), 5, "train", loss=2.7500000000000004)))
     assert status == 1
     assert "part at update 5: loss 2.75 vs 2.7500000000000004" in out
@@ -156,7 +156,7 @@ def test_settings_and_facts_that_differ_are_listed(a, tmp_path, capsys):
     assert "bbbbbbbbbb + 2 changed files" in out
 
 
-def test_starts_of_a_continued_run_are_told_in_order(a, tmp_path, capsys):
+def test_starts_of_a_continued_run_are_listed_in_order(a, tmp_path, capsys):
     b = write(tmp_path / "b", rows())
     manifest = json.loads((tmp_path / "b/manifest.json").read_text())
     manifest["starts"] += [START | {"processes": 8}, START | {"processes": 8}]
@@ -174,11 +174,11 @@ def test_every_run_is_compared_with_the_first(a, tmp_path, capsys):
     b, c = write(tmp_path / "b", rows()), write(tmp_path / "c", changed(rows(), 5, "train", lr=0.5))
     status, out = run(capsys, a, b, c)
     assert status == 1
-    verdicts = [line for line in out.splitlines() if line.startswith(a)]
-    assert [("identical" in v, "part at update 5" in v) for v in verdicts] == [(True, False), (False, True)]
+    summaries = [line for line in out.splitlines() if line.startswith(a)]
+    assert [("identical" in v, "part at update 5" in v) for v in summaries] == [(True, False), (False, True)]
 
 
-def test_json_says_all_of_it(a, tmp_path, capsys):
+def test_json_holds_the_whole_comparison(a, tmp_path, capsys):
     b = write(tmp_path / "b", changed(rows(), 15, "train", loss=None))
     status, out = run(capsys, a, b, "--json")
     assert status == 1
@@ -227,7 +227,7 @@ def test_what_cannot_be_compared_is_a_message_with_near_names(a, tmp_path, capsy
     assert "did you mean --tolerance" in fails(capsys, a, a, "--tolerence", "1")
 
 
-def test_row_cut_off_by_a_crash_is_left_out_but_a_damaged_one_is_told(a, tmp_path, capsys):
+def test_row_cut_off_by_a_crash_is_left_out_but_a_damaged_one_is_an_error(a, tmp_path, capsys):
     path = tmp_path / "b/metrics.jsonl"
     b = write(tmp_path / "b", rows(until=10))
     path.write_text(path.read_text() + '{"kind": "tra')

@@ -106,11 +106,11 @@ def test_round_trip_is_bit_equal(published, tmp_path, capsys, first, last):
     for which, theirs in weights.items():
         ours, back = tmp_path / f"ours-{which}{first}", tmp_path / f"{name}-{which}{last}"
         assert main([str(source), str(ours), "--model", name, "--weights", which]) == 0
-        said = capsys.readouterr().out
-        assert f"{FAMILIES[name]} layout" in said
-        assert ("EMA weights (" if which == "ema" else "raw weights") in said
-        assert ("it also holds" in said) == (len(weights) == 2)
-        assert f"{name} ({type(on_meta(name)).__name__}) under the published names, 3 classes" in said
+        printed = capsys.readouterr().out
+        assert f"{FAMILIES[name]} layout" in printed
+        assert ("EMA weights (" if which == "ema" else "raw weights") in printed
+        assert ("it also holds" in printed) == (len(weights) == 2)
+        assert f"{name} ({type(on_meta(name)).__name__}) under the published names, 3 classes" in printed
         assert main([str(ours), str(back), "--model", name, "--weights", which, "--to", "published"]) == 0
         assert f"{name} ({type(on_meta(name)).__name__}) under our names, 3 classes" in capsys.readouterr().out
         assert_bit_equal(entries_of(back), theirs)
@@ -190,10 +190,10 @@ def refused(argv, capsys):
 def test_wrong_model_is_refused_with_what_it_is(published, tmp_path, capsys):
     source, name, _ = published
     for other in ("stvit_base", "sgformer_base", "groupmixformer_base"):
-        said = refused([source, tmp_path / "out.pth", "--model", other], capsys)
-        assert str(source) in said
-        assert f"this is a {name}: give --model {name}" in said
-        assert ("of another shape: " if other.partition("_")[0] == name.partition("_")[0] else "missing: ") in said
+        printed = refused([source, tmp_path / "out.pth", "--model", other], capsys)
+        assert str(source) in printed
+        assert f"this is a {name}: give --model {name}" in printed
+        assert ("of another shape: " if other.partition("_")[0] == name.partition("_")[0] else "missing: ") in printed
         assert list(tmp_path.iterdir()) == []
 
 
@@ -202,9 +202,9 @@ def test_incomplete_file_is_refused_with_the_missing_name(tmp_path, capsys):
     del theirs["norm4.bias"]
     theirs["norm5.bias"] = torch.zeros(1)
     torch.save({"model": theirs}, tmp_path / "in.pth")
-    said = refused([tmp_path / "in.pth", tmp_path / "out.pth"], capsys)
-    assert "1 missing: neck.bias" in said
-    assert "the nearest variant is groupmixformer_mobile, of which it holds 99." in said
+    printed = refused([tmp_path / "in.pth", tmp_path / "out.pth"], capsys)
+    assert "1 missing: neck.bias" in printed
+    assert "the nearest variant is groupmixformer_mobile, of which it holds 99." in printed
 
 
 def test_deeper_variant_of_the_same_widths_is_refused(capsys):
@@ -218,12 +218,12 @@ def test_deeper_variant_of_the_same_widths_is_refused(capsys):
 def test_weights_of_another_kind_are_refused(tmp_path, capsys):
     torch.save({"model": {"a.weight": torch.zeros(1)}}, tmp_path / "in.pth")
     assert "resembles no variant (a.weight" in refused([tmp_path / "in.pth", tmp_path / "out.pth"], capsys)
-    said = refused([tmp_path / "in.pth", tmp_path / "out.pth", "--model", "stvit_small"], capsys)
-    assert "it resembles no variant" in said
-    said = refused([tmp_path / "in.pth", tmp_path / "out.pth", "--model", "stvit_smal"], capsys)
-    assert "--model='stvit_smal' is unknown: did you mean stvit_small" in said
-    said = refused([tmp_path / "in.pth", tmp_path / "out.pth", "--model", "resnet50"], capsys)
-    assert "one naming only" in said
+    printed = refused([tmp_path / "in.pth", tmp_path / "out.pth", "--model", "stvit_small"], capsys)
+    assert "it resembles no variant" in printed
+    printed = refused([tmp_path / "in.pth", tmp_path / "out.pth", "--model", "stvit_smal"], capsys)
+    assert "--model='stvit_smal' is unknown: did you mean stvit_small" in printed
+    printed = refused([tmp_path / "in.pth", tmp_path / "out.pth", "--model", "resnet50"], capsys)
+    assert "one naming only" in printed
 
 
 def test_weights_that_a_file_does_not_hold_are_refused(tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_source_is_never_overwritten(tmp_path, monkeypatch, capsys):
 def test_target_that_cannot_be_is_refused(tmp_path, capsys):
     (tmp_path / "folder.pth").mkdir()
     assert "end it in .safetensors" in refused(["in.pth", "out.bin"], capsys)
-    assert "does not exist" in refused(["in.pth", tmp_path / "no" / "out.pth"], capsys)
+    assert "there is no folder" in refused(["in.pth", tmp_path / "no" / "out.pth"], capsys)
     assert "is a folder" in refused(["in.pth", tmp_path / "folder.pth"], capsys)
     assert "in.pth does not exist" in refused([tmp_path / "in.pth", tmp_path / "out.pth"], capsys)
     assert "did you mean --weights" in refused(["in.pth", "out.pth", "--weight", "ema"], capsys)
@@ -273,9 +273,9 @@ def test_file_that_would_run_code_does_not(tmp_path, monkeypatch, capsys, layout
     content = as_written(layout, {"a": torch.zeros(1)}, {"a": torch.zeros(1)})
     content["config" if layout == "swin" else "args"] = Evil()
     torch.save(content, tmp_path / "in.pth")
-    said = refused(["in.pth", "out.pth"], capsys)
-    assert "in.pth was not read: it would run or build" in said
-    assert "exec" in said
+    printed = refused(["in.pth", "out.pth"], capsys)
+    assert "in.pth was not read: it would run or build" in printed
+    assert "exec" in printed
     assert {p.name for p in tmp_path.iterdir()} == {"in.pth"}
     with pytest.raises(Exception, match="exec"):
         timm.create_model("groupmixformer_mobile", checkpoint_path="in.pth")
@@ -298,10 +298,10 @@ def test_eval_reads_published_files(published, small_cfg, capsys):
     for which in weights:
         argv = ["--cfg", str(small_cfg), "--checkpoint", str(source), "--weights", which, "--opts", "MODEL.NAME", name]
         assert evaluation.main(argv) == 0
-        said = capsys.readouterr().out
-        assert f"{name} from {source}, " in said
-        assert f"[{which} weights, " in said
-        assert "15 images" in said
+        printed = capsys.readouterr().out
+        assert f"{name} from {source}, " in printed
+        assert f"[{which} weights, " in printed
+        assert "15 images" in printed
 
 
 def test_train_starts_from_published_files(published, small_cfg, tmp_path, capsys):

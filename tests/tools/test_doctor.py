@@ -1,4 +1,4 @@
-"""tools.doctor: what it finds, what to do, and its exit status."""
+"""tools.doctor: findings, remedies, exit status."""
 
 import json
 from pathlib import Path

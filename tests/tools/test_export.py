@@ -19,7 +19,7 @@ from tools import export
 from tools.classifier import Classifier
 from tools.export import DifferenceError, compare, main
 
-# What torch says of itself while it exports and loads.
+# Warnings of torch's own code while it exports and loads.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
@@ -127,7 +127,7 @@ def test_uploaded_folder_is_loaded_from_the_hub_by_timm(kind, classifier, tmp_pa
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, rtol=1e-4, atol=1e-5)
 
 
-def test_model_of_timm_is_said_to_need_nothing_else(classifier, tmp_path, monkeypatch, capsys):
+def test_usage_of_a_timm_model_imports_only_timm(classifier, tmp_path, monkeypatch, capsys):
     model = timm.create_model("test_efficientnet", num_classes=3).eval()
     other = replace(classifier, name="test_efficientnet", model=model)
     monkeypatch.setattr(export, "load_from_args", lambda *_: other)
@@ -159,7 +159,7 @@ def net_for_export(pretrained=False, **kwargs):
 """
 
 
-def test_model_of_ones_own_is_predicted_and_exported_with_its_file(small_cfg, pictures, tmp_path):
+def test_custom_model_is_predicted_and_exported_with_its_file(small_cfg, pictures, tmp_path):
     """In processes of their own: none knows what another one registered."""
     (tmp_path / "net.py").write_text(NET)
     module = ["--module", str(tmp_path / "net.py")]
@@ -248,7 +248,7 @@ def test_mistake_is_an_error_with_a_hint(argv, message, classifier, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
-def test_missing_package_is_said_with_its_install_line(monkeypatch, tmp_path):
+def test_missing_package_is_an_error_with_its_install_line(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="run pip install onnx onnxscript onnxruntime"):
         export.check_packages("onnx")
@@ -259,7 +259,7 @@ def test_model_of_timm_has_no_published_names_and_is_not_folded(classifier, tmp_
     monkeypatch.setattr(export, "load_from_args", lambda *_: other)
     for more, message in (
         (["published", "p.pth"], "has no published names"),
-        (["torch", "p.pt2", "--fold"], "--fold supports"),
+        (["torch", "p.pt2", "--fold"], "does not declare `foldable = True`"),
     ):
         kind, name, *flags = more
         with pytest.raises(SystemExit):

@@ -1,9 +1,10 @@
-"""python -m tools.index: what it reports of a store, what it calls a problem, and its exit status."""
+"""python -m tools.index: counts of a split, problems, exit status."""
 
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.archives import as_official, as_shards, as_tar, write_tar
 from tests.helpers.damaged_images import UNREADABLE
@@ -77,11 +78,25 @@ def test_problems_of_a_store_are_listed_and_give_status_1(folder, tmp_path, caps
 
 
 def test_many_unreadable_files_are_summed_up(tmp_path, capsys):
-    write_tar(tmp_path / "train.tar", [(f"cat/{i}.jpg", b"<html>") for i in range(30)])
+    write_tar(tmp_path / "train.tar", [(f"{'cat' if i < 15 else 'dog'}/{i}.jpg", b"<html>") for i in range(30)])
     status, lines, _ = run(capsys, tmp_path, "--workers", 1)
     assert status == 1
     assert lines.count("problem 10 more are unreadable (10 x a web page, not an image)") == 1
     assert sum(line.startswith("problem") for line in lines) == 21
+
+
+@pytest.mark.parametrize("level", [0, 255, 511])  # of 16 bits; of 65535 the darkest that is not nearly black is 512
+@pytest.mark.parametrize("workers", [1, 2])
+def test_split_of_nearly_black_images_is_a_problem(folder, tmp_path, capsys, level, workers):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in sorted(copy.glob("train/*/*"))[:20]:  # of 31
+        Image.fromarray(np.full((40, 40), level, np.uint16)).save(path, "PNG")
+    status, lines, _ = run(capsys, copy, "--workers", workers)
+    assert status == 1
+    assert any(line.startswith("level ") and "20 images are nearly black" in line for line in lines)
+    assert [line for line in lines if line.startswith("problem 20 of 31 decoded images of train are nearly black")]
+    assert lines[-1] == "1 problems"
 
 
 def test_archive_that_cannot_be_used_gives_status_2(folder, tmp_path, capsys):
@@ -89,8 +104,8 @@ def test_archive_that_cannot_be_used_gives_status_2(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run(capsys, tmp_path)
     assert caught.value.code == 2
-    assert "tools.index: the validation images of" in (said := capsys.readouterr().err)
-    assert "put ILSVRC2012_devkit_t12.tar.gz there" in said
+    assert "tools.index: the validation images of" in (printed := capsys.readouterr().err)
+    assert "put ILSVRC2012_devkit_t12.tar.gz there" in printed
     assert run(capsys, tmp_path, "--split", "train", "--workers", 1)[0] == 0
 
 
@@ -125,10 +140,10 @@ def test_spread_takes_each_index_once():
     assert np.diff(taken).min() > 1000
 
 
-@pytest.mark.parametrize("what", ["tar and zip", "archive beside folders"])
-def test_split_that_cannot_be_told_is_an_error(folder, tmp_path, capsys, what):
+@pytest.mark.parametrize("layout", ["tar and zip", "archive beside folders"])
+def test_ambiguous_split_is_an_error(folder, tmp_path, capsys, layout):
     root = as_tar(folder, tmp_path)
-    if what == "tar and zip":
+    if layout == "tar and zip":
         (root / "train.zip").touch()
         wanted = "holds train more than once"
     else:
@@ -148,7 +163,7 @@ def test_current_folder_is_a_data_path(folder, monkeypatch, capsys):
     assert "store train (folder)" in lines
 
 
-def test_split_that_is_not_there_is_said(folder, tmp_path, capsys):
+def test_missing_split_is_reported(folder, tmp_path, capsys):
     root = as_tar(folder, tmp_path)
     (root / "train.tar").rename(root / "train.tar.gz")
     status, lines, _ = run(capsys, root, "--workers", 1)

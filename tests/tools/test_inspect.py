@@ -1,4 +1,4 @@
-"""tools.inspect: what it counts, and how it says it."""
+"""tools.inspect: counts of parameters, operations and activations, and their tables."""
 
 import json
 

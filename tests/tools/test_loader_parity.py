@@ -1,4 +1,4 @@
-"""python -m tools.loader_parity: what it reports of two loaders, its exit status, and the accuracy of a checkpoint."""
+"""python -m tools.loader_parity: differences of two loaders, exit status, accuracy of a checkpoint."""
 
 import pytest
 import torch

@@ -88,7 +88,7 @@ def test_folders_are_searched_and_damaged_files_listed(checkpoint, pictures, tmp
     assert main([str(checkpoint), str(tmp_path)]) == 1
 
 
-def test_file_without_a_crop_takes_timms_and_says_so(checkpoint, tmp_path, pictures):
+def test_file_without_a_crop_takes_timms_with_a_note(checkpoint, tmp_path, pictures):
     weights, metadata = load_weights(checkpoint)
     del metadata["evaluation"], metadata["layout"], metadata["holds"]
     save_weights(tmp_path / "old.safetensors", weights, metadata)
@@ -100,7 +100,7 @@ def test_file_without_a_crop_takes_timms_and_says_so(checkpoint, tmp_path, pictu
     assert load_classifier(checkpoint, size=64).transform == EvalTransform(64, 80, "bilinear", "squash", (1, 2, 3))
 
 
-def test_run_says_how_it_cropped(small_cfg, tmp_path, pictures, capsys):
+def test_crop_of_the_run_is_printed(small_cfg, tmp_path, pictures, capsys):
     argv = [
         "--cfg",
         str(small_cfg),
@@ -191,8 +191,8 @@ def test_nothing_readable_prints_nothing(checkpoint, tmp_path, capsys):
 def test_run_directory_is_answered_with_its_files(checkpoint, pictures, capsys):
     with pytest.raises(SystemExit):
         main([str(checkpoint.parent), str(pictures / "val")])
-    said = f"checkpoint {checkpoint.parent} is a folder, name a file; {checkpoint.parent} holds best_raw.safetensors"
-    assert said in capsys.readouterr().err
+    message = f"checkpoint {checkpoint.parent} is a folder, name a file; {checkpoint.parent} holds best_raw.safetensors"
+    assert message in capsys.readouterr().err
 
 
 def test_weights_that_do_not_say_their_model_are_identified_or_refused(tmp_path):

@@ -119,7 +119,7 @@ def test_page_holds_all_numbers(trained):
     assert data["updates_per_epoch"] == 6
 
 
-def test_page_tells_what_was_done(trained):
+def test_page_lists_config_and_environment(trained):
     page = written(trained)
     metadata = RunInfo.read(trained)
     best = max(row["top1"] for row in metadata.run.evals.values() if row["weights"] == "raw")
@@ -193,7 +193,7 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, metrics):
     assert "update 0 of" in page
 
 
-def test_a_damaged_picture_is_said_and_the_others_are_shown(tmp_path, trained):
+def test_damaged_picture_is_named_and_the_others_are_shown(tmp_path, trained):
     run = made_up(tmp_path / "run")
     (run / "pictures").mkdir()
     whole = (trained / "pictures" / "first_batch.png").read_bytes()
@@ -234,7 +234,7 @@ def test_runs_are_shown_side_by_side(tmp_path, trained):
     assert f"TRAIN.GLOBAL_BATCH 1024 1024 {rows['TRAIN']['GLOBAL_BATCH']}" in text
 
 
-def test_tool_writes_where_it_says(tmp_path, capsys, monkeypatch):
+def test_printed_path_is_the_written_file(tmp_path, capsys, monkeypatch):
     runs = [made_up(tmp_path / "a"), made_up(tmp_path / "b")]
     assert report.main([str(runs[0])]) == 0
     assert report.main([str(run) for run in runs]) == 0
@@ -245,7 +245,7 @@ def test_tool_writes_where_it_says(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "run directory nowhere does not exist"),
         (["."], "holds no metrics.jsonl, it is no run directory"),
@@ -253,13 +253,13 @@ def test_tool_writes_where_it_says(tmp_path, capsys, monkeypatch):
         (["a", "--out", "a/config.yaml/page.html"], "cannot be written"),
     ],
 )
-def test_mistakes_are_named(tmp_path, capsys, monkeypatch, arguments, said):
+def test_mistakes_are_named(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     made_up(tmp_path / "a")
     with pytest.raises(SystemExit) as ended:
         report.main(arguments)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not find_browser(), reason=MISSING)
@@ -286,7 +286,7 @@ def test_browser_draws_the_page_without_complaint(tmp_path, trained):
 
 
 @pytest.mark.skipif(not find_browser(), reason=MISSING)
-def test_browser_says_what_is_not_there_yet(tmp_path):
+def test_browser_shows_notes_for_missing_parts(tmp_path):
     run, page = made_up(tmp_path / "run"), tmp_path / "page.html"
     first = (run / "metrics.jsonl").read_text().splitlines()[0]
     for metrics, missing in ((first, ["evaluated"] * 2), ("", ["evaluated", "logged", "evaluated", *["logged"] * 4])):
@@ -300,5 +300,5 @@ def test_browser_says_what_is_not_there_yet(tmp_path):
 def test_browser_test_sees_an_error_of_a_script(tmp_path):
     page = tmp_path / "page.html"
     page.write_text("<!doctype html><script>nothing.there()</script>")
-    (said,) = screenshot(page, tmp_path / "page.png", 300, 200)
-    assert "nothing is not defined" in said
+    (message,) = screenshot(page, tmp_path / "page.png", 300, 200)
+    assert "nothing is not defined" in message

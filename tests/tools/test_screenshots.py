@@ -1,4 +1,4 @@
-"""Screenshots: a terminal is recorded and drawn as it was, and the pictures in docs/images are there and small."""
+"""Screenshots: recording and drawing of a terminal; the pictures in docs/images exist and are small."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tools import screenshots
-from tools.terminal_recorder import Screen, record, screen_when
+from tools.terminal_recorder import RecordedScreen, record, screen_when
 
 PROGRAM = """
 import os
@@ -34,8 +34,8 @@ def recorded(tmp_path_factory):
     return out.read_bytes().decode()
 
 
-def test_terminal_shows_what_it_showed(recorded):
-    shown = Screen()
+def test_recorded_terminal_is_replayed(recorded):
+    shown = RecordedScreen()
     shown.feed(recorded)
     size = "os.terminal_size(columns=50, lines=20) True"
     assert shown.plain == [size, "line 0", "line 1", "line 2", "line 3", "x" * 60]
@@ -62,7 +62,7 @@ def test_terminal_is_drawn_with_colours_and_without_addresses(recorded):
     assert len(set(re.findall(r"\.[\w-]+-r\d+ \{ fill: (#\w+)", drawn))) > 1
 
 
-def test_a_failing_program_is_told_apart(tmp_path):
+def test_failing_program_returns_its_exit_status(tmp_path):
     assert record([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "out", 50, 20, os.environ) == 3
 
 
@@ -80,5 +80,5 @@ def test_pictures_of_the_documentation_are_there_and_small():
             with Image.open(path) as image:
                 image.verify()
         assert path.resolve() in named, f"{path} is shown nowhere"
-    wanted = {f"look_{family}.jpg" for family in screenshots.ATTENTION_MAPS.values()}
+    wanted = {f"attention_maps_{family}.jpg" for family in screenshots.ATTENTION_MAPS.values()}
     assert {path.name for path in folder.iterdir()} >= {"live.svg", "report.png", "first_batch.png", *wanted}

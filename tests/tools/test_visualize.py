@@ -11,7 +11,7 @@ from data.augment.transforms import EvalTransform
 from models.attention_maps import AttentionMap, AttentionReading
 from tools import visualize
 from tools.visualize import main, parse_point
-from trainer.figures.figure import arranged, as_pixels, save, sheet, single
+from trainer.figures.figure import arrange_in_lines, as_pixels, save, sheet, single
 from trainer.figures.panels import Panel, boundaries, original, panels
 from trainer.figures.photograph import Photograph
 
@@ -163,7 +163,7 @@ def test_label_of_a_scale_keeps_clear_of_its_arrow():
 )
 def test_sheet_breaks_lines_so_that_little_stays_empty(stages, lines):
     one = np.zeros((1, 1, 3), np.uint8)
-    found = arranged([Panel("", int(stage), "", one) for stage in stages])
+    found = arrange_in_lines([Panel("", int(stage), "", one) for stage in stages])
     assert ["".join(str(panel.stage) for panel in line) for line in found] == lines
 
 
@@ -250,7 +250,7 @@ def test_target_that_is_a_file_is_refused_before_any_work(pictures, tmp_path, ca
         assert capsys.readouterr().err == f"python -m tools.visualize: --out {out}: {file} is a file; name a folder\n"
 
 
-def test_nothing_readable_is_said(tmp_path, monkeypatch, capsys):
+def test_no_readable_image_is_reported(tmp_path, monkeypatch, capsys):
     from tests.helpers.small_models import shrunken
 
     monkeypatch.setattr("tools.classifier._build", lambda *_: shrunken("stvit_small", num_classes=1000))
@@ -261,7 +261,7 @@ def test_nothing_readable_is_said(tmp_path, monkeypatch, capsys):
     assert "none of the images can be read" in printed.err
 
 
-def test_missing_matplotlib_is_said(monkeypatch):
+def test_missing_matplotlib_is_an_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         visualize.check_matplotlib()

@@ -8,9 +8,9 @@ from tests.helpers.small_runs import train
 
 
 @pytest.fixture(scope="session")
-def whole(small_cfg, tmp_path_factory):
+def uninterrupted(small_cfg, tmp_path_factory):
     """The directory of an uninterrupted run; tests leave it unchanged."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     assert train(small_cfg, output) == 0
     return output / "small"
 

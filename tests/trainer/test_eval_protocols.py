@@ -178,4 +178,4 @@ def test_folded_evaluation_gives_the_same_counts(eval_cfg, twelve_classes, tmp_p
 def test_folding_a_model_of_timm_is_refused(eval_cfg, twelve_classes, capsys):
     folder, path = twelve_classes
     err = eval_fails(eval_cfg, capsys, "--checkpoint", path, "--val-path", folder, "--fold")
-    assert "--fold knows SG-Former, GroupMixFormer and STViT, not MODEL.NAME=test_efficientnet; leave it out" in err
+    assert "--fold: the class of MODEL.NAME=test_efficientnet does not declare `foldable`; leave it out" in err

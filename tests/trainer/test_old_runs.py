@@ -115,9 +115,9 @@ def test_old_run_is_compared_and_reported(old, tmp_path, capsys):
     assert "old_net" in (tmp_path / "page.html").read_text()
     go_on(old)
     found = compare([str(old), str(FIXTURE / "old"), "--tolerance", str(TOLERANCE)])
-    said = capsys.readouterr().out
-    assert found == 0, said
-    assert "compared 11 training rows and 2 evaluations" in said
+    printed = capsys.readouterr().out
+    assert found == 0, printed
+    assert "compared 11 training rows and 2 evaluations" in printed
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ AT_384 = {
 DROP_PATH = {
     "sgformer": (0.1, 0.2, 0.4), "groupmixformer": (0.1, 0.1, 0.2, 0.5, 0.1), "stvit": (0.1, 0.4, 0.6),
 }  # fmt: skip
-# What no recipe decides: where things lie, how fast they are read, what is not used in one.
+# Keys that no recipe sets: paths, speed, options that recipes do not use.
 FREE = {
     "MODEL.MODULE", "MODEL.KERNELS", "MODEL.NORM_BACKEND", "OPTIM.BACKEND", "TRAIN.COMPILE", "TRAIN.CHECKPOINT_BLOCKS", "DATA.PATH", "DATA.LOADER", "DATA.DALI_DEVICE", "DATA.CLASS_INDEX", "DATA.VAL_LABELS", "DATA.WORKERS", "DATA.PREFETCH",
     "DATA.MAX_BAD_SHARE", "TRAIN.MAX_SKIPPED", "DATA.SYNTHETIC_TRAIN", "DATA.SYNTHETIC_VAL", "DATA.SYNTHETIC_CLASSES", "TRAIN.BENCHMARK",

@@ -20,7 +20,9 @@ from tests.helpers.small_runs import LAST, assert_same_state, fails, rows, train
 
 
 @pytest.mark.parametrize("stop_at", [3, 8])
-def test_resume_in_the_middle_is_bitwise_the_uninterrupted_run(small_cfg, whole, tmp_path, monkeypatch, stop_at):
+def test_resume_in_the_middle_is_bitwise_the_uninterrupted_run(
+    small_cfg, uninterrupted, tmp_path, monkeypatch, stop_at
+):
     def interrupt(self):
         self.updates = getattr(self, "updates", 0) + 1
         if self.updates == stop_at:
@@ -33,16 +35,16 @@ def test_resume_in_the_middle_is_bitwise_the_uninterrupted_run(small_cfg, whole,
     stopped = load_state(max((tmp_path / "small/checkpoints").iterdir()))
     assert 0 < stopped["update"] < stop_at
     assert train(small_cfg, tmp_path, *often) == 0
-    assert_same_state(whole / LAST, tmp_path / "small" / LAST)
-    assert rows(whole) == rows(tmp_path / "small")
+    assert_same_state(uninterrupted / LAST, tmp_path / "small" / LAST)
+    assert rows(uninterrupted) == rows(tmp_path / "small")
     for which in ("raw", "ema"):
-        a, b = (load_file(run / f"best_{which}.safetensors") for run in (whole, tmp_path / "small"))
+        a, b = (load_file(run / f"best_{which}.safetensors") for run in (uninterrupted, tmp_path / "small"))
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert len(json.loads((tmp_path / "small/manifest.json").read_text())["starts"]) == 2
 
 
 @pytest.mark.slow
-def test_kill_in_the_middle_of_an_epoch_loses_nothing(small_cfg, whole, tmp_path):
+def test_kill_in_the_middle_of_an_epoch_loses_nothing(small_cfg, uninterrupted, tmp_path):
     argv = [sys.executable, "train.py", "--cfg", str(small_cfg), "--output", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number may sum in another order
     process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -53,25 +55,25 @@ def test_kill_in_the_middle_of_an_epoch_loses_nothing(small_cfg, whole, tmp_path
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert train(small_cfg, tmp_path) == 0
-    assert_same_state(whole / LAST, tmp_path / "small" / LAST)
-    assert rows(whole) == rows(tmp_path / "small")
+    assert_same_state(uninterrupted / LAST, tmp_path / "small" / LAST)
+    assert rows(uninterrupted) == rows(tmp_path / "small")
 
 
-def test_complete_run_is_reported_and_not_changed(small_cfg, whole, capsys):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    assert train(small_cfg, whole.parent) == 0
+def test_complete_run_is_reported_and_not_changed(small_cfg, uninterrupted, capsys):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*")}
+    assert train(small_cfg, uninterrupted.parent) == 0
     assert "is complete" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*")} == before
 
 
-def test_second_start_on_a_run_is_refused_while_the_first_lasts(small_cfg, whole, capsys, monkeypatch):
+def test_second_start_on_a_run_is_refused_while_the_first_lasts(small_cfg, uninterrupted, capsys, monkeypatch):
     monkeypatch.setattr("engine.checkpoint.run_directory.LOCK_ATTEMPTS", 1)
-    first = RunDirectory(whole, 2)
+    first = RunDirectory(uninterrupted, 2)
     first.lock()
-    assert "another process trains in" in fails(lambda: train(small_cfg, whole.parent), capsys)
-    assert train(small_cfg, whole.parent, "--eval") == 0
+    assert "another process trains in" in fails(lambda: train(small_cfg, uninterrupted.parent), capsys)
+    assert train(small_cfg, uninterrupted.parent, "--eval") == 0
     first.unlock()
-    assert train(small_cfg, whole.parent) == 0
+    assert train(small_cfg, uninterrupted.parent) == 0
 
 
 def test_second_start_on_a_new_run_is_refused_before_it_writes(small_cfg, tmp_path, capsys, monkeypatch):
@@ -84,8 +86,8 @@ def test_second_start_on_a_new_run_is_refused_before_it_writes(small_cfg, tmp_pa
     assert not (tmp_path / "small").exists()
 
 
-def test_other_optimiser_cannot_continue_a_checkpoint(small_cfg, whole, tmp_path, capsys):
-    argv = ("--resume", whole / "checkpoints/update-00000012.pt", "--opts", "OPTIM.NAME", "lion")
+def test_other_optimiser_cannot_continue_a_checkpoint(small_cfg, uninterrupted, tmp_path, capsys):
+    argv = ("--resume", uninterrupted / "checkpoints/update-00000012.pt", "--opts", "OPTIM.NAME", "lion")
     text = fails(lambda: train(small_cfg, tmp_path, *argv), capsys)
     assert "was written with the optimiser AdamW, OPTIM.NAME makes Lion" in text
     assert not (tmp_path / "small").exists()
@@ -102,16 +104,16 @@ def test_two_processes_resume_bitwise(small_cfg, tmp_path, run_script):
     assert_same_state(tmp_path / "whole/small" / LAST, tmp_path / "parts/small" / LAST)
 
 
-def test_other_recipe_in_the_same_directory_is_refused(small_cfg, whole, capsys):
-    text = fails(lambda: train(small_cfg, whole.parent, "--opts", "OPTIM.LR", 0.1, "LOG.EVERY", 3), capsys)
+def test_other_recipe_in_the_same_directory_is_refused(small_cfg, uninterrupted, capsys):
+    text = fails(lambda: train(small_cfg, uninterrupted.parent, "--opts", "OPTIM.LR", 0.1, "LOG.EVERY", 3), capsys)
     assert "OPTIM.LR: 0.001 -> 0.1" in text
     assert "LOG.EVERY" not in text
     assert "--tag" in text
 
 
-def test_loader_may_change_within_a_run_with_a_warning(small_cfg, whole, tmp_path, capsys):
+def test_loader_may_change_within_a_run_with_a_warning(small_cfg, uninterrupted, tmp_path, capsys):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install nvidia-dali-cuda130")
-    shutil.copytree(whole, tmp_path / "small")
+    shutil.copytree(uninterrupted, tmp_path / "small")
     (tmp_path / "small" / LAST).unlink()
     (tmp_path / "small/done").unlink()
     assert train(small_cfg, tmp_path, "--opts", "DATA.LOADER", "dali", "DATA.DALI_DEVICE", "cpu") == 0
@@ -122,19 +124,19 @@ def test_loader_may_change_within_a_run_with_a_warning(small_cfg, whole, tmp_pat
     assert "holds a run with other settings" in fails(lambda: train(small_cfg, tmp_path, "--opts", *other), capsys)
 
 
-def test_other_data_of_the_same_size_are_refused(small_cfg, whole, tmp_path, capsys):
+def test_other_data_of_the_same_size_are_refused(small_cfg, uninterrupted, tmp_path, capsys):
     draw_folder(tmp_path / "data", 16, 5)
     for split in ("train", "val"):
         (tmp_path / "data" / split / "blue").rename(tmp_path / "data" / split / "azure")
-    text = fails(lambda: train(small_cfg, whole.parent, "--data-path", tmp_path / "data"), capsys)
+    text = fails(lambda: train(small_cfg, uninterrupted.parent, "--data-path", tmp_path / "data"), capsys)
     assert "blue -> azure" in text
     draw_folder(tmp_path / "more", 17, 5)
-    text = fails(lambda: train(small_cfg, whole.parent, "--data-path", tmp_path / "more"), capsys)
+    text = fails(lambda: train(small_cfg, uninterrupted.parent, "--data-path", tmp_path / "more"), capsys)
     assert "train: 48 -> 51" in text
 
 
-def test_resume_into_a_new_run_takes_the_new_recipe(small_cfg, whole, tmp_path, capsys):
-    middle = whole / "checkpoints/update-00000012.pt"
+def test_resume_into_a_new_run_takes_the_new_recipe(small_cfg, uninterrupted, tmp_path, capsys):
+    middle = uninterrupted / "checkpoints/update-00000012.pt"
     other = ("--opts", "OPTIM.WEIGHT_DECAY", 0.5, "TRAIN.AMP", "fp16", "OPTIM.LR", 2e-3, "EVAL.EVERY", 3)
     assert train(small_cfg, tmp_path, "--resume", middle, *other) == 0
     assert "learning rate 0.002;" in capsys.readouterr().out
@@ -142,7 +144,7 @@ def test_resume_into_a_new_run_takes_the_new_recipe(small_cfg, whole, tmp_path, 
     assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0, 0.5}
     assert all(best["epoch"] == 3 for best in state["best"].values())
     assert (tmp_path / "small/best_raw.safetensors").exists()
-    text = fails(lambda: train(small_cfg, tmp_path, "--tag", "x", "--resume", whole / LAST), capsys)
+    text = fails(lambda: train(small_cfg, tmp_path, "--tag", "x", "--resume", uninterrupted / LAST), capsys)
     assert "at the end of TRAIN.EPOCHS=3" in text
 
 
@@ -157,22 +159,22 @@ def test_fp16_resumes_bitwise(small_cfg, tmp_path):
     assert load_state(tmp_path / "a" / name)["scaler"] == load_state(tmp_path / "b" / name)["scaler"]
 
 
-def test_init_starts_from_weights_and_resume_from_a_position(small_cfg, whole, tmp_path, capsys):
+def test_init_starts_from_weights_and_resume_from_a_position(small_cfg, uninterrupted, tmp_path, capsys):
     one = ("--opts", "TRAIN.EPOCHS", 1, "SCHEDULE.WARMUP_EPOCHS", 0, "OPTIM.LR", 0)
     still = ("SCHEDULE.MIN_LR", 0, "SCHEDULE.WARMUP_LR", 0)
-    assert train(small_cfg, tmp_path, "--init", whole / "best_raw.safetensors", *one, *still) == 0
+    assert train(small_cfg, tmp_path, "--init", uninterrupted / "best_raw.safetensors", *one, *still) == 0
     assert "started from all" in capsys.readouterr().out
     state = load_state(tmp_path / "small/checkpoints/update-00000006.pt")
-    start = load_file(whole / "best_raw.safetensors")
+    start = load_file(uninterrupted / "best_raw.safetensors")
     norms = ("running_mean", "running_var", "num_batches_tracked")
     assert all(torch.equal(state["model"][k], start[k]) for k in start if not k.endswith(norms))
-    assert train(small_cfg, tmp_path, "--tag", "on", "--resume", whole / "checkpoints/update-00000012.pt") == 0
+    assert train(small_cfg, tmp_path, "--tag", "on", "--resume", uninterrupted / "checkpoints/update-00000012.pt") == 0
     assert "at update 12 of 18" in capsys.readouterr().out
-    assert_same_state(whole / LAST, tmp_path / "small-on" / LAST, best=False)
+    assert_same_state(uninterrupted / LAST, tmp_path / "small-on" / LAST, best=False)
 
 
-def test_init_takes_the_headline_weights_of_a_file_that_holds_both(small_cfg, whole, tmp_path, capsys):
-    argv = ("--init", whole / "checkpoints/update-00000012.pt", "--eval")
+def test_init_takes_the_headline_weights_of_a_file_that_holds_both(small_cfg, uninterrupted, tmp_path, capsys):
+    argv = ("--init", uninterrupted / "checkpoints/update-00000012.pt", "--eval")
     for headline, other in (("raw", "ema"), ("ema", "raw")):
         assert train(small_cfg, tmp_path, *argv, "--opts", "RECIPE.HEADLINE", headline) == 0
         expected = f"({headline} weights; the file also holds {other} weights, see MODEL.INIT_WEIGHTS)"

@@ -10,8 +10,8 @@ from tests.conftest import draw_folder
 from tests.helpers.small_runs import LAST, assert_same_state, fails, rows, train
 
 
-def test_run_directory_holds_the_documented_files(whole):
-    names = {p.name for p in whole.iterdir()}
+def test_run_directory_holds_the_documented_files(uninterrupted):
+    names = {p.name for p in uninterrupted.iterdir()}
     assert names == {
         "config.yaml",
         "manifest.json",
@@ -23,14 +23,17 @@ def test_run_directory_holds_the_documented_files(whole):
         "pictures",
         "done",
     }
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["update-00000012.pt", "update-00000018.pt"]
-    manifest = json.loads((whole / "manifest.json").read_text())
+    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == [
+        "update-00000012.pt",
+        "update-00000018.pt",
+    ]
+    manifest = json.loads((uninterrupted / "manifest.json").read_text())
     assert manifest["classes"] == ["blue", "green", "red"]
     assert manifest["starts"][0]["packages"]["torch"] == torch.__version__.split("+")[0]
-    evals = [r for r in rows(whole) if r["kind"] == "eval"]
+    evals = [r for r in rows(uninterrupted) if r["kind"] == "eval"]
     assert [(r["epoch"], r["weights"]) for r in evals] == [(e, w) for e in range(3) for w in ("raw", "ema")]
     assert {r["images"] for r in evals} == {15}
-    assert [r["update"] for r in rows(whole) if r["kind"] == "train"] == [4, 6, 10, 12, 16, 18]
+    assert [r["update"] for r in rows(uninterrupted) if r["kind"] == "train"] == [4, 6, 10, 12, 16, 18]
 
 
 @pytest.mark.slow

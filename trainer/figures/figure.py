@@ -50,13 +50,13 @@ def sheet(rows: Sequence[Sequence[Panel]], captions: Sequence[str]) -> Figure:
     heads: list[str] = []
     for panels, caption in zip(rows, captions, strict=True):
         first = [next((panel for panel in panels if not panel.stage), None)]
-        beside = arranged([panel for panel in panels if panel.stage]) or [[]]
+        beside = arrange_in_lines([panel for panel in panels if panel.stage]) or [[]]
         lines += [[*(first if not i else [None]), *line] for i, line in enumerate(beside)]
         heads += [caption, *[""] * (len(beside) - 1)]
     return _grid(lines, heads, SHEET_PIXELS / WIDTH, TALL)
 
 
-def arranged(panels: Sequence[Panel]) -> list[list[Panel]]:
+def arrange_in_lines(panels: Sequence[Panel]) -> list[list[Panel]]:
     """Arrange panels in lines, with the number of columns that leaves the fewest cells empty; stages that fit whole share a line."""
     stages = [list(group) for _, group in groupby(panels, lambda panel: panel.stage)]
     found = []

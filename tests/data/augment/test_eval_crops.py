@@ -104,6 +104,6 @@ def test_mistyped_protocol_is_refused_with_the_remedy(opts, parts):
         assert part in str(caught.value), str(caught.value)
 
 
-def test_transform_refuses_an_unknown_mode():
-    with pytest.raises(ValueError, match=r"EVAL.MODE='full' must be center, squash or border"):
-        EvalTransform(32, mode="full")
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match=r"EVAL.MODE must be one of center, squash, border, got 'full'"):
+        config.load(opts=["EVAL.MODE", "full"])

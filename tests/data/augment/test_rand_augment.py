@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.pillow_rand_augment import apply
 from common.rng import keyed_generator
 from data.augment.op_groups import pack
 from data.augment.rand_augment import RandAugment, augment
 from data.augment.rand_augment_policy import INCREASING_OPS, PUBLISHED_OPS, Op, argument, draw_ops, parse_policy
 from tests.helpers.data_doubles import picture
-from tests.helpers.pillow_rand_augment import apply
 
 FILL = (124, 116, 104)
 SIZE = 40

@@ -5,10 +5,10 @@ import pytest
 import timm.data.auto_augment as timm_aa
 from PIL import Image
 
+from benchmarks.pillow_rand_augment import apply
 from common.rng import keyed_generator
 from data.augment.rand_augment_policy import INCREASING_OPS, PUBLISHED_OPS, Op, Policy, argument, draw_ops, parse_policy
 from tests.helpers.data_doubles import TimmRandom, picture
-from tests.helpers.pillow_rand_augment import apply
 
 FILL = (124, 116, 104)
 PICTURE = picture(np.random.RandomState(1), 57, 43)

@@ -10,12 +10,12 @@ from torchvision.transforms import functional as tvf_pil
 from torchvision.transforms.v2.functional._geometry import _do_native_uint8_resize_on_cpu
 
 import config
+from benchmarks.pillow_rand_augment import apply
 from common.rng import keyed_generator
 from data.augment.rand_augment_policy import parse_policy
 from data.augment.random_erasing import RandomErasing
 from data.augment.transforms import INTERPOLATIONS, Crop, EvalTransform, TrainTransform, draw_crop, shorter_side_size
 from tests.helpers.data_doubles import TimmRandom, picture
-from tests.helpers.pillow_rand_augment import apply
 
 RATIO = (3 / 4, 4 / 3)
 FROZEN = [
@@ -148,7 +148,7 @@ def test_evaluation_without_resize_takes_the_whole_image():
 def test_impossible_options_are_refused():
     with pytest.raises(ValueError, match=r"DATA.INTERPOLATION must be one of bicubic, bilinear, random, got 'nearest'"):
         config.load(opts=["DATA.INTERPOLATION", "nearest"])
-    with pytest.raises(ValueError, match=r"DATA.EVAL_INTERPOLATION='random' must be bicubic or bilinear"):
-        EvalTransform(32, 0, "random")
-    with pytest.raises(ValueError, match=r"DATA.EVAL_RESIZE=31 must be 0 or at least the crop DATA.IMG_SIZE=32"):
-        EvalTransform(32, 31)
+    with pytest.raises(ValueError, match=r"DATA.EVAL_INTERPOLATION must be one of bicubic, bilinear, got 'random'"):
+        config.load(opts=["DATA.EVAL_INTERPOLATION", "random"])
+    with pytest.raises(ValueError, match=r"DATA.EVAL_RESIZE=31 is smaller than the crop DATA.IMG_SIZE=32"):
+        config.load(opts=["DATA.IMG_SIZE", "32", "DATA.EVAL_RESIZE", "31"])

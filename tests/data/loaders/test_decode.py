@@ -84,12 +84,6 @@ def test_without_the_operator_pillow_decodes_jpeg(monkeypatch):
     assert decode(encoded(RGB, "JPEG"), "x") == "by Pillow"
 
 
-def test_16_bit_grey_keeps_its_brightness():
-    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    image = decode(encoded(Image.fromarray(grey), "PNG"), "x")
-    assert torch.equal(image, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 32, 32))
-
-
 @pytest.mark.parametrize(
     "data",
     [

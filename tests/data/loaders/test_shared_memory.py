@@ -7,7 +7,9 @@ import pytest
 import config
 from data.build import build_data
 from data.loaders import shared_memory
-from data.loaders.shared_memory import check_shared_memory, default_workers
+from data.loaders import workers as loader_workers
+from data.loaders.shared_memory import check_shared_memory
+from data.loaders.workers import default_workers
 from tests.helpers.data_doubles import write_folder
 
 MIB = 2**20
@@ -26,7 +28,7 @@ def machine(monkeypatch, tmp_path):
         Status.f_bavail = free * MIB // 4096
         monkeypatch.setattr("os.statvfs", lambda path: Status)
         monkeypatch.setattr(shared_memory, "SHM", tmp_path)
-        monkeypatch.setattr(shared_memory, "CGROUPS", tmp_path)
+        monkeypatch.setattr(loader_workers, "CGROUPS", tmp_path)
 
     return of
 
@@ -84,7 +86,7 @@ OPTS = "DATA.IMG_SIZE 32 DATA.EVAL_RESIZE 36 TRAIN.GLOBAL_BATCH 8 TRAIN.MICRO_BA
     ],
 )
 def test_build_checks_training_and_evaluation_batches(machine, tmp_path, counts, opts, wanted):
-    write_folder(tmp_path, train={"cat": counts[0]}, val={"cat": counts[1]})
+    write_folder(tmp_path, train=dict.fromkeys(("cat", "dog"), counts[0] // 2), val={"cat": counts[1]})
     machine(free=64)
     cfg = config.load(opts=[*OPTS.split(), *opts.split(), "DATA.PATH", str(tmp_path)])
     if wanted is None:
@@ -96,12 +98,12 @@ def test_build_checks_training_and_evaluation_batches(machine, tmp_path, counts,
 
 def test_dali_needs_room_for_files_and_a_quarter_of_the_processes(machine, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install nvidia-dali-cuda130")
-    write_folder(tmp_path, train={"cat": 80}, val={"cat": 4})
+    write_folder(tmp_path, train={"cat": 40, "dog": 40}, val={"cat": 2, "dog": 2})
     opts = "DATA.LOADER dali DATA.IMG_SIZE 1024 DATA.EVAL_RESIZE 1024 DATA.WORKERS 8"
     cfg = config.load(opts=[*OPTS.split(), *opts.split(), "DATA.PATH", str(tmp_path)])
     machine(free=1)
     build_data(cfg, 0, 1, "cpu")  # 2 x 4 + 2 batches of 4 files of a few kB
-    for path in tmp_path.glob("train/cat/*.jpg"):
+    for path in tmp_path.glob("train/*/*.jpg"):
         path.write_bytes(path.read_bytes() + bytes(MIB // 4))
     wanted = r"DATA\.WORKERS=8 \(2 of them processes that read\) x DATA\.PREFETCH=4 batches of 1 MiB need 10 MiB"
     with pytest.raises(ValueError, match=wanted):
@@ -128,7 +130,7 @@ def test_default_workers_keep_to_a_quota(machine, monkeypatch, tmp_path, files, 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     (tmp_path / "own").write_text("5:cpu,cpuacct:/job\n1:name=systemd:/x\n0::/job/step\n")
-    monkeypatch.setattr(shared_memory, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(loader_workers, "OWN_CGROUP", tmp_path / "own")
     assert default_workers() == workers
 
 

@@ -205,7 +205,7 @@ def test_label_file_without_effect_is_refused(tmp_path):
     assert "DATA.VAL_LABELS=" in message(tmp_path, str(labels))
     assert "has no effect" in message(tmp_path, str(labels))
     (tmp_path / "val" / "cat").mkdir(parents=True)
-    assert "is a folder; set it to ''" in message(tmp_path, str(labels))
+    assert "is a folder of class folders; set it to ''" in message(tmp_path, str(labels))
 
 
 def test_mat_file_gives_structs_text_and_numbers():

@@ -102,7 +102,7 @@ def test_batches_of_a_store_equal_those_of_the_folder(kind, folder, from_folder,
     data = build_data(cfg_of(STORES[kind](folder, tmp_path / "store")), 0, 1, "cpu", quiet)
     assert data.classes == list(WNIDS)
     assert data.fingerprint == from_folder.fingerprint  # so that a run can be continued on another store
-    assert data.notes == []
+    assert [note for note in data.notes if "passed over" not in note] == []
     assert len(list(from_folder.train.epoch(3))) == 12
     assert_same_batches(data.train.epoch(3), from_folder.train.epoch(3))
     assert_same_batches(data.val, from_folder.val)

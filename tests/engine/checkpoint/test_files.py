@@ -151,20 +151,22 @@ def assert_best_files_hold_the_best(run):
 
 
 @pytest.fixture(scope="module")
-def whole(small_cfg, tmp_path_factory):
+def uninterrupted(small_cfg, tmp_path_factory):
     """Run directory of an uninterrupted run with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     assert run_here(small_cfg, output) == 0
     yield output / "small"
     torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut"])
-def test_damaged_newest_checkpoint_is_a_warning_and_the_one_before_is_used(small_cfg, whole, tmp_path, capsys, damage):
+def test_damaged_newest_checkpoint_is_a_warning_and_the_one_before_is_used(
+    small_cfg, uninterrupted, tmp_path, capsys, damage
+):
     run = tmp_path / "small"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     content = bytearray((run / LAST).read_bytes())
     content[len(content) // 2] ^= 4
     (run / LAST).write_bytes(content if damage == "byte" else content[: len(content) // 3])
@@ -175,11 +177,11 @@ def test_damaged_newest_checkpoint_is_a_warning_and_the_one_before_is_used(small
     assert "going back to" in out
     assert "at update 12 of 18" in out
     assert (run / f"{LAST}.damaged").exists()
-    assert_same_run(run, whole)
+    assert_same_run(run, uninterrupted)
 
 
-def test_run_whose_checkpoints_are_all_damaged_is_not_started_again(small_cfg, whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "small")
+def test_run_whose_checkpoints_are_all_damaged_is_not_started_again(small_cfg, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "small")
     for path in (tmp_path / "small/checkpoints").iterdir():
         path.write_bytes(b"PK")
     with pytest.raises(SystemExit):
@@ -187,14 +189,16 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_started_again(small_cfg, w
     assert "no checkpoint in" in capsys.readouterr().err
 
 
-def test_newest_checkpoint_of_a_newer_format_is_refused_not_skipped(small_cfg, whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "small")
+def test_newest_checkpoint_of_a_newer_format_is_refused_not_skipped(small_cfg, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "small")
     torch.save({"format": 99, "model": {}}, tmp_path / "small" / LAST)
     assert_refused(small_cfg, tmp_path, capsys, "format 99, this version reads up to")
 
 
-def test_newest_checkpoint_that_is_intact_and_unknown_is_refused_not_skipped(small_cfg, whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "small")
+def test_newest_checkpoint_that_is_intact_and_unknown_is_refused_not_skipped(
+    small_cfg, uninterrupted, tmp_path, capsys
+):
+    shutil.copytree(uninterrupted, tmp_path / "small")
     save_state(tmp_path / "small" / LAST, {"format": 99, "model": {}, "new": SimpleNamespace()})
     with pytest.raises(ValueError, match="is intact but cannot be read here") as caught:
         load_state(tmp_path / "small" / LAST)
@@ -221,34 +225,40 @@ def killed_run(cfg, output, patch):
 
 
 @pytest.mark.parametrize(("after", "cut"), [(1, 6), (2, 12)])  # an epoch is saved before its evaluation and after it
-def test_kill_while_a_checkpoint_is_written_keeps_the_one_before(small_cfg, whole, tmp_path, after, cut):
-    nth = f"calls = []\ndef finish(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  whole(file)\n"
-    killed_run(small_cfg, tmp_path, f"whole = files.ChecksumWriter.finish\n{nth}files.ChecksumWriter.finish = finish")
+def test_kill_while_a_checkpoint_is_written_keeps_the_one_before(small_cfg, uninterrupted, tmp_path, after, cut):
+    nth = (
+        f"calls = []\ndef finish(file):\n  calls.append(1)\n  len(calls) > {after} and os._exit(9)\n  original(file)\n"
+    )
+    killed_run(
+        small_cfg, tmp_path, f"original = files.ChecksumWriter.finish\n{nth}files.ChecksumWriter.finish = finish"
+    )
     names = {p.name for p in (tmp_path / "small/checkpoints").iterdir()}
     assert names == {"update-00000006.pt", f".update-{cut:08d}.pt.tmp"}
     assert run_here(small_cfg, tmp_path) == 0
-    assert_same_run(tmp_path / "small", whole)
+    assert_same_run(tmp_path / "small", uninterrupted)
 
 
-def test_best_file_missing_after_a_kill_is_restored(small_cfg, whole, tmp_path):
+def test_best_file_missing_after_a_kill_is_restored(small_cfg, uninterrupted, tmp_path):
     patch = (
         "calls = []\ndef write(*args):\n"
-        "  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  whole(*args)\n"
-        "whole = async_saver.save_weights\nasync_saver.save_weights = write"
+        "  calls.append(1)\n  len(calls) > 1 and os._exit(9)\n  original(*args)\n"
+        "original = async_saver.save_weights\nasync_saver.save_weights = write"
     )
     killed_run(small_cfg, tmp_path, patch)
     run = tmp_path / "small"
     assert load_state(run / "checkpoints/update-00000006.pt")["best"].keys() == {"raw", "ema"}
     assert len(list(run.glob("best_*.safetensors"))) == 1
     assert run_here(small_cfg, tmp_path, "EVAL.EVERY", 1) == 0
-    assert_same_run(run, whole)
+    assert_same_run(run, uninterrupted)
     for which in ("raw", "ema"):
-        a, b = (load_file(r / f"best_{which}.safetensors") for r in (run, whole))
+        a, b = (load_file(r / f"best_{which}.safetensors") for r in (run, uninterrupted))
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_training_continues_until_too_many_saves_failed(small_cfg, whole, tmp_path, monkeypatch, capsys, failures):
+def test_training_continues_until_too_many_saves_failed(
+    small_cfg, uninterrupted, tmp_path, monkeypatch, capsys, failures
+):
     def save(self, update, *more, **how):
         if update in (6, 12)[:failures]:
             raise OSError(28, "No space left on device")
@@ -258,7 +268,7 @@ def test_training_continues_until_too_many_saves_failed(small_cfg, whole, tmp_pa
     monkeypatch.setattr(CheckpointFolder, "save", save)
     if failures == 1:
         assert run_here(small_cfg, tmp_path, "CHECKPOINT.MAX_FAILURES", 2) == 0
-        assert_same_run(tmp_path / "small", whole)
+        assert_same_run(tmp_path / "small", uninterrupted)
     else:
         with pytest.raises(SystemExit) as caught:
             run_here(small_cfg, tmp_path, "CHECKPOINT.MAX_FAILURES", 2)
@@ -268,4 +278,4 @@ def test_training_continues_until_too_many_saves_failed(small_cfg, whole, tmp_pa
         assert "No space left on device" in text
         monkeypatch.setattr(CheckpointFolder, "save", whole_save)
         assert run_here(small_cfg, tmp_path) == 0
-        assert_same_run(tmp_path / "small", whole)
+        assert_same_run(tmp_path / "small", uninterrupted)

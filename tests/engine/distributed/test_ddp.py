@@ -11,7 +11,7 @@ from torch import nn
 import config
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
-from engine.build import build_loop, build_state, prepare_model, wrap_model
+from engine.build import build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.distributed.ddp import COMPRESSION_HOOKS
 from engine.distributed.processes import Processes
 from engine.precision import Precision
@@ -40,7 +40,7 @@ def train(variant, processes, prepare=lambda wrapped: None):
     checkpoint_blocks(model, cfg.TRAIN.CHECKPOINT_BLOCKS)
     plan, precision = BatchPlan(images, 2, processes.rank, processes.world, 50, 300), Precision("off", CPU)
     state = build_state(cfg, model, plan, precision)
-    wrapped = wrap_model(model, processes, cfg)
+    wrapped = wrap_model(cfg, model, plan, processes)
     prepare(wrapped)
     loop = build_loop(cfg, wrapped, lambda batch, update, micro, epoch: data(update, micro), precision, processes)
     loop.model.train()
@@ -87,7 +87,8 @@ def main(out):
     found["own"] = gradients(lambda layer: layer)
     for form in COMPRESSION_HOOKS:
         cfg = config.load((), ["DIST.COMPRESS", form])
-        found[form] = gradients(lambda layer, cfg=cfg: wrap_model(layer, processes, cfg))
+        plan = build_plan(cfg, processes, 10)
+        found[form] = gradients(lambda layer, cfg=cfg, plan=plan: wrap_model(cfg, layer, plan, processes))
     torch.save(found, f"{out}/{processes.rank}.pt")
     shut_down()
 
@@ -121,7 +122,7 @@ def test_two_processes_are_equal_to_one(one, two, variant):
 def test_static_graph_with_accumulation_is_refused():
     cfg = config.load((), ["TRAIN.GLOBAL_BATCH", "8", "TRAIN.MICRO_BATCH", "2", *STATIC])
     with pytest.raises(ValueError, match=r"STATIC_GRAPH.*accumulation 2.*MICRO_BATCH to 4"):
-        wrap_model(nn.Linear(1, 1), Processes(0, 2, 0, CPU, "test"), cfg)
+        wrap_model(cfg, nn.Linear(1, 1), BatchPlan(8, 2, 0, 2, 10, 1), Processes(0, 2, 0, CPU, "test"))
 
 
 def test_gradients_are_exchanged_once_an_update(two):

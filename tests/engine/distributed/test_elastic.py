@@ -58,9 +58,9 @@ def test_restarts_without_the_needed_settings_are_warned_of():
 
 
 @pytest.fixture(scope="module")
-def whole(small_cfg, tmp_path_factory):
+def uninterrupted(small_cfg, tmp_path_factory):
     """Run directory of the uninterrupted run on one process."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     assert train_script.main(["--cfg", str(small_cfg), "--output", str(output), "--opts", *OPTS]) == 0
     return output / "small"
 
@@ -131,7 +131,7 @@ def assert_same_to_round_off(a, b):
 
 
 @pytest.mark.slow
-def test_run_continues_by_itself_after_a_worker_died(small_cfg, whole, tmp_path, agents):
+def test_run_continues_by_itself_after_a_worker_died(small_cfg, uninterrupted, tmp_path, agents):
     # Three processes for four micro-batches: two train, one stands by, and all exit with status 0 at the end.
     run, log = tmp_path / "small", tmp_path / "log.txt"
     agent = agents("1:1", 3, free_port(), tmp_path, log, small_cfg)
@@ -142,11 +142,11 @@ def test_run_continues_by_itself_after_a_worker_died(small_cfg, whole, tmp_path,
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2]
     assert starts[1]["update"] >= 9
-    assert_same_to_round_off(whole, run)
+    assert_same_to_round_off(uninterrupted, run)
 
 
 @pytest.mark.slow
-def test_run_continues_on_the_node_that_is_left(small_cfg, whole, tmp_path, agents):
+def test_run_continues_on_the_node_that_is_left(small_cfg, uninterrupted, tmp_path, agents):
     run, logs = tmp_path / "small", [tmp_path / "log0.txt", tmp_path / "log1.txt"]
     port = free_port()
     host = agents("1:2", 1, port, tmp_path, logs[0], small_cfg)
@@ -157,7 +157,7 @@ def test_run_continues_on_the_node_that_is_left(small_cfg, whole, tmp_path, agen
     assert host.wait(240) == 0, logs[0].read_text()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts][-2:] == [2, 1]
-    assert_same_to_round_off(whole, run)
+    assert_same_to_round_off(uninterrupted, run)
 
 
 @pytest.mark.slow

@@ -59,16 +59,16 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def whole(small_cfg, tmp_path_factory, one_thread):
+def uninterrupted(small_cfg, tmp_path_factory, one_thread):
     """Run directory of an uninterrupted run."""
-    output = tmp_path_factory.mktemp("whole")
+    output = tmp_path_factory.mktemp("uninterrupted")
     assert run_here(small_cfg, output) == 0
     assert (output / "small/done").exists()
     return output / "small"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_the_run_continues_to_the_same_result(small_cfg, whole, tmp_path, one_thread, number):
+def test_signal_saves_and_the_run_continues_to_the_same_result(small_cfg, uninterrupted, tmp_path, one_thread, number):
     run = tmp_path / "small"
     process = start(small_cfg, tmp_path, "LOG.EVERY", "1", "DATA.WORKERS", "1", start_new_session=True)
     wait_for(
@@ -85,7 +85,7 @@ def test_signal_saves_and_the_run_continues_to_the_same_result(small_cfg, whole,
     assert run_here(small_cfg, tmp_path) == 0
     assert not (run / "preempted").exists()
     assert (run / "done").exists()
-    x, y = load_state(run / LAST), load_state(whole / LAST)
+    x, y = load_state(run / LAST), load_state(uninterrupted / LAST)
     torch.testing.assert_close([x["model"], x["ema"]], [y["model"], y["ema"]], rtol=0, atol=0)
 
 
@@ -185,7 +185,7 @@ def test_second_ctrl_c_ends_a_process_that_hangs_in_c_and_a_second_sigterm_does_
 
 @pytest.mark.parametrize("call", [0, 5])  # of the raw weights; of the EMA weights
 def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
-    small_cfg, whole, tmp_path, one_thread, monkeypatch, call
+    small_cfg, uninterrupted, tmp_path, one_thread, monkeypatch, call
 ):
     polls, epochs = [], []
 
@@ -213,7 +213,7 @@ def test_signal_during_evaluation_repeats_it_and_keeps_the_best(
     with monkeypatch.context() as patch:
         patch.setattr(train_script, "INTERRUPTION", StopSignals())
         assert run_here(small_cfg, tmp_path) == 0
-    assert_same_run(tmp_path / "small", whole)
+    assert_same_run(tmp_path / "small", uninterrupted)
 
 
 def test_signal_before_the_first_update_writes_the_marker_and_no_checkpoint(small_cfg, tmp_path, monkeypatch):

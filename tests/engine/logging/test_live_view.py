@@ -19,7 +19,7 @@ from engine.logging.live_widgets import duration, sparkline
 from engine.logging.log import Log
 from engine.loop import StepMetrics
 from tests.conftest import ROOT
-from tools.terminal_recorder import Screen
+from tools.terminal_recorder import RecordedScreen
 
 STEP = StepMetrics(2, 250, 50, 2.3456, 2.4, 1.23, 9.1e-4, 2510.2, 0.25)
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -159,7 +159,7 @@ def test_log_lines_scroll_above_the_view_and_closing_removes_it(tmp_path):
 
 def screen(output):
     """Return the lines that a terminal shows after the output."""
-    shown = Screen()
+    shown = RecordedScreen()
     shown.feed(output)
     return [line for line in shown.plain if line]
 

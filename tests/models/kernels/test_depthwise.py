@@ -37,9 +37,9 @@ def run(*argv, **environment):
 @pytest.mark.slow
 def test_kernel_equals_plain_under_the_interpreter():
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    said = run("-m", "pytest", *options, "tests/helpers/interpreted_depthwise_kernel.py", TRITON_INTERPRET="1")
-    assert "passed" in said
-    assert "skipped" not in said
+    printed = run("-m", "pytest", *options, "tests/helpers/interpreted_depthwise_kernel.py", TRITON_INTERPRET="1")
+    assert "passed" in printed
+    assert "skipped" not in printed
 
 
 KERNELS = {
@@ -146,7 +146,7 @@ for name in ("sgformer_small", "stvit_small"):
     ],
 )
 @TRITON
-def test_kernel_benchmark_says_why_it_cannot_run(monkeypatch, capsys, options, message):
+def test_kernel_benchmark_that_cannot_run_names_the_reason(monkeypatch, capsys, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if "group" in options:
         monkeypatch.setattr("models.kernels.depthwise.DEVICE", "cpu")

@@ -1,0 +1,148 @@
+"""Names of classes and files: their bytes, their form in messages, and names that look alike.
+
+A name is text in which bytes that are not UTF-8 are lone surrogates, whatever the locale, so that any file name can be
+hashed, stored and turned back into its bytes.
+"""
+
+import codecs
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+NAMED = 5  # names listed in an error
+INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad\u200e\u200f"))
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+
+
+def encode(name: str) -> bytes:
+    """Return the bytes of a name."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def decode(data: bytes) -> str:
+    """Return the name of some bytes, of which those that are not UTF-8 become surrogates."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def from_system(name: str) -> str:
+    """Return a name that the operating system gave, in the same form under every locale."""
+    return decode(os.fsencode(name))
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with a byte order mark also in UTF-16 or UTF-32; other bytes become surrogates.
+
+    ValueError for a file that cannot be read or is no text; its message begins with the path.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy_of(error)}") from error
+    return decode_text(data, str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode a text as `read_text` does; `name` stands for it in errors."""
+    encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS if data.startswith(mark)), "")
+    if not encoding and b"\0" in data:
+        raise ValueError(f"{name} is no text in UTF-8: it holds bytes that are zero, as UTF-16 does; save it as UTF-8")
+    try:
+        return data.decode(encoding) if encoding else decode(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} begins as {encoding} but is not ({error.reason}); save it as UTF-8") from error
+
+
+def remedy_of(error: OSError) -> str:
+    """Return the remedy for a file or folder that cannot be read."""
+    if isinstance(error, PermissionError):
+        return "give the user of this process permission to read it, and to enter the folders above it"
+    if isinstance(error, FileNotFoundError):
+        return "see whether it was moved or its disk unmounted"
+    return "see whether the storage is still there and whole"
+
+
+def shown(name: str) -> str:
+    """Return a name for a message: as it is if a terminal shows all of it, else escaped and quoted."""
+    return name if name.isprintable() and name == name.strip() and name else ascii(name)
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few names and the number of the others, for a message."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(shown, names[:NAMED])) + more
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal, in which bytes that are not UTF-8 are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def look(name: str) -> str:
+    """Return a form that is equal for names that look alike: composed, without invisible characters and outer spaces."""
+    return unicodedata.normalize("NFC", name.translate(INVISIBLE)).strip()
+
+
+def lookalikes(names: Iterable[str]) -> list[list[str]]:
+    """Return groups of different names that look alike."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(look(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def lookalike_notes(where: str, names: Iterable[str]) -> list[str]:
+    """Return a warning for classes whose names look alike, if there are any."""
+    groups = lookalikes(names)
+    if not groups:
+        return []
+    first = " and ".join(map(ascii, groups[0]))
+    more = f", and {len(groups) - 1} more such groups" if len(groups) > 1 else ""
+    return [f"{where} has classes with names that look alike: {first}{more}; are they one class?"]
+
+
+def check_classes(
+    name: str | Path, noun: str, present: Sequence[str], classes: Sequence[str], must_hold_all: bool
+) -> None:
+    """Raise ValueError for present classes that are not in `classes`, and, with `must_hold_all`, for missing ones."""
+    unknown = sorted(set(present) - set(classes))
+    if unknown:
+        near = _near(unknown, classes)
+        remedy = "give what is one class one name; " if "(there is" in near else ""
+        raise ValueError(
+            f"{name} has {len(unknown)} {noun} that are not among the {len(classes)} classes: {near}; {remedy}"
+            "add their images to train/ (and their names to DATA.CLASS_INDEX if one is set), or move what is no class "
+            f"elsewhere (the classes are {some(classes)})"
+        )
+    missing = sorted(set(classes) - set(present))
+    if missing and must_hold_all:
+        one = {"class folders": "folder", "classes": "class"}[noun]
+        raise ValueError(
+            f"{name} has no {one} for {len(missing)} of the {len(classes)} classes: {_near(missing, present)}; "
+            "add their images, or take them out of DATA.CLASS_INDEX"
+        )
+
+
+def _near(names: Sequence[str], others: Sequence[str]) -> str:
+    """Return the first few names, each with one of the others that looks the same or differs in case only."""
+    alike = {look(other): other for other in others}
+    folded = {look(other).casefold(): other for other in others}
+    near = {name: alike.get(look(name)) or folded.get(look(name).casefold()) for name in names}
+    first = sorted(names, key=lambda name: near[name] is None)[:NAMED]
+    parts = [f"{name!a} (there is {near[name]!a})" if near[name] else shown(name) for name in first]
+    return ", ".join(parts) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def check_numbers(name: str | Path, found: Sequence[int], classes: Sequence[str]) -> None:
+    """Raise ValueError for class numbers that are not those of `classes`."""
+    if max(found) >= len(classes):
+        raise ValueError(
+            f"{name} has images of class number {max(found)}, but there are {len(classes)} classes (from 0); "
+            "see whether DATA.CLASS_INDEX, or the numbers with the images, are those of another data set"
+        )
