@@ -1,5 +1,6 @@
 # install   create the virtual environment           demo   draw the demo data, train on it, write a report
 # test      run the whole suite                      lint   run ruff and mypy      format   format and fix in place
+# test-cpus   run the numerical tests as other CPUs would compute (long; SHORT=--short: two settings, few files)
 # screenshots   regenerate docs/images (trains small models: minutes to an hour)
 # docs      build the documentation site in output/site
 #
@@ -12,7 +13,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.retoken-installed
 
-.PHONY: install demo test lint docs format screenshots clean
+.PHONY: install demo test test-cpus lint docs format screenshots clean
 
 install: $(STAMP)
 
@@ -32,6 +33,10 @@ demo: install
 # In WORKERS processes, one file at a time each: most tests wait for subprocesses.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# A table of instruction sets and threads: see tests/helpers/cpu_settings.py.
+test-cpus: install
+	$(BIN)/python -m tests.helpers.cpu_settings $(SHORT)
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # fewer where OMP_NUM_THREADS says so
 
 
 def draw_folder(root: Path, train: int, val: int) -> Path:

@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as tvf_pil
+from torchvision.transforms.v2.functional._geometry import _do_native_uint8_resize_on_cpu
 
 import config
 from benchmarks.pillow_rand_augment import apply
 from common.rng import keyed_generator
 from data.augment.rand_augment_policy import parse_policy
 from data.augment.random_erasing import RandomErasing
-from data.augment.transforms import Crop, EvalTransform, TrainTransform, draw_crop, shorter_side_size
+from data.augment.transforms import INTERPOLATIONS, Crop, EvalTransform, TrainTransform, draw_crop, shorter_side_size
 from tests.helpers.data_doubles import TimmRandom, picture
 
 RATIO = (3 / 4, 4 / 3)
@@ -114,6 +115,15 @@ def test_erase_boxes_come_with_the_crop():
     assert boxes[0, 2] > 0
 
 
+def rounds_between_axes(interpolation):
+    """Return True if torchvision resizes uint8 images as such and rounds between the two axes, as Pillow does.
+
+    Bilinear without AVX2 goes through float32. Pillow's first rounding, uniform in -1/2..1/2, is then a difference of
+    1/4 level in the mean, less where the second axis averages it.
+    """
+    return _do_native_uint8_resize_on_cpu(INTERPOLATIONS[interpolation])
+
+
 @pytest.mark.parametrize("size", [(500, 375), (333, 500), (256, 256), (64, 64), (700, 57), (257, 256)])
 @pytest.mark.parametrize(("crop", "resize"), [(224, 256), (224, 248), (384, 384), (64, 64)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -126,7 +136,7 @@ def test_evaluation_equals_timms(size, crop, resize, interpolation):
     wanted = timms(image)
     assert ours.shape == wanted.shape == (3, crop, crop)
     assert difference(ours, wanted).max() <= 2
-    assert difference(ours, wanted).float().mean() < 0.06
+    assert difference(ours, wanted).float().mean() < (0.06 if rounds_between_axes(interpolation) else 0.06 + 0.25)
 
 
 def test_evaluation_without_resize_takes_the_whole_image():

@@ -59,8 +59,12 @@ def test_good_updates_are_those_of_plain_pytorch():
         optimizer.step()
         ema.update(model)
         loop._train_update(state, iter([(x, y)]), statistics)
-    torch.testing.assert_close(state.model.state_dict(), model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(state.ema.module.state_dict(), ema.module.state_dict(), rtol=1e-6, atol=1e-7)
+    # Another implementation of AdamW, whose products and sums of at most 8 terms MKL orders by CPU and by address: gradients
+    # agree to some 8 ulps, and so do the updates, each at most LR; a weight adds an ulp of its own per update.
+    ulps = 4 * 8 * torch.finfo(torch.float32).eps
+    near = {"rtol": ulps, "atol": ulps * 1e-3}
+    torch.testing.assert_close(state.model.state_dict(), model.state_dict(), **near)
+    torch.testing.assert_close(state.ema.module.state_dict(), ema.module.state_dict(), **near)
 
 
 GROUPS = ((("0.bias", "1.weight", "1.bias", "3.bias"), 0.0), (("0.weight", "3.weight"), 0.05))

@@ -17,9 +17,9 @@ from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
 BF16 = torch.autocast("cpu", torch.bfloat16)
 
 
-def trained(name):
+def trained(name, seed=2):
     """Return a model in evaluation mode whose statistics are those of some training."""
-    model = scrambled(shrunken(name)).eval()
+    model = scrambled(shrunken(name), seed).eval()
     for key, statistic in model.named_buffers():
         if key.endswith("running_var"):
             statistic.abs_().add_(0.5)
@@ -42,11 +42,19 @@ def test_prepared_model_equals_the_plain_one_in_float32(name, size):
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_prepared_model_is_as_near_to_float64_as_autocast(name):
-    model, x = trained(name), images(4, 3, 64, 64)
-    want = copy.deepcopy(model).double()(x.double())
-    with torch.no_grad(), BF16:
-        plain = difference(model(x), want)
-        assert difference(prepare_inference(copy.deepcopy(model), torch.bfloat16)(x), want) < 1.5 * plain
+    """Both round each layer's weights and output once; one draw tells little, so the errors of several are added.
+
+    Over 10 draws, 3 families and 2 instruction sets the logarithm of the ratio of the errors of a draw has a mean of -0.04 and
+    a standard deviation of up to 0.2: of 5 draws 0.1, and 1.5 is four of them.
+    """
+    plain = prepared = 0.0
+    for seed in range(5):
+        model, x = trained(name, seed), images(4, 3, 64, 64, seed=seed)
+        want = copy.deepcopy(model).double()(x.double())
+        with torch.no_grad(), BF16:
+            plain += difference(model(x), want) ** 2
+            prepared += difference(prepare_inference(model, torch.bfloat16)(x), want) ** 2
+    assert prepared**0.5 < 1.5 * plain**0.5
 
 
 @pytest.mark.parametrize("name", SMALLEST)
