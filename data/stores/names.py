@@ -122,7 +122,7 @@ def check_classes(
         )
     missing = sorted(set(classes) - set(present))
     if missing and must_hold_all:
-        one = {"class folders": "folder", "classes": "class"}[noun]
+        one = {"class folders": "folder", "classes": "image"}[noun]
         raise ValueError(
             f"{name} has no {one} for {len(missing)} of the {len(classes)} classes: {_near(missing, present)}; "
             "add their images, or take them out of DATA.CLASS_INDEX"

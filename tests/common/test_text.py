@@ -71,7 +71,9 @@ def opens_text(call):
         return False
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in ("read_text", "write_text"):
-        return True
+        return isinstance(
+            call.func, ast.Attribute
+        )  # of a Path; the function of data/stores/names.py finds the encoding
     if any(word.arg in ("text", "universal_newlines") for word in call.keywords) and name in (
         "run",
         "Popen",

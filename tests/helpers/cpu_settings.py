@@ -48,7 +48,6 @@ FILES = (
 SHORT_FILES = (
     "tests/data/augment/test_transforms.py",
     "tests/engine/optim/test_clip_and_step.py",
-    "tests/engine/test_loss.py",
     "tests/models/inference/test_prepare.py",
 )
 

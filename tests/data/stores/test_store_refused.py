@@ -194,7 +194,7 @@ def test_unknown_and_missing_classes_are_named(tmp_path):
         ValueError, match=r"train\.tar has 1 classes that are not among the 1 classes: owl; add their images to train/"
     ):
         store.source(["cat"], False)
-    with pytest.raises(ValueError, match=r"train\.tar has no class for 1 of the 3 classes: dog; add their images"):
+    with pytest.raises(ValueError, match=r"train\.tar has no image for 1 of the 3 classes: dog; add their images"):
         store.source(["cat", "dog", "owl"], True)
     assert store.source(["owl", "dog", "cat"], False).labels.tolist() == [0, 2]
 
