@@ -33,7 +33,7 @@ from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.loaders.workers import default_workers
 from data.stores.archive_index import NoImagesError
 from data.stores.archive_listing import Progress
-from data.stores.archive_source import ArchiveSource
+from data.stores.archive_reader import ArchiveSource
 from data.stores.class_labels import class_names
 from data.stores.fingerprint import class_fingerprint, storage_fingerprint
 from data.stores.folder import FolderSource, read_class_index

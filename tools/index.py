@@ -26,7 +26,7 @@ from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
 from data.loaders.decode import UnreadableImageError
 from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
-from data.stores.archive_source import ArchiveSource
+from data.stores.archive_reader import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.image_files import DEFECTS
 from data.stores.layout import NoSplitError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from data.stores.archive import TAR, Contents, Member, list_archive
+from data.stores.archive_members import TAR, Contents, Member, list_archive
 from data.stores.image_files import LINKS, PassedOver
 from data.stores.label_files import find_label_file, read_labels
 from data.stores.layout import (

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.stores.archive import COMPRESSED, TAR, ZIP, Member
+from data.stores.archive_members import COMPRESSED, TAR, ZIP, Member
 from data.stores.folder import split_folder
 from data.stores.folder_tree import check_link, list_folder, listing, system_errors
 from data.stores.image_files import HEAD, IMAGE, OTHER, PassedOver, ignored, kind_of_file

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.stores.archive_index import ArchiveIndex, open_index
 from data.stores.archive_listing import Progress
-from data.stores.archive_source import ArchiveSource
+from data.stores.archive_reader import ArchiveSource
 from data.stores.folder_split import FolderSplit
 from data.stores.folder_tree import system_errors
 from data.stores.image_files import PassedOver

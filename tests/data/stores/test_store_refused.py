@@ -10,7 +10,7 @@ import torch
 
 import config
 from data.build import build_data, build_eval_data
-from data.stores.archive import list_archive
+from data.stores.archive_members import list_archive
 from data.stores.split import open_split
 from tests.helpers.archives import (
     WNIDS,

@@ -14,7 +14,7 @@ import torch
 
 import config
 from data.build import build_data
-from data.stores.archive_source import open_limit
+from data.stores.archive_reader import open_limit
 from data.stores.split import open_split
 from tests.helpers.archives import (
     WNIDS,
@@ -150,7 +150,7 @@ def open_files():
 
 @pytest.mark.parametrize(("limit", "kept"), [(1000, 84), (128, 64)])
 def test_shards_stay_open_up_to_half_the_limit_of_open_files(tmp_path, monkeypatch, limit, kept):
-    monkeypatch.setattr("data.stores.archive_source.open_limit", lambda: limit)
+    monkeypatch.setattr("data.stores.archive_reader.open_limit", lambda: limit)
     before = open_files()
     for i in range(84):
         write_tar(tmp_path / f"train/s-{i:05d}.tar", [(f"{i}.jpg", b"x%d" % i), (f"{i}.cls", b"0")])
