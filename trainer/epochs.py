@@ -59,7 +59,6 @@ def end_epoch(s: Session) -> None:
         results = evaluate_raw_and_ema(s)
         new_best = log_results(s, results, epoch)
         if state.trained and (failure := find_failure(s, results)):
-            s.saver.stored = None  # save the same update again, with the best weights of the other kind
             save(s, new_best)
             raise failure
         if s.sample_images.is_due(epoch + 1, state.trained):

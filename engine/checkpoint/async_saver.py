@@ -83,12 +83,13 @@ class AsyncSaver:
         metadata: Mapping[str, Any],
         best: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Take a snapshot and write it in the background; called by all processes. Does nothing if it is stored already.
+        """Take a snapshot and write it in the background; called by all processes.
 
-        `best` maps the kinds of weights that are new best ones (raw, ema) to their metadata. Waits for the previous write. While
-        updates are skipped no checkpoint is pruned: the run may have to go back to an older one.
+        Does nothing if the state is stored already and no weights are a new best. `best` maps the kinds of weights that are new
+        best ones (raw, ema) to their metadata. Waits for the previous write. While updates are skipped no checkpoint is pruned:
+        the run may have to go back to an older one.
         """
-        if self.stored == (state.update, state.closed):
+        if self.stored == (state.update, state.closed) and not best:
             return
         self.stored = (state.update, state.closed)
         started = time.perf_counter()
