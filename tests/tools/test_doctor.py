@@ -152,7 +152,7 @@ def test_file_system_without_locks_is_a_warning(monkeypatch, tmp_path):
 
 def test_type_of_a_file_system_is_that_of_its_mount(monkeypatch, tmp_path):
     mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n"
-    monkeypatch.setattr(Path, "read_text", lambda self, *_: mounts)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: mounts)
     assert doctor_run.file_system(tmp_path) == "nfs4, networked"
     assert doctor_run.file_system(Path("/")) == "ext4"
 

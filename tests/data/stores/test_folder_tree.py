@@ -21,7 +21,7 @@ def link(root, path, target):
 
 
 def refused(root, capsys):
-    """Return what training says; tools.index refuses with the same words."""
+    """Return the error of training, after a check that tools.index raises the same one."""
     with pytest.raises(ValueError, match=r".") as caught:
         train(root)
     status, printed = run_index(root, capsys)
