@@ -92,7 +92,10 @@ def build_data(
     classes = _classes(cfg, train_split)
     train_source = train_split.source(classes, must_hold_all=True)
     val_source = val_split.source(classes, must_hold_all=False)
-    dark = [*_dark(rank, train_source, train_split.name), *_dark(rank, val_source, val_split.name)]  # without read-ahead
+    dark = [
+        *_dark(rank, train_source, train_split.name),
+        *_dark(rank, val_source, val_split.name),
+    ]  # without read-ahead
     sampler = _sampler(cfg, len(train_source), _storage_order(cfg, train_source))
     _check_shared_memory(cfg, train_source, cfg.TRAIN.MICRO_BATCH, _largest_size(cfg), world)
     _check_shared_memory(cfg, val_source, cfg.EVAL.BATCH, cfg.DATA.IMG_SIZE, world)
