@@ -18,6 +18,7 @@ from data.build import Data
 from data.stores.split import open_split
 from engine.batch_plan import accumulation_steps
 from engine.checkpoint.async_saver import AsyncSaver
+from engine.checkpoint.disk_space import SpaceNeed
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
@@ -209,7 +210,7 @@ def _memory(cfg: CfgNode, memory: Memory, device: torch.device) -> Iterator[Find
 def _disk(cfg: CfgNode, memory: Memory, path: Path) -> Finding:
     """Compare the free space with the size of a run directory: checkpoints, one being written, best weights."""
     kinds = 2 if cfg.EMA.DECAY else 1
-    need = memory.stored * (cfg.CHECKPOINT.KEEP + 1) + memory.weights * (kinds + 1)
+    need = SpaceNeed(checkpoint=memory.stored, weights=memory.weights, keep=cfg.CHECKPOINT.KEEP, kinds=kinds).total
     folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize

@@ -85,7 +85,9 @@ def estimate_memory(cfg: CfgNode, state: TrainState, precision: Precision) -> Me
 def space_need(cfg: CfgNode, state: TrainState) -> SpaceNeed:
     """Estimate the disk space that the checkpoints and best weights of a run take."""
     memory = estimate_state(state.model, _plain_optimizer(cfg), bool(state.ema))
-    return SpaceNeed(memory.stored, memory.weights, cfg.CHECKPOINT.KEEP, kinds=len(state.weights()))
+    return SpaceNeed(
+        checkpoint=memory.stored, weights=memory.weights, keep=cfg.CHECKPOINT.KEEP, kinds=len(state.weights())
+    )
 
 
 def space_warning(need: SpaceNeed, run: RunDirectory) -> str:
