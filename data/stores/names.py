@@ -79,11 +79,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:NAMED])) + more
 
 
-def printable(text: str) -> str:
-    """Return a text for a terminal, in which bytes that are not UTF-8 are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def look(name: str) -> str:
     """Return a form that is equal for names that look alike: composed, without invisible characters and outer spaces."""
     return unicodedata.normalize("NFC", name.translate(INVISIBLE)).strip()
