@@ -244,9 +244,8 @@ class Log:
         except OSError as error:
             if not self.lost:
                 self.lost = True
-                self.console.print(
-                    f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False, soft_wrap=True
-                )
+                text = readable(f"warning: {name} cannot be written ({error.strerror}); rows are lost")
+                self.console.print(text, markup=False, soft_wrap=True)
 
 
 def _open_to_append(path: Path) -> IO[str]:
