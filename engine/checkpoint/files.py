@@ -91,7 +91,11 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     header = {"retoken": json.dumps({"format": FORMAT, **metadata})}
     # Not save_file, whose own temporary file would remain after a kill.
     content = save(tensors, header)
-    write_atomically(path, lambda file: file.write_bytes(content))
+    write_atomically(path, lambda file: _write(file, content))
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("retoken", "{}"))
-    except (OSError, ValueError, SafetensorError, RecursionError):
+    except (OSError, ValueError, SafetensorError):
         return {}
     return metadata if isinstance(metadata, dict) else {}
 
