@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 from tests.launch_scripts.test_launch_scripts import CONFIG, run, shell
 
 COMMANDS = (
+    "PATH[$(>evil)]",  # of a variable that is set, and without a space
     "a[$(touch evil)]",
     "x[`touch evil`]+1",
     "1+a[$(touch evil)0]",
