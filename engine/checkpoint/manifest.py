@@ -25,6 +25,7 @@ OF_RUN: dict[str, type] = {
     "num_classes": int,
     "parameters": int,
     "data": dict,
+    "teacher": dict,
     "classes": list,
     "starts": list,
     "model": str,

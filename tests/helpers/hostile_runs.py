@@ -180,7 +180,7 @@ MANIFESTS = [
     *(json.dumps({"starts": [{"command": value}]}) for value in (None, 3, "text", [[1], {}], [EVIL] * 1000)),
     *(
         json.dumps({key: value})
-        for key in ("parameters", "num_classes", "data", "classes")
+        for key in ("parameters", "num_classes", "data", "classes", "teacher")
         for value in (None, "x", [], {}, 10**400, -1)
     ),
     *(
