@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
+from common.text import readable
 from config.command_line import Parser
 from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
 from data.loaders.decode import UnreadableImageError
@@ -30,7 +31,7 @@ from data.stores.archive_reader import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.image_files import DEFECTS
 from data.stores.layout import NoSplitError
-from data.stores.names import lookalike_notes, printable
+from data.stores.names import lookalike_notes, number_gaps
 from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, single_class
 from tools.progress import with_progress
 
@@ -143,7 +144,9 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
         )
     )
     missing = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if missing:
+    if missing and isinstance(store, ArchiveSplit) and store.numbers_are(classes):
+        problems.append(number_gaps(store.name, np.flatnonzero(counts).tolist()))
+    elif missing:
         problems.append(f"{len(missing)} of {len(classes)} classes have no image: {', '.join(missing[:5])}")
     sizes = file_sizes(source)
     lines.append(
@@ -234,9 +237,9 @@ def print_summary(summary: SplitSummary, screen: Console) -> None:
     """Print the counts of a split, then its problems."""
     screen.print(summary.split, style="bold")
     for name, text in summary.lines:
-        screen.print(f"  {name:<11} {printable(text)}", markup=False)
+        screen.print(f"  {name:<11} {readable(text)}", markup=False)
     for problem in summary.problems:
-        screen.print(f"  problem     {printable(problem)}", style="red", markup=False)
+        screen.print(f"  problem     {readable(problem)}", style="red", markup=False)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from data.stores.folder_split import FolderSplit
 from data.stores.folder_tree import system_errors
 from data.stores.image_files import PassedOver
 from data.stores.layout import SplitLocation, find_split
-from data.stores.names import check_classes, check_numbers, lookalike_notes, shown, some
+from data.stores.names import check_classes, check_numbers, lookalike_notes, number_gaps, shown, some
 
 if TYPE_CHECKING:
     from data.loaders.torch_loader import ImageSource
@@ -54,6 +54,8 @@ class ArchiveSplit:
         found, names = np.unique(self.index.label).tolist(), self.index.metadata["classes"]
         if self.index.metadata["numbered"]:
             self._check_numbers(found, classes, names)
+            if must_hold_all and self.numbers_are(classes) and (problem := number_gaps(self.name, found)):
+                raise ValueError(problem)
             labels = np.arange(max(found) + 1)
             present = [classes[label] for label in found]
         else:
@@ -62,6 +64,10 @@ class ArchiveSplit:
             labels = np.array([label_of.get(name, 0) for name in names])
         check_classes(self.name, "classes", present, classes, must_hold_all)
         return ArchiveSource(self.location, self.index, labels[self.index.label])
+
+    def numbers_are(self, classes: Sequence[str]) -> bool:
+        """Return True if `classes` are the numbers of this split, which holds no class names."""
+        return bool(self.index.metadata["numbered"]) and list(classes) == list(map(str, range(len(classes))))
 
     def _check_numbers(self, found: Sequence[int], classes: Sequence[str], names: Sequence[str] | None) -> None:
         check_numbers(self.name, found, classes)

@@ -95,9 +95,17 @@ def gradient_seed(loss: Tensor) -> Tensor:
 
 
 def is_rollback_target(stored: Mapping[str, Any]) -> bool:
-    """Return True if a run can go back to a stored state: no update skipped just before it, all weights finite."""
+    """Return True if a run can go back to a stored state: no update skipped just before it, all weights and moments finite."""
     consecutive = int(SkipCounts(stored["skips"]).consecutive) if "skips" in stored else 0
-    return not consecutive and all(bool(w.isfinite().all()) for w in stored["model"].values() if w.is_floating_point())
+    parts = (stored["model"], stored.get("ema") or {}, moments(stored.get("optimizer") or {}))
+    tensors = (value for part in parts for value in part.values() if isinstance(value, Tensor))
+    return not consecutive and all(bool(w.isfinite().all()) for w in tensors if w.is_floating_point())
+
+
+def moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors and numbers of an optimiser's state dict, by a name for messages."""
+    state = optimizer.get("state", {})
+    return {f"optimiser {name} of parameter {key}": value for key, own in state.items() for name, value in own.items()}
 
 
 def tensor_norms(weights: Mapping[str, Tensor]) -> dict[str, float | str]:
