@@ -32,7 +32,7 @@ from data.stores.folder import read_class_index
 from data.stores.image_files import DEFECTS
 from data.stores.layout import NoSplitError
 from data.stores.names import lookalike_notes, number_gaps
-from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, single_class
+from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, same_place, single_class
 from tools.progress import with_progress
 
 SAMPLE = 1000  # images decoded of each split without --full
@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         summaries = []
         if "train" in stores and (problem := single_class(stores["train"], classes)):
             raise ValueError(problem)
+        same = same_place(stores["train"], stores["val"]) if len(stores) == 2 else []
         for split, store in stores.items():
             source = store.source(classes, must_hold_all=False)
             summary = describe(split, store, source, classes)
+            summary.problems += same if split == "val" else []
             indices = np.arange(len(source)) if args.full else spread(len(source), args.sample)
             check(summary, source, indices, args.workers)
             print_summary(summary, screen)
@@ -120,6 +122,7 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
     summary = SplitSummary(split)
     lines, problems = summary.lines, summary.problems
     lines.append(("store", f"{store.name} ({store.kind})"))
+    lines.extend(("note", remark) for remark in store.remarks)
     if isinstance(store, ArchiveSplit):
         lines.append(("index", str(store.index_file)))
         problems += store.index.metadata["problems"]

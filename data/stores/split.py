@@ -7,6 +7,7 @@
 The order of the images is the same in every store of the same files: by class, then folder, then file name.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,8 @@ class ArchiveSplit:
         self.location, self.index, self.index_file = location, index, index_file
         self.name, self.kind = location.name, str(index.metadata["kind"])
         self.passed = PassedOver(index.metadata["passed_over"])
-        self.notes = [*location.notes, *index.metadata["problems"]]
+        self.remarks = list(location.notes)  # those of the notes that tell how the archives are read
+        self.notes = [*self.remarks, *index.metadata["problems"]]
         if index.metadata["duplicates"]:
             first = index.metadata["duplicate_names"][0]
             self.notes.append(f"{self.name} holds {index.metadata['duplicates']} images twice, {first} the first")
@@ -110,6 +112,20 @@ def single_class(split: Split, classes: Sequence[str]) -> str:
         f"{split.name} holds one class only, {shown(classes[0])}, and from one class nothing can be learned; expected "
         f"<class>/<image> for each of two or more classes (MODEL.NUM_CLASSES){hint}"
     )
+
+
+def same_place(train: Split, val: Split) -> list[str]:
+    """Return a warning if both splits are the same folder or archive, as with a link from val/ to train/."""
+    places = [
+        {
+            os.path.realpath(path)
+            for path in ([split.location.folder] if split.location.folder else split.location.archives)
+        }
+        for split in (train, val)
+    ]
+    if val.location.inside or not places[0] & places[1]:
+        return []
+    return [f"{val.name} is the same place as {train.name}: the validation images are those that are trained on"]
 
 
 def file_sizes(source: "ImageSource", indices: np.ndarray | None = None) -> np.ndarray:
