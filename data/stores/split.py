@@ -18,7 +18,7 @@ from data.stores.archive_index import ArchiveIndex, open_index
 from data.stores.archive_listing import Progress
 from data.stores.archive_reader import ArchiveSource
 from data.stores.folder_split import FolderSplit
-from data.stores.folder_tree import system_errors
+from data.stores.folder_tree import list_folder, system_errors
 from data.stores.image_files import PassedOver
 from data.stores.layout import SplitLocation, find_split
 from data.stores.names import check_classes, check_numbers, lookalike_notes, number_gaps, shown, some
@@ -115,17 +115,22 @@ def single_class(split: Split, classes: Sequence[str]) -> str:
 
 
 def same_place(train: Split, val: Split) -> list[str]:
-    """Return a warning if both splits are the same folder or archive, as with a link from val/ to train/."""
-    places = [
-        {
-            os.path.realpath(path)
-            for path in ([split.location.folder] if split.location.folder else split.location.archives)
-        }
-        for split in (train, val)
-    ]
-    if val.location.inside or not places[0] & places[1]:
+    """Return a warning if validation images lie in a folder or archive of training images, as with a link from val/ to train/."""
+    own = _places(train)
+    shared = [place for place in _places(val) if any(f"{place}/".startswith(f"{other}/") for other in own)]
+    if val.location.inside or not shared:
         return []
-    return [f"{val.name} is the same place as {train.name}: the validation images are those that are trained on"]
+    where = "is the same place as" if len(shared) == 1 else f"has {len(shared)} links into"
+    return [f"{val.name} {where} {train.name}: the same images are trained on and evaluated"]
+
+
+def _places(split: Split) -> list[str]:
+    """Return the real paths of a split: its archives, or its folder and the class folders that are links."""
+    folder = split.location.folder
+    paths = (
+        split.location.archives if folder is None else (folder, *(folder / own for own in list_folder(folder).links))
+    )
+    return sorted({os.path.realpath(path) for path in paths})
 
 
 def file_sizes(source: "ImageSource", indices: np.ndarray | None = None) -> np.ndarray:
