@@ -23,7 +23,7 @@ from rich.console import Console
 
 from common.text import readable
 from config.command_line import Parser
-from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
+from data.loaders.brightness import darkness, is_dark, mean_level
 from data.loaders.decode import UnreadableImageError
 from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
@@ -46,6 +46,7 @@ class Decoded(NamedTuple):
 
     reason: str = ""
     level: float = 0.0
+    dark: bool = False  # nearly black
 
 
 @dataclass
@@ -188,12 +189,12 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
     decoded = list(results)
     found = [image.reason for image in decoded if image.reason]
     levels = [image.level for image in decoded if not image.reason]
+    dark = [image.dark for image in decoded if not image.reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
     summary.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
     if levels:
-        dark = sum(level < NEARLY_BLACK for level in levels)
-        summary.lines.append(("level", f"{np.mean(levels):.1f} of 255 on average; {dark} images are nearly black"))
-    if warning := darkness(levels, summary.split):
+        summary.lines.append(("level", f"{np.mean(levels):.1f} of 255 on average; {sum(dark)} images are nearly black"))
+    if warning := darkness(dark, summary.split):
         summary.problems.append(warning)
     summary.problems += found[:NAMED]
     if len(found) > NAMED:
@@ -230,7 +231,8 @@ def _check(indices: list[int], source: ImageSource | None = None) -> list[Decode
     decoded = []
     for index in indices:
         try:
-            decoded.append(Decoded(level=mean_level(load(source, index))))
+            image = load(source, index)
+            decoded.append(Decoded(level=mean_level(image), dark=is_dark(image)))
         except UnreadableImageError as error:
             decoded.append(Decoded(f"{error.name} {error.reason}"))
     return decoded

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.loaders.brightness import darkness, sample_darkness
+from data.loaders.brightness import darkness, is_dark, sample_darkness
 from data.loaders.decode import UnreadableImageError, decode
 from tests.helpers.data_doubles import picture
 
@@ -199,7 +199,7 @@ DARK = encoded(Image.fromarray(RAMP >> 8), "PNG")  # 8 bits in 16
         ([DARK, b"", b""], 1),
         ([DARK, BRIGHT], 0),
         ([BRIGHT] * 3, 0),
-        ([encoded(Image.new("L", (9, 9), 2), "PNG")], 0),
+        ([encoded(Image.new("L", (9, 9), 16), "PNG")], 0),
         ([b""], 0),
     ],
 )
@@ -232,3 +232,11 @@ def test_tiff_of_samples_that_are_not_read_is_named(bits, kind):
     data = tiff(np.full((SIDE, SIDE), 0.5, f"<{kind}").tobytes(), bits, sample_format=3)
     with pytest.raises(UnreadableImageError, match="of a type of samples that is not read"):
         decode(as_array(data), "x")
+
+
+@pytest.mark.parametrize(
+    ("brightest", "dark"), [(65535, False), (16383, False), (4095, True), (1023, True), (255, True)]
+)
+def test_12_bits_in_16_are_dark_however_bright_they_are(brightest, dark):
+    bright = np.full((SIDE, SIDE), brightest, np.uint16)  # white where the file had that many bits
+    assert is_dark(decode(as_array(encoded(Image.fromarray(bright), "PNG")), "x")) == dark
