@@ -38,6 +38,7 @@ from data.augment.rand_augment_policy import INCREASING_OPS, Op, argument, draw_
 from data.augment.transforms import EvalTransform
 from data.loaders.batch import Batch
 from data.loaders.image_source import load
+from tools.device import choose_device
 
 FILL = (124, 116, 104)
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -51,7 +52,7 @@ def apply_timm(image: Tensor, ops: Sequence[Op]) -> Tensor:
 
 def measure(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds of each candidate's calls, made in turn for about `seconds`, at least 3 of each."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     clocks = {name: "wall" if device.type == "cuda" and "GPU" in name else "cpu" for name in candidates}
     for run in candidates.values():  # warm-up
         run()

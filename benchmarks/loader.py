@@ -164,8 +164,11 @@ def measure(candidate: Candidate, result: Any) -> None:
 
 
 def measure_in_process(candidate: Candidate) -> tuple[int, float, float]:
-    """Return (images, CPU-seconds, seconds) of a candidate, measured in a process of its own."""
-    context = multiprocessing.get_context("fork")
+    """Return (images, CPU-seconds, seconds) of a candidate, measured in a process of its own.
+
+    The process is spawned: one forked after CUDA has started cannot use the GPU.
+    """
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=measure, args=(candidate, theirs))
     process.start()
