@@ -111,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--single", action="store_true", help="also measure each operation on one image")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    console, source = Console(), find_source(args.data)
+    try:
+        console, source = Console(), find_source(args.data)
+    except ValueError as error:
+        parser.fail(error)
     crop = EvalTransform(args.size)
     images = torch.stack([crop(load(source, i % len(source))) for i in range(args.batch)])
     found = measure(batch_candidates(images), args.seconds)

@@ -259,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-loader)"
     )
     args = parser.parse_args(argv)
-    source = find_source(args.data)
+    try:
+        source = find_source(args.data)
+    except ValueError as error:
+        parser.fail(error)
     candidates = Candidates(source, args.images, min(args.batch, len(source)), args.size, args.workers)
     names = [name for name in NAMES if not args.only or name in args.only or name.startswith("timm")]
     console = record.console()
