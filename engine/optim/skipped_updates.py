@@ -80,7 +80,8 @@ class ConsecutiveSkips:
             return int(skips.consecutive)
         before = 0
         if self._pinned is None or self._copied is None:
-            self._pinned, self._copied = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+            self._pinned = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._copied = torch.cuda.Event(blocking=True)  # sleeps: a spinning wait takes a core from the loader
         else:
             self._copied.synchronize()
             before = int(self._pinned)
