@@ -67,6 +67,10 @@ def test_checkpoint_after_skips_or_with_weights_that_are_not_finite_is_no_rollba
     assert is_rollback_target({"model": state["model"]})  # of the first format
     assert not is_rollback_target(state | {"skips": torch.tensor([1, 4, 0])})
     assert not is_rollback_target(state | {"model": {"w": torch.tensor([1.0, float("inf")])}})
+    assert is_rollback_target(state | {"ema": None, "optimizer": {"state": {0: {"step": torch.tensor(1), "n": 3}}}})
+    bad = torch.tensor([1.0, float("nan")])
+    assert not is_rollback_target(state | {"ema": {"w": bad}})
+    assert not is_rollback_target(state | {"optimizer": {"state": {0: {"exp_avg": bad}}}})
 
 
 class Poison:
