@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from common.atomic_files import write_text_atomically
-from engine.checkpoint.run_files import DAMAGED, MANIFEST_BYTES, read_json_file
+from engine.checkpoint.run_files import MANIFEST_BYTES, read_json_file
 
 WITHOUT_IT = "the run continues without it, and only the record of its earlier starts is lost"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "yacs", "safetensors", "nvidia-dali-cuda130")
@@ -51,7 +51,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{error}: {WITHOUT_IT}") from error
     if problem:
-        raise ValueError(f"{path} is damaged ({problem}); {DAMAGED}: {WITHOUT_IT}")
+        raise ValueError(
+            f"{path} is damaged ({problem}); repair it, or move it away: the run continues without it, and only the "
+            "record of its earlier starts is lost"
+        )
     return dict(found)
 
 
