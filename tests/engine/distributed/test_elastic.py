@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import train as train_script
+from engine.checkpoint.async_saver import SavingError
 from engine.checkpoint.files import load_state
 from engine.distributed.elastic import Elastic
+from engine.evaluate import NotFiniteError
 from tests.conftest import ROOT
 from tests.helpers.slurm_cluster import wait_for
 
@@ -55,6 +57,32 @@ def test_restarts_without_the_needed_settings_are_warned_of():
     first, second = Elastic(12, 3, env).notes(0)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in first
     assert "CHECKPOINT.EVERY_UPDATES=0" in second
+
+
+@pytest.mark.parametrize(
+    ("argv", "ends_with", "message"),
+    [
+        (("--opts", "TRAIN.EPOCH", "2"), None, "did you mean TRAIN.EPOCHS"),
+        (("--init", "no-such-file.safetensors"), None, "no-such-file.safetensors does not exist"),
+        ((), SavingError("no room"), "stopped: no room"),
+        ((), NotFiniteError("a loss of nan"), "stopped: a loss of nan"),
+    ],
+)
+def test_message_is_printed_before_the_rendezvous_is_closed(
+    small_cfg, tmp_path, monkeypatch, capsys, argv, ends_with, message
+):
+    """Torchrun kills the processes when it sees the closed rendezvous, on a busy machine before they can print."""
+    printed = []
+
+    def end(session):
+        raise ends_with
+
+    if ends_with:
+        monkeypatch.setattr(train_script, "train", end)
+    monkeypatch.setattr(train_script, "prevent_restarts", lambda: printed.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit):
+        train_script.main(["--cfg", str(small_cfg), "--output", str(tmp_path), *argv])
+    assert [message in text for text in printed] == [True]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +196,7 @@ def test_failure_that_restarts_would_repeat_is_final_on_all_nodes(small_cfg, tmp
         started.append(agents("2:2", 1, port, tmp_path, path, small_cfg, "--init", "no-such-file.safetensors"))
         wait_for(lambda: socket_is_open(port), "the rendezvous", 60)
     for agent, path in zip(started, logs, strict=True):
-        assert agent.wait(120) == 1, path.read_text()
+        assert agent.wait(240) == 1, path.read_text()
         assert path.read_text().count("no-such-file.safetensors does not exist") <= 1
     output_of_all = "".join(path.read_text() for path in logs)
     assert "no-such-file.safetensors does not exist" in output_of_all
