@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import sys
+import termios
 import time
 from dataclasses import replace
 
@@ -183,8 +184,15 @@ def run_in_terminal(cfg, output, *opts):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
+        quiet = termios.tcgetattr(0)
+        quiet[3] &= ~termios.ECHO  # the terminal would write ^C wherever the program is, even within a control code
+        termios.tcsetattr(0, termios.TCSANOW, quiet)
         os.execve(sys.executable, argv, env | {"COLUMNS": "80", "LINES": "30"})
-    written, pressed, deadline = b"", False, time.monotonic() + 120
+    written, pressed, deadline = (
+        b"",
+        False,
+        time.monotonic() + 600,
+    )  # for a run that hangs; a busy machine needs a minute
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
