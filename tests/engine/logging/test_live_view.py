@@ -184,15 +184,14 @@ def run_in_terminal(cfg, output, *opts):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
-        quiet = termios.tcgetattr(0)
-        quiet[3] &= ~termios.ECHO  # the terminal would write ^C wherever the program is, even within a control code
-        termios.tcsetattr(0, termios.TCSANOW, quiet)
+        settings = termios.tcgetattr(0)
+        # At Ctrl-C a terminal discards output that has not been read, and writes ^C wherever the program is: parts of drawings
+        # and of control codes would be missing if the reader is slow.
+        settings[3] = settings[3] & ~termios.ECHO | termios.NOFLSH
+        termios.tcsetattr(0, termios.TCSANOW, settings)
         os.execve(sys.executable, argv, env | {"COLUMNS": "80", "LINES": "30"})
-    written, pressed, deadline = (
-        b"",
-        False,
-        time.monotonic() + 600,
-    )  # for a run that hangs; a busy machine needs a minute
+    written, pressed = b"", False
+    deadline = time.monotonic() + 600  # for a run that hangs; a busy machine needs a minute
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
