@@ -12,6 +12,7 @@ from engine.checkpoint.files import load_state
 from tests.helpers.bounds import assert_same_but_for_order
 
 assert_bitwise = partial(torch.testing.assert_close, rtol=0, atol=0)
+PATIENCE_S = 600  # for processes that hang; on a busy machine one may take a minute to start
 LAST = "checkpoints/update-00000018.pt"  # of a run of small_cfg
 
 

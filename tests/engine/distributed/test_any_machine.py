@@ -15,7 +15,7 @@ from data.build import build_data
 from engine.checkpoint.files import load_state
 from tests.conftest import ROOT
 from tests.helpers.bounds import CONDITIONED, DEPTH, TERMS, assert_same_but_for_order, ulps
-from tests.helpers.small_runs import rows
+from tests.helpers.small_runs import PATIENCE_S, rows
 
 # Five epochs of 4 updates of 12 images in 4 micro-batches.
 OPTS = (
@@ -108,7 +108,7 @@ def kill_after(update, argv, metrics, processes):
     started = subprocess.Popen(
         [*launcher, *argv], cwd=ROOT, env=env, stdout=quiet, stderr=quiet, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (metrics.exists() and f'"update": {update},' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.005)
     workers = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()

@@ -19,6 +19,7 @@ from engine.evaluate import NotFiniteError
 from tests.conftest import ROOT
 from tests.helpers.bounds import CONDITIONED, assert_same_but_for_order
 from tests.helpers.slurm_cluster import wait_for
+from tests.helpers.small_runs import PATIENCE_S
 
 # 20 epochs of 4 updates of 12 images in 4 micro-batches; saved after every update.
 OPTS = (
@@ -163,9 +164,9 @@ def test_run_continues_by_itself_after_a_worker_died(small_cfg, uninterrupted, t
     # Three processes for four micro-batches: two train, one stands by, and all exit with status 0 at the end.
     run, log = tmp_path / "small", tmp_path / "log.txt"
     agent = agents("1:1", 3, free_port(), tmp_path, log, small_cfg)
-    wait_for(reached(run, 10), "update 10", 120)
+    wait_for(reached(run, 10), "update 10", PATIENCE_S)
     os.kill(workers(agent)[1], signal.SIGKILL)
-    assert agent.wait(240) == 0, log.read_text()
+    assert agent.wait(PATIENCE_S) == 0, log.read_text()
     assert "3 processes were launched, the global batch divides among 2: 1 stand by" in log.read_text()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2]
@@ -178,11 +179,11 @@ def test_run_continues_on_the_node_that_is_left(small_cfg, uninterrupted, tmp_pa
     run, logs = tmp_path / "small", [tmp_path / "log0.txt", tmp_path / "log1.txt"]
     port = free_port()
     host = agents("1:2", 1, port, tmp_path, logs[0], small_cfg)
-    wait_for(lambda: socket_is_open(port), "the rendezvous", 60)
+    wait_for(lambda: socket_is_open(port), "the rendezvous", PATIENCE_S)
     other = agents("1:2", 1, port, tmp_path, logs[1], small_cfg)
-    wait_for(reached(run, 10), "update 10", 120)
+    wait_for(reached(run, 10), "update 10", PATIENCE_S)
     kill_all(other)
-    assert host.wait(240) == 0, logs[0].read_text()
+    assert host.wait(PATIENCE_S) == 0, logs[0].read_text()
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["processes"] for start in starts][-2:] == [2, 1]
     assert_same_to_round_off(uninterrupted, run)
@@ -194,9 +195,9 @@ def test_failure_that_restarts_would_repeat_is_final_on_all_nodes(small_cfg, tmp
     started = []
     for path in logs:
         started.append(agents("2:2", 1, port, tmp_path, path, small_cfg, "--init", "no-such-file.safetensors"))
-        wait_for(lambda: socket_is_open(port), "the rendezvous", 60)
+        wait_for(lambda: socket_is_open(port), "the rendezvous", PATIENCE_S)
     for agent, path in zip(started, logs, strict=True):
-        assert agent.wait(240) == 1, path.read_text()
+        assert agent.wait(PATIENCE_S) == 1, path.read_text()
         assert path.read_text().count("no-such-file.safetensors does not exist") <= 1
     output_of_all = "".join(path.read_text() for path in logs)
     assert "no-such-file.safetensors does not exist" in output_of_all

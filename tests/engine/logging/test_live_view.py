@@ -20,6 +20,7 @@ from engine.logging.live_widgets import duration, sparkline
 from engine.logging.log import Log
 from engine.loop import StepMetrics
 from tests.conftest import ROOT
+from tests.helpers.small_runs import PATIENCE_S
 from tools.terminal_recorder import RecordedScreen
 
 STEP = StepMetrics(2, 250, 50, 2.3456, 2.4, 1.23, 9.1e-4, 2510.2, 0.25)
@@ -191,7 +192,7 @@ def run_in_terminal(cfg, output, *opts):
         termios.tcsetattr(0, termios.TCSANOW, settings)
         os.execve(sys.executable, argv, env | {"COLUMNS": "80", "LINES": "30"})
     written, pressed = b"", False
-    deadline = time.monotonic() + 600  # for a run that hangs; a busy machine needs a minute
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
