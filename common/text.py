@@ -5,7 +5,10 @@ Text files are written and read in UTF-8 with errors="surrogateescape", so that 
 
 import io
 import os
+import reprlib
 import sys
+
+LONGEST = 300  # characters of a value in an error message
 
 
 def readable(text: str) -> str:
@@ -23,3 +26,25 @@ def allow_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Brief(reprlib.Repr):
+    """`repr` in bounded time: of long texts and lists the beginning, of numbers with thousands of digits the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = LONGEST
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 3, 8, 8, 8, 8
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 512 else f"a number of {x.bit_length()} bits"
+
+
+def cut(text: str, length: int = LONGEST) -> str:
+    """Return a text for an error message: of a longer one its beginning and its end."""
+    return text if len(text) <= length else f"{text[: length * 2 // 3]} ... {text[-(length // 3) :]}"
+
+
+def shorten(value: object) -> str:
+    """Return the `repr` of a value for an error message, cut where it is long; its time does not grow with the value."""
+    return cut(_Brief().repr(value), LONGEST + 10)

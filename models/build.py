@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
+from common.text import shorten
 from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
 from models.custom_model import digest, import_models
@@ -41,7 +42,9 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(name, num_classes=num_classes, **arguments)
     except TypeError as error:
-        raise ValueError(f"MODEL.NAME={name!r} does not take {arguments}: set to 0 what it names ({error})") from error
+        raise ValueError(
+            f"MODEL.NAME={shorten(name)} does not take {shorten(arguments)}: set to 0 what it names ({error})"
+        ) from error
     if cfg.MODEL.KERNELS == "triton":
         _use_kernels(model, cfg.DEVICE)
     return model
@@ -118,7 +121,7 @@ def check_name(name: str, key: str = "MODEL.NAME") -> None:
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     ours = ", ".join(retoken_models())
     raise ValueError(
-        f"{key}={name!r} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
+        f"{key}={shorten(name)} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
         f"Retoken's are {ours}; timm.list_models() lists the others"
     )
 
@@ -147,7 +150,7 @@ def _use_kernels(model: nn.Module, device: str) -> None:
 def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
     known = _default(name, "num_classes")
     if known != num_classes:
-        raise ValueError(_other_classes(f"DISTILL.TEACHER={name!r} pretrained", known, num_classes))
+        raise ValueError(_other_classes(f"DISTILL.TEACHER={shorten(name)} pretrained", known, num_classes))
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from common.text import for_system
+from common.text import for_system, shorten
 from data.stores.class_labels import label_folders
 from data.stores.class_root import ClassRoot, find_class_root, label_search, refuse_unlabelled
 from data.stores.folder import FolderSource, scan, scan_labelled, val_folder
@@ -23,7 +23,7 @@ class FolderSplit:
         self.val_labels, self.passed, self.notes = val_labels, PassedOver(), list(location.notes)
         if val_labels and not self._root(()).flat:
             raise ValueError(
-                f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} is a folder of class folders; set it to ''"
+                f"DATA.VAL_LABELS={shorten(val_labels)} has no effect: {location.name} is a folder of class folders; set it to ''"
             )
 
     def classes(self) -> list[str]:

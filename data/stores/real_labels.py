@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.accuracy import TopKCounts
+from common.text import shorten
 from data.stores.class_labels import IMAGENET, imagenet_wnids
 from data.stores.names import read_text
 
@@ -54,7 +55,7 @@ def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) ->
         match = _NUMBER.fullmatch(Path(file).name)
         if not match or not 0 < int(match[1]) <= len(table):
             raise ValueError(
-                f"--real-labels {path} holds the labels of ILSVRC2012_val_00000001.JPEG to _{len(table):08d}.JPEG; {file!r} is "
+                f"--real-labels {path} holds the labels of ILSVRC2012_val_00000001.JPEG to _{len(table):08d}.JPEG; {shorten(file)} is "
                 "none of them; evaluate ImageNet's validation images under their original names, or leave the flag out"
             )
         right.append(frozenset(to_model[n] for n in table[int(match[1]) - 1] if n in to_model))
@@ -68,17 +69,17 @@ def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) ->
 def _read(path: str) -> list[list[int]]:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"--real-labels {path!r} is not a file; give the path of real.json")
+        raise ValueError(f"--real-labels {shorten(path)} is not a file; give the path of real.json")
     try:
         table = json.loads(read_text(file))
     except ValueError as error:
-        raise ValueError(f"--real-labels {path!r} is not JSON ({error}); give the path of real.json") from error
+        raise ValueError(f"--real-labels {shorten(path)} is not JSON ({error}); give the path of real.json") from error
     if not isinstance(table, list) or not all(isinstance(entry, list) for entry in table):
-        raise ValueError(f"--real-labels {path!r} must be a list of lists of class numbers, one for each image")
+        raise ValueError(f"--real-labels {shorten(path)} must be a list of lists of class numbers, one for each image")
     wrong = [n for entry in table for n in entry if type(n) is not int or not 0 <= n < IMAGENET]
     if wrong:
         raise ValueError(
-            f"--real-labels {path!r} holds {wrong[0]!r}, which is no class number between 0 and {IMAGENET - 1}"
+            f"--real-labels {shorten(path)} holds {shorten(wrong[0])}, which is no class number between 0 and {IMAGENET - 1}"
         )
     return table
 
