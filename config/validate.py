@@ -38,10 +38,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Smallest and largest allowed value, of each entry where the value is a list.
 RANGES: dict[str, tuple[float, float]] = {
-    "MODEL.NUM_CLASSES": (0, 1e9),
+    "MODEL.NUM_CLASSES": (0, 1e6),
     "MODEL.DROP_RATE": (0, 0.999),
     "MODEL.DROP_PATH_RATE": (0, 0.999),
-    "DATA.IMG_SIZE": (16, 1e5),
+    "DATA.IMG_SIZE": (16, 8192),
     "DATA.WORKERS": (-1, 4096),
     "DATA.PREFETCH": (1, 1024),
     "DATA.BLOCK_SHUFFLE": (0, 1e9),
@@ -51,7 +51,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "DATA.STD": (1e-3, 1),
     "DATA.SYNTHETIC_TRAIN": (1, 1e12),
     "DATA.SYNTHETIC_VAL": (1, 1e12),
-    "DATA.SYNTHETIC_CLASSES": (1, 1e9),
+    "DATA.SYNTHETIC_CLASSES": (1, 1e6),
     "AUG.SCALE": (1e-6, 1),
     "AUG.RATIO": (1e-3, 1e3),
     "AUG.HFLIP": (0, 1),

@@ -17,7 +17,7 @@ from engine.batch_plan import accumulation_steps
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.manifest import describe_start, read_manifest, record_start
-from engine.checkpoint.run_directory import RunDirectory
+from engine.checkpoint.run_directory import RunDirectory, RunLockedError
 from engine.compilation import Compilation
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
@@ -157,7 +157,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *,
     accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
-    if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
+    if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock, (RunLockedError,))):
         log.warning(warning)
     if not args.eval:
         read_manifest(run.manifest)  # raises now, rather than after minutes, if it is damaged
