@@ -19,6 +19,7 @@ from config.schema import defaults
 from config.validate import validate
 from config.yaml_reader import MAX_TEXT, parse_yaml, read_text
 
+RUN_FILES = ("manifest.json", "metrics.jsonl", "checkpoints", "best_raw.safetensors", "best_ema.safetensors")
 RESOLVED = "resolved"  # the value of PUBLISHED in a dump
 MAX_FILES = 64  # of one config, a base that two files name counted twice
 MAX_ENTRIES = 1000  # of a list
@@ -26,21 +27,28 @@ OF_ANY_LENGTH = ("OPTIM.BETAS", "SCHEDULE.MILESTONES")  # lists of numbers; othe
 
 
 def load(
-    files: str | Sequence[str] = (), opts: Sequence[str] = (), flags: Mapping[str, tuple[str, str]] | None = None
+    files: str | Sequence[str] = (),
+    opts: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, str]] | None = None,
+    run_code: bool = True,
 ) -> CfgNode:
     """Merge the files, KEY VALUE pairs and flags into the defaults; return the checked, frozen config.
 
-    `flags` maps a flag, as errors call it, to its key and value.
+    `flags` maps a flag, as errors call it, to its key and value. `run_code` is False for a config that is compared only.
 
-    Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
+    Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow, and for a
+    MODEL.MODULE that only the config of a run directory names.
     """
     cfg = defaults()
     names = [files] if isinstance(files, str) else list(files)
     read: list[Path] = []
     layers = [layer for file in names for layer in read_layers(cfg, Path(file), (), read)]
     given = {**dict(zip(opts[::2], opts[1::2], strict=False)), **dict((flags or {}).values())}
+    module = ""  # the source of MODEL.MODULE, if that is the config of a run directory
     for layer in layers_of_mode(cfg, layers, given.get("RECIPE.MODE"), " ".join(names)):
         merge_tree(cfg, layer.tree, "", layer.source)
+        if "MODULE" in layer.tree.get("MODEL", {}):
+            module = layer.source if layer.of_run else ""
     merge_opts(cfg, opts)
     for flag, (key, value) in (flags or {}).items():
         if key in opts[::2]:
@@ -48,6 +56,12 @@ def load(
         set_text(cfg, key, value, flag)
     cfg.BASE = [""]
     validate(cfg)
+    if run_code and module and cfg.MODEL.MODULE and "MODEL.MODULE" not in given:
+        raise ValueError(
+            f"MODEL.MODULE={shorten(cfg.MODEL.MODULE)} in {module}: the config of a run directory, maybe of somebody else's run, "
+            "names a program, which would run with your rights. Read it, then name it yourself: --opts MODEL.MODULE FILE, or '' "
+            "to do without"
+        )
     cfg.freeze()
     return cfg
 
@@ -66,6 +80,7 @@ class ConfigLayer:
     published: bool = False
     ends: bool = False  # PUBLISHED: null, which cancels the PUBLISHED sections merged before
     resolved: bool = False  # the dump of a config, whose mode cannot change
+    of_run: bool = False  # the dump of a config, or a file in a run directory
 
 
 def layers_of_mode(
@@ -98,7 +113,7 @@ def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...], read: list[
     `parents` are the files that name it as a base; `read` lists all files read before, and is extended. Raises ValueError for
     a file that names itself, however indirectly, and for more than MAX_FILES.
     """
-    path = _resolve(file)
+    path = _resolve(file, parents)
     if path in parents:
         raise ValueError(
             f"BASE: {file} includes itself ({' -> '.join(p.name for p in (*parents, path))}); break the circle"
@@ -116,23 +131,24 @@ def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...], read: list[
     overlay = tree.pop("PUBLISHED", False)
     if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
         raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {shorten(overlay)}")
-    yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=overlay == RESOLVED)
+    resolved = overlay == RESOLVED
+    of_run = resolved or any((path.parent / name).exists() for name in RUN_FILES)
+    yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=resolved, of_run=of_run)
     if isinstance(overlay, dict):
         source = f"PUBLISHED of {file}"
         merge_tree(cfg.clone(), overlay, "", source)  # checks the section in the other mode too
-        yield ConfigLayer(overlay, source, published=True)
+        yield ConfigLayer(overlay, source, published=True, of_run=of_run)
 
 
 def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """Return the tree of a YAML file. Raises ValueError with the defect, or with similar file names if there is no such file."""
     if not file.is_file():
-        named_by = f", named by BASE in {parents[-1]}" if parents else ""
         folder = next((p for p in file.parents if p.is_dir()), Path())
         near = difflib.get_close_matches(file.name, _yaml_files(folder), n=3, cutoff=0.3)
         hint = f"; near it lie {', '.join(str(folder / n) for n in near)}" if near else ""
         there = "is a folder, not a file" if file.is_dir() else "is no regular file"
         defect = there if file.exists() else "does not exist"
-        raise ValueError(f"config file {file} {defect}{named_by}{hint}")
+        raise ValueError(f"config file {file} {defect}{_named_by(parents)}{hint}")
     try:
         tree = parse_yaml(read_text(file))
     except yaml.YAMLError as error:
@@ -146,13 +162,19 @@ def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     return {key: _for_system(value) for key, value in tree.items()}
 
 
-def _resolve(file: Path) -> Path:
+def _named_by(parents: tuple[Path, ...]) -> str:
+    return f", named by BASE in {parents[-1]}" if parents else ""
+
+
+def _resolve(file: Path, parents: tuple[Path, ...]) -> Path:
     """Return the absolute path of a file, links followed. Raises ValueError for a name that no file can have."""
     try:
         path = file.resolve()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, NUL
-        raise ValueError(f"config file {cut(str(file))} cannot be opened ({cut(str(error))})") from error
+        raise ValueError(
+            f"config file {cut(str(file))} cannot be opened{_named_by(parents)} ({cut(str(error))})"
+        ) from error
     return path
 
 

@@ -1,13 +1,15 @@
 """Validation of config values: choices, ranges, and combinations that cannot run or have no effect."""
 
 import difflib
+import os
+import re
 from collections.abc import Callable
 
 from yacs.config import CfgNode
 
 from common import timeline
 from common.text import shorten
-from config.lookup import get
+from config.lookup import get, run_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DEVICE": ("auto", "cpu", "cuda"),
@@ -150,6 +152,12 @@ def _validate_names(cfg: CfgNode) -> None:
     for name in ("NAME", "TAG"):
         if "/" in cfg[name] or cfg[name] in (".", ".."):
             raise ValueError(f"{name} is one folder name, got {shorten(cfg[name])}; use OUTPUT for the path")
+    folder, key = run_name(cfg), "NAME or TAG" if cfg.NAME else "MODEL.NAME or TAG"
+    if "/" in folder or re.search(r"[\x00-\x1f\x7f-\x9f]", folder) or len(os.fsencode(folder)) > 255:
+        raise ValueError(
+            f"{key}: the run directory would be named {shorten(folder)}; give a name of at most 255 bytes, without / and "
+            "control characters"
+        )
 
 
 def _validate_custom_model(cfg: CfgNode) -> None:

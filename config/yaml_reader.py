@@ -15,7 +15,7 @@ import yaml
 from common.text import cut
 
 MAX_BYTES = 2**18  # of a file; the resolved config of a run has 5 kB
-MAX_VALUES = 20_000  # in a file, those of an alias counted wherever it stands
+MAX_VALUES = 5000  # in a file, those of an alias counted wherever it stands
 MAX_CHARACTERS = 2**20  # of all values together, likewise
 MAX_DEPTH = 32  # sections and lists inside each other
 MAX_TEXT = 4096  # characters of one value, as in the longest path

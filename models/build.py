@@ -1,7 +1,7 @@
 """Models and teachers from a config: variants of Retoken's families, or any other model of timm."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import models  # noqa: F401  registers the families
 from common.text import shorten
 from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
-from models.custom_model import digest, import_models
+from models.custom_model import describe_module, digest, import_models
 from models.kernels.switch import use_kernels
 from models.registry import is_retoken, retoken_models
 from models.weights import adapt, classifier_names, fit, load_weights
@@ -70,6 +70,12 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
         raise ValueError(f"{key}: {name} has no gradient checkpointing; set it to 0") from error
+
+
+def announce_custom_model(cfg: Any, say: Callable[[str], object]) -> None:
+    """Pass the announcement of the program that cfg.MODEL.MODULE names, before it runs, to `say`; nothing without one."""
+    if cfg.MODEL.MODULE:
+        say(f"MODEL.MODULE: running {describe_module(cfg.MODEL.MODULE)}; --opts MODEL.MODULE '' does without")
 
 
 def custom_model_metadata(cfg: Any) -> dict[str, str]:

@@ -12,9 +12,7 @@ from typing import Any
 
 import yaml
 
-from common.text import shorten
 from config.lookup import config_differences
-from config.yaml_reader import parse_yaml
 
 RATES = ("images_per_s", "data_share", "seconds")  # properties of the machine: not compared
 ROW_KEYS = ("kind", "weights", "epoch", "update", "update_in_epoch", "best")  # identify a row or follow from the others
@@ -109,7 +107,7 @@ def read_run(path: Path, may_be_empty: bool = False) -> Run:
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):  # a crash may cut off the last one
                 raise ValueError(
-                    f"{metrics}, line {number} is no row of metrics: {shorten(line[:80])}; repair or delete it"
+                    f"{metrics}, line {number} is no row of metrics: {line[:80]!r}; repair or delete it"
                 ) from error
     if not (train or evals or may_be_empty):
         raise ValueError(f"{metrics} has no rows yet: the run has not reached its first logging step{_near(path)}")
@@ -270,7 +268,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        tree = (json.loads if path.suffix == ".json" else parse_yaml)(
+        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(
             path.read_text(encoding="utf-8", errors="surrogateescape")
         )
     except (yaml.YAMLError, json.JSONDecodeError) as error:

@@ -28,7 +28,7 @@ from engine.loop import Loop
 from engine.loss import Teacher
 from engine.precision import Precision
 from engine.state import TrainState
-from models.build import build_model, checkpoint_blocks, custom_model_metadata
+from models.build import announce_custom_model, build_model, checkpoint_blocks, custom_model_metadata
 from models.kernels.apex_norm import use_apex_norms
 from trainer.resume import check_same_run, restore
 from trainer.sample_images import SampleImages
@@ -105,6 +105,7 @@ def build_session(
     Raises ValueError for errors that the user can correct.
     """
     check_start(cfg, args, processes, run=run, log=log)
+    announce_custom_model(cfg, log.info)
     data = build_session_data(cfg, args, processes, run=run, log=log)
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
