@@ -80,6 +80,8 @@ def answer(tmp_path, monkeypatch):
     """Return a function that lets pip-audit print a text, and be found online."""
     monkeypatch.setattr(audit.urllib.request, "urlopen", lambda *args, **kwargs: open("/dev/null"))  # noqa: PTH123, SIM115
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pip_audit.py").write_text("")
 
     def set_answer(text, status=0):
         (tmp_path / "pip_audit.py").write_text(f"import sys\nprint({text!r}, end='')\nsys.exit({status})\n")
@@ -129,3 +131,9 @@ def test_audit_without_network_or_in_too_long_a_time_is_skipped(answer, tmp_path
     monkeypatch.setattr(audit.urllib.request, "urlopen", fail)
     assert audit.main() == 0
     assert "audit: skipped: no network (Name or service not known)" in capsys.readouterr().out
+
+
+def test_audit_without_pip_audit_is_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(audit.importlib.util, "find_spec", lambda name: None)
+    assert audit.main() == 0
+    assert capsys.readouterr().out == "audit: skipped: pip-audit is not installed (pip install pip-audit)\n"

@@ -4,6 +4,7 @@ Without pip-audit, without a network, or where the index has no such data, a lin
 for which there is a newer version fails.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def main() -> int:
 
 def look_up() -> dict[str, Any]:
     """Return pip-audit's JSON. Raises OSError or SubprocessError without an answer in time, ValueError for another one."""
+    if importlib.util.find_spec("pip_audit") is None:
+        raise ValueError("pip-audit is not installed (pip install pip-audit)")
     try:
         urllib.request.urlopen(PROBE, timeout=PROBE_S).close()
     except urllib.error.URLError as error:
