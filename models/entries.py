@@ -76,6 +76,26 @@ def check_finite(weights: Mapping[str, Any], origin: str, remedy: str = "use an 
         )
 
 
+def check_plain(weights: Mapping[str, Tensor], origin: str) -> None:
+    """Raise ValueError, naming the first tensors, if some are quantised, sparse, complex or without values (meta)."""
+    found = [(name, kind) for name, tensor in weights.items() if (kind := _odd_kind(tensor))]
+    if found:
+        raise ValueError(
+            f"{origin} holds tensors of a kind that is not read: {_some([f'{name} ({kind})' for name, kind in found])}; save "
+            "them again as plain tensors of real numbers"
+        )
+
+
+def _odd_kind(tensor: Tensor) -> str:
+    kinds = {
+        "without values": tensor.is_meta,
+        "quantised": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "sparse or nested": tensor.layout != torch.strided,
+    }
+    return next((kind for kind, holds in kinds.items() if holds), "")
+
+
 def count_not_finite(tensor: Any) -> int:
     """Return the number of values that are nan or inf; 0 for integers and for what is no tensor."""
     if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+PICKLED_BY_TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the number that older torch files begin with
 HEAD = 4096  # bytes that are read to tell the kind
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the limit of the format's own readers
 SHOWN = 4  # names listed in an error
@@ -120,8 +121,10 @@ def kind_of(path: Path) -> tuple[str, str]:
             return kind, remedy
     if head.startswith(b"PK"):
         return _zip_kind(path)
-    if head[0] == 0x80 and len(head) > 1 and head[1] <= 5:
-        return TORCH, ""  # a pickle: the format before torch 1.6, or none of torch, which its reader tells
+    if head[0] == 0x80 and len(head) > 1 and head[1] <= 5:  # a pickle
+        if PICKLED_BY_TORCH in head[:40]:
+            return TORCH, ""  # the format before torch 1.6
+        return "a pickle of other Python objects, not of torch.save", "save a dictionary of tensors with torch.save"
     if head[257:262] == b"ustar":
         return "a tar archive", UNPACK
     if head[4:8] == b"TFL3":

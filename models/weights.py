@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .entries import check_finite, clean, is_weights, rewrap, shared_prefix
+from .entries import check_finite, check_plain, clean, is_weights, rewrap, shared_prefix
 from .file_kinds import find_weights, is_safetensors
 from .published import COUNTER, from_published, is_published, to_published
 from .unpickling import read_torch
@@ -43,6 +43,7 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
     weights, notes = clean(entries, unwrap="model" not in metadata)
     if not weights:
         raise ValueError(f"{path} holds no weights (entries: {', '.join(list(entries)[:8])})")
+    check_plain(weights, str(path))
     check_finite(weights, str(path))
     return weights, {**metadata, "notes": notes} if notes else metadata
 
@@ -59,7 +60,7 @@ def _load_torch(path: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]
                 f"{path} holds no weights that are understood (entries: {', '.join(map(str, list(state)[:8]))})"
             )
         return state, {"layout": "plain", "weights": "raw", "holds": ["raw"]}
-    metadata = state.get("facts", {})
+    metadata = _metadata(state.get("facts"))
     if "weights" in metadata:  # of a converted file: it has these only
         which, entry = metadata["weights"], raw
     else:
@@ -161,8 +162,19 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from error
-    metadata = {"weights": "raw", **json.loads(header.get("retoken", "{}"))}
+    try:
+        stored = json.loads(header.get("retoken", "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its header is no JSON ({error}); use another checkpoint") from error
+    metadata = {"weights": "raw", **_metadata(stored)}
     return weights, {**metadata, "layout": "safetensors", "holds": [metadata["weights"]]}
+
+
+def _metadata(stored: Any) -> dict[str, Any]:
+    """Return the metadata of a Retoken file; none for what another program has stored under their name."""
+    if not isinstance(stored, dict) or stored.get("weights", "raw") not in ("raw", "ema"):
+        return {}
+    return stored
 
 
 def _layout(state: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from engine.checkpoint.async_saver import AsyncSaver, load_on_all
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
+from engine.optim.skipped_updates import moments
 from engine.state import TrainState
 from models.entries import check_finite
 
@@ -59,13 +60,11 @@ def restore_state(
 
     `contents` holds them where the main process has read the file already. `check` is called with the metadata before the
     state is changed, and may raise ValueError. Raises ValueError if the file cannot be read, does not fit the run or holds weights
-    that are not finite.
+    or moments of the optimiser that are not finite.
     """
     contents = load_on_all(path, processes, contents)
-    for entry in ("model", "ema"):
-        check_finite(
-            contents[entry] or {}, str(path), "continue from an earlier checkpoint, with --tag NEW --resume FILE"
-        )
+    for tensors in (contents["model"], contents["ema"] or {}, moments(contents["optimizer"])):
+        check_finite(tensors, str(path), "continue from an earlier checkpoint, with --tag NEW --resume FILE")
     if check is not None:
         check(contents["facts"])
     state.load_state_dict(contents, str(path))

@@ -17,12 +17,13 @@ import torch
 import torchvision.io  # registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Tensor
 
 from data.loaders.jpeg_header import START, stated_size
 
 MAX_PIXELS = 178_956_970  # of an image; Pillow has the same limit
+UNSIGNED, WHITE_IS_ZERO = 1, 0  # of TIFF
 RGB_MODE = 3  # torchvision.io.ImageReadMode.RGB, which is deprecated with the wrapper
 HAS_JPEG_OPERATOR = hasattr(torch.ops.image, "decode_jpeg")
 if not HAS_JPEG_OPERATOR:
@@ -73,6 +74,8 @@ def _reason(data: np.ndarray, error: Exception) -> str:
     if data[:512].tobytes().lstrip()[:5].lower() in (b"<html", b"<!doc"):
         return "a web page, not an image"
     if isinstance(error, UnidentifiedImageError):
+        if data[:4].tobytes() in (b"II*\0", b"MM\0*"):
+            return "a TIFF file that is damaged, or of a type of samples that is not read: convert it to 8 bits"
         return "no image format that Pillow knows"
     return str(error) or type(error).__name__
 
@@ -89,7 +92,8 @@ def _read_pixels(data: np.ndarray) -> Tensor:
         file.load()
         image: Image.Image = file
         if bits := _grey_bits(file):
-            image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+            levels = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+            image = Image.fromarray(255 - levels if _white_is_zero(file) else levels)
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
         pixels = np.array(image.convert("RGB"))  # (H, W, 3)
@@ -105,9 +109,15 @@ def _grey_bits(file: ImageFile) -> int:
         return int(file.tag_v2.get(BITSPERSAMPLE, (16,))[0]) if isinstance(file, TiffImageFile) else 16
     if file.mode == "I" and file.format in ("PNG", "PPM"):  # Pillow scales a PGM's brightest value to 65535
         return 16
-    if file.mode[0] in "IF":
+    signed = isinstance(file, TiffImageFile) and UNSIGNED not in (file.tag_v2.get(SAMPLEFORMAT) or (UNSIGNED,))
+    if file.mode[0] in "IF" or signed:
         raise ValueError(
             f"its samples, of Pillow's mode {file.mode} in a {file.format} file, have no defined brightest value; "
             "convert it to 8 bits, or to unsigned 16 bits with 65535 as white"
         )
     return 0
+
+
+def _white_is_zero(file: ImageFile) -> bool:
+    """Return True for a TIFF whose sample 0 is white; Pillow inverts those of 8 bits, not those of more."""
+    return isinstance(file, TiffImageFile) and file.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO

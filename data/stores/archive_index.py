@@ -27,7 +27,7 @@ from data.stores.label_files import inputs_of
 from data.stores.layout import Sample, SplitLocation
 from data.stores.names import decode, encode
 
-FORMAT = 2  # increased when the contents of an index, or the way it is built, change
+FORMAT = 3  # increased when the contents of an index, or the way it is built, change
 
 
 class NoImagesError(ValueError):

@@ -9,16 +9,18 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from data.stores.image_files import SUFFIXES
-from data.stores.names import remedy_of
+from data.stores.names import decode, remedy_of
 
 TAR, ZIP = ".tar", ".zip"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 CHUNK = 1 << 20  # bytes read at a time in search of data after the end mark of a tar
+UTF8_FLAG = 0x800  # of a zip member: its name is UTF-8
+UNIX = 3  # system that a zip member was written on
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of its name and extra field
 
 
@@ -76,9 +78,9 @@ def list_archive(path: Path, start: int = 0, size: int | None = None, inner: str
         raise ValueError(f"{name} cannot be opened ({error.strerror}); {remedy_of(error)}") from error
     try:
         window = Window(fd, start, os.fstat(fd).st_size - start if size is None else size)
-        if path.name.lower().endswith(ZIP) and not inner:
-            return _zip_contents(window, name)
-        return _tar_contents(window, name)
+        zipped = path.name.lower().endswith(ZIP) and not inner
+        contents = _zip_contents(window, name) if zipped else _tar_contents(window, name)
+        return replace(contents, members=_with_slashes(contents.members))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OverflowError) as error:
         raise ValueError(
             f"{name} cannot be read ({error}); it is damaged, or no {path.suffix[1:]} file: copy it again and compare checksums"
@@ -87,6 +89,13 @@ def list_archive(path: Path, start: int = 0, size: int | None = None, inner: str
         raise ValueError(f"{name} cannot be read ({error.strerror}); {remedy_of(error)}") from error
     finally:
         os.close(fd)
+
+
+def _with_slashes(members: list[Member]) -> list[Member]:
+    """Return the members with / between folders, also where some programs for Windows have written a backslash."""
+    if any("/" in member.path for member in members):
+        return members
+    return [member._replace(path=member.path.replace("\\", "/")) for member in members]
 
 
 def _tar_contents(window: Window, name: str) -> Contents:
@@ -136,7 +145,7 @@ def _after_zeros(window: Window) -> int | None:
 
 def _zip_contents(window: Window, name: str) -> Contents:
     with zipfile.ZipFile(window) as archive:
-        infos = [info for info in archive.infolist() if not info.is_dir()]
+        infos = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
     links = [info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16)]
     if image := next((link for link in links if link.lower().endswith(SUFFIXES)), None):
         raise ValueError(f"{name} holds {image}, which is a link; write the zip again without -y")
@@ -158,4 +167,17 @@ def _zip_members(window: Window, infos: Sequence[zipfile.ZipInfo]) -> Iterator[M
         if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
             raise zipfile.BadZipFile(f"no file begins at byte {info.header_offset}")
         _, name_length, extra_length = LOCAL_HEADER.unpack(header)
-        yield Member(info.filename, info.header_offset + LOCAL_HEADER.size + name_length + extra_length, info.file_size)
+        yield Member(
+            _zip_name(info), info.header_offset + LOCAL_HEADER.size + name_length + extra_length, info.file_size
+        )
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Return the path of a zip member; names that are not marked as UTF-8, which zipfile takes for cp437, may be so or be bytes."""
+    if info.flag_bits & UTF8_FLAG:
+        return info.filename
+    data = info.filename.encode("cp437")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return decode(data) if info.create_system == UNIX else info.filename

@@ -18,6 +18,10 @@ from data.stores.image_files import SUFFIXES, PassedOver
 from data.stores.names import check_classes, from_system, read_text, some
 
 SCAN_THREADS = 16  # class folders listed in parallel; bound by the latency of network file systems
+OTHER_NAMES = {  # of the folder of a split, in lower case
+    "train": ("train", "training", "train_images", "trn"),
+    "val": ("val", "valid", "validation", "eval", "dev", "test", "testing"),
+}
 INNER_LEVELS, INNER_FOLDERS = 3, 50  # of a search for the folder that was meant
 
 
@@ -117,7 +121,12 @@ def split_folder(root: str | Path, split: str) -> Path:
         check_link(root / split)
         if (root / split).is_dir():
             return root / split
-        meant = _meant(root, split)
+        meant, other = _meant(root, split), _other_name(root, split)
+    if other and not meant:
+        raise ValueError(
+            f"DATA.PATH={shorten(str(root))} has no folder {split}/, it holds {listing(root)}; did you mean {other}/? Rename it to "
+            f"{split}/ (ln -s works, too)"
+        )
     hint = f"did you mean DATA.PATH={shorten(str(meant))}?" if meant else "give the folder that holds train/ and val/"
     raise ValueError(f"DATA.PATH={shorten(str(root))} has no folder {split}/, it holds {listing(root)}; {hint}")
 
@@ -139,6 +148,12 @@ def _meant(root: Path, split: str) -> Path | None:
             if (folder / split).is_dir():
                 return folder
     return None
+
+
+def _other_name(root: Path, split: str) -> str:
+    """Return the folder in DATA.PATH with another common name of the split, or one that differs in case; "" for none."""
+    names = {name.lower(): name for name in list_folder(root).folders}
+    return next((names[name] for name in OTHER_NAMES[split] if name in names), "")
 
 
 def val_folder(path: str) -> Path:

@@ -52,10 +52,25 @@ SYSTEM_NAMES = frozenset(
 )
 SYSTEM_PREFIXES = ("._", ".trash-", ".nfs", ".fuse_hidden", ".smbdelete")
 COPY_SUFFIXES = ("~", ".bak", ".orig", ".old", ".tmp", ".part", ".partial", ".crdownload", ".download", ".filepart")
+FOREIGN_SUFFIXES = (".tga", ".icns", ".dcm", ".svgz")  # of formats whose first bytes do not tell them
 RAW_SUFFIXES = (".cr2", ".nef", ".nrw", ".arw", ".dng", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".iiq")  # begin as TIFF
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths
 PNM = re.compile(rb"P[1-6]\s+[\d#]")
-UNREAD_HEADS = (b"8BPS", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ", b"\xff\x0a", b"\xff\x4f\xff\x51", b"\x76\x2f\x31\x01")
+UNREAD_HEADS = (
+    *(b"8BPS", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ", b"\xff\x0a", b"\xff\x4f\xff\x51", b"\x76\x2f\x31\x01"),
+    *(
+        b"II\xbc\x01",
+        b"BPG\xfb",
+        b"qoif",
+        b"DDS ",
+        b"\0\0\1\0",
+        b"\0\0\2\0",
+        b"\x0a\x05\x01\x08",
+        b"SIMPLE  =",
+        b"#?RADIANCE",
+    ),
+    *(b"%!PS-Adobe", b"<svg", b"PF\n", b"Pf\n"),
+)
 
 
 def ignored(lowered: str) -> str | None:
@@ -74,6 +89,8 @@ def kind_of_file(lowered: str, head: Callable[[], bytes]) -> str:
         return IMAGE
     if lowered.endswith(OTHER_SUFFIXES):
         return OTHER
+    if lowered.endswith(FOREIGN_SUFFIXES):
+        return UNREAD
     try:
         first = head()
     except OSError:
@@ -85,7 +102,9 @@ def kind_of_file(lowered: str, head: Callable[[], bytes]) -> str:
 
 
 def _kind_of_bytes(head: bytes) -> str:
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")):
+    if head.startswith(
+        (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    ):
         return IMAGE
     if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or PNM.match(head):
         return IMAGE

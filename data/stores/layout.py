@@ -29,6 +29,7 @@ from data.stores.archive_members import COMPRESSED, TAR, ZIP, Member
 from data.stores.folder import split_folder
 from data.stores.folder_tree import check_link, list_folder, listing, system_errors
 from data.stores.image_files import HEAD, IMAGE, OTHER, PassedOver, ignored, kind_of_file
+from data.stores.label_files import ID_FILES, KNOWN
 from data.stores.names import decode_text
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
@@ -162,6 +163,8 @@ def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
     except ValueError as error:
         if "did you mean" in str(error):
             return str(error)
+        if "give the folder" not in str(error):
+            raise  # a folder that cannot be read
         return f"{error}, or archives: expected one of {EXPECTED} (docs/data.md)"
     return f"DATA.PATH={shorten(str(root))} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
 
@@ -219,7 +222,8 @@ def images_of(
             others.append(path)
     keys = {_key(path) for path, _ in images}
     for path in others:
-        if not (path.lower().endswith(LABEL_SUFFIXES) and _key(path) in keys):
+        known = path.rpartition("/")[2] in (*KNOWN, *ID_FILES)  # label files, as in a folder
+        if not known and not (path.lower().endswith(LABEL_SUFFIXES) and _key(path) in keys):
             passed.add(OTHER, path)
     return images
 

@@ -79,14 +79,18 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:NAMED])) + more
 
 
-def printable(text: str) -> str:
-    """Return a text for a terminal, in which bytes that are not UTF-8 are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def look(name: str) -> str:
-    """Return a form that is equal for names that look alike: composed, without invisible characters and outer spaces."""
-    return unicodedata.normalize("NFC", name.translate(INVISIBLE)).strip()
+    """Return a form that is equal for names that look alike: of one form of each character, width and space, without
+    invisible characters and outer spaces.
+    """
+    return unicodedata.normalize("NFKC", name.translate(INVISIBLE)).strip()
+
+
+def _same_but_foreign(name: str, other: str) -> bool:
+    """Return True for names that differ only where one has a character beyond ASCII, as a Cyrillic a or a typographic hyphen."""
+    pairs = list(zip(look(name).casefold(), look(other).casefold(), strict=False))
+    same = [a == b for a, b in pairs]
+    return len(look(name)) == len(look(other)) and any(same) and all(not (a + b).isascii() for a, b in pairs if a != b)
 
 
 def lookalikes(names: Iterable[str]) -> list[list[str]]:
@@ -134,6 +138,8 @@ def _near(names: Sequence[str], others: Sequence[str]) -> str:
     alike = {look(other): other for other in others}
     folded = {look(other).casefold(): other for other in others}
     near = {name: alike.get(look(name)) or folded.get(look(name).casefold()) for name in names}
+    for name in [name for name in names if near[name] is None][:NAMED]:
+        near[name] = next((other for other in others if _same_but_foreign(name, other)), None)
     first = sorted(names, key=lambda name: near[name] is None)[:NAMED]
     parts = [f"{name!a} (there is {near[name]!a})" if near[name] else shown(name) for name in first]
     return ", ".join(parts) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
@@ -142,7 +148,24 @@ def _near(names: Sequence[str], others: Sequence[str]) -> str:
 def check_numbers(name: str | Path, found: Sequence[int], classes: Sequence[str]) -> None:
     """Raise ValueError for class numbers that are not those of `classes`."""
     if max(found) >= len(classes):
+        hint = f"; they begin at {min(found)}: write them again from 0" if min(found) else ""
         raise ValueError(
-            f"{name} has images of class number {max(found)}, but there are {len(classes)} classes (from 0); "
+            f"{name} has images of class number {max(found)}, but there are {len(classes)} classes (from 0){hint}; "
             "see whether DATA.CLASS_INDEX, or the numbers with the images, are those of another data set"
         )
+
+
+def number_gaps(name: str | Path, found: Sequence[int]) -> str:
+    """Return the message for class numbers, without names, that are not 0, 1, ... without a gap; "" if they are."""
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if not missing:
+        return ""
+    if len(missing) == min(found):
+        return (
+            f"{name}: its class numbers begin at {min(found)}, but labels begin at 0; write the shards again with numbers "
+            "from 0"
+        )
+    return (
+        f"{name} has no image of {len(missing)} of the class numbers 0 .. {max(found)}: {some(list(map(str, missing)))}; "
+        "write the shards again with numbers without gaps, or set DATA.CLASS_INDEX to the names of all classes"
+    )

@@ -18,8 +18,6 @@ from engine.distributed.launcher import LaunchInfo, find_launch, rendezvous
 from engine.distributed.messages import broadcast, decode, encode, gather
 from engine.malloc import keep_freed_memory
 
-# On a timeout, end the process with the name and number of the collective instead of hanging, and compare ranks.
-NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_DESYNC_DEBUG": "1"}
 T = TypeVar("T")
 
 
@@ -112,8 +110,6 @@ def init_processes(device: str, start_timeout_s: float = 300.0, timeout_s: float
     host_group = None
     if launch.address:
         faulthandler.enable()  # an abort by NCCL prints the Python stack
-        for key, value in NCCL.items():
-            os.environ.setdefault(key, value)
         backend = "nccl" if cuda else "gloo"
         host_group = _connect(launch, backend, timedelta(seconds=start_timeout_s), timedelta(seconds=timeout_s))
     return Processes(
