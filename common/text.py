@@ -9,6 +9,11 @@ import reprlib
 import sys
 
 LONGEST = 300  # characters of a value in an error message
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = LONGEST
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict, _BRIEF.maxset = 3, 8, 8, 8, 8
+# Python refuses to print numbers of thousands of digits.
+_BRIEF.repr_int = lambda x, level: repr(x) if x.bit_length() <= 512 else f"a number of {x.bit_length()} bits"  # type: ignore[method-assign]
 
 
 def readable(text: str) -> str:
@@ -28,18 +33,6 @@ def allow_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-class _Brief(reprlib.Repr):
-    """`repr` in bounded time: of long texts and lists the beginning, of numbers with thousands of digits the size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = LONGEST
-        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 3, 8, 8, 8, 8
-
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() <= 512 else f"a number of {x.bit_length()} bits"
-
-
 def cut(text: str, length: int = LONGEST) -> str:
     """Return a text for an error message: of a longer one its beginning and its end."""
     return text if len(text) <= length else f"{text[: length * 2 // 3]} ... {text[-(length // 3) :]}"
@@ -47,4 +40,4 @@ def cut(text: str, length: int = LONGEST) -> str:
 
 def shorten(value: object) -> str:
     """Return the `repr` of a value for an error message, cut where it is long; its time does not grow with the value."""
-    return cut(_Brief().repr(value), LONGEST + 10)
+    return cut(_BRIEF.repr(value), LONGEST + 10)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.accuracy import TopKCounts
 from common.text import shorten
 from data.stores.class_labels import IMAGENET, imagenet_wnids
 from data.stores.names import read_text
@@ -21,25 +20,20 @@ _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
 
 @dataclass(frozen=True)
-class RealAccuracy(TopKCounts):
-    """Top-1 and top-5 counts over the images that have labels."""
-
-    def __str__(self) -> str:
-        return f"ReaL {super().__str__()}"
-
-
-@dataclass(frozen=True)
 class RealLabels:
     """Correct labels of every image of a data set by index, in the model's numbering; an empty set for unlabelled images."""
 
     right: list[frozenset[int]]
 
-    def count(self, ranked: np.ndarray) -> RealAccuracy:
-        """Return the accuracy of ranked predictions, int64 (n, k), best first, k at most 5; row i is image i."""
+    def count(self, ranked: np.ndarray) -> tuple[int, int, int]:
+        """Count ranked predictions, int64 (n, k), best first, k at most 5, row i of image i.
+
+        Returns the images whose first answer, and of which any answer, is right, and all images that have labels.
+        """
         rows = [(labels, row) for labels, row in zip(self.right, ranked.tolist(), strict=True) if labels]
         correct1 = sum(row[0] in labels for labels, row in rows)
         correct5 = sum(not labels.isdisjoint(row) for labels, row in rows)
-        return RealAccuracy(correct1, correct5, len(rows))
+        return correct1, correct5, len(rows)
 
 
 def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) -> RealLabels:
