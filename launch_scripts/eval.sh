@@ -17,7 +17,7 @@ $(network_note)
 END
 }
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 
