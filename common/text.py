@@ -7,7 +7,15 @@ errors="surrogateescape", so that the bytes survive; JSON escapes them itself.
 import io
 import os
 import re
+import reprlib
 import sys
+
+LONGEST = 300  # characters of a value in an error message
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = LONGEST
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict, _BRIEF.maxset = 3, 8, 8, 8, 8
+# Python refuses to print numbers of thousands of digits.
+_BRIEF.repr_int = lambda x, level: repr(x) if x.bit_length() <= 512 else f"a number of {x.bit_length()} bits"  # type: ignore[method-assign]
 
 # Control characters (C0, DEL, C1), separators of lines, controls of the writing direction, and surrogates that are no bytes.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
@@ -44,3 +52,13 @@ def allow_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def cut(text: str, length: int = LONGEST) -> str:
+    """Return a text for an error message: of a longer one its beginning and its end."""
+    return text if len(text) <= length else f"{text[: length * 2 // 3]} ... {text[-(length // 3) :]}"
+
+
+def shorten(value: object) -> str:
+    """Return the `repr` of a value for an error message, cut where it is long; its time does not grow with the value."""
+    return cut(_BRIEF.repr(value), LONGEST + 10)

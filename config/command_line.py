@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 import config
-from common.text import allow_any_text, readable
+from common.text import allow_any_text, readable, shorten
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,9 +46,11 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             near = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1, cutoff=0.4)
             if re.fullmatch(r"-[\d.].*", rest[0]):
-                self.error(f"{rest[0]!r} looks like a flag; write a negative number without exponent, e.g. -0.001")
+                self.error(
+                    f"{shorten(rest[0])} looks like a flag; write a negative number without exponent, e.g. -0.001"
+                )
             hint = f"did you mean {near[0]}?" if near else "config keys are set with --opts KEY VALUE ..."
-            self.error(f"unknown argument {rest[0]!r}; {hint} (--help lists all)")
+            self.error(f"unknown argument {shorten(rest[0])}; {hint} (--help lists all)")
         return parsed
 
     def fail(self, error: Exception, process: str = "") -> NoReturn:

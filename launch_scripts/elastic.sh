@@ -21,6 +21,8 @@ The same command on every node, also on one that joins later.
 A restart continues from the last checkpoint: CHECKPOINT.EVERY_UPDATES says how much can be lost. A number of processes that the
 global batch cannot be divided among trains on as many as it can; the others stand by. \$RDZV_CONF replaces torchrun's patience,
 $patience.
+
+$(network_note)
 END
 }
 patience=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3

@@ -12,6 +12,8 @@ Usage: launch_scripts/eval.sh [-g PROCESSES] CONFIG --checkpoint FILE [eval.py a
   launch_scripts/eval.sh configs/stvit/small_224.yaml --data-path DIR --checkpoint output/stvit_small_224/best_raw.safetensors
 
 \$PYTHON names the interpreter (default: .venv/bin/python, else python3).
+
+$(network_note)
 END
 }
 

@@ -5,6 +5,14 @@
 # Seconds that torchrun lets processes save after a SIGTERM (older releases ignore it: 30 s); a scheduler may have a lower limit.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
+# Prints the warning that belongs to each --help.
+network_note() {
+  cat <<END
+Trusted network only: the processes open ports (the one above or a free one, and others), without authentication or encryption, and
+who can connect to torchrun's can run code as you. docs/clusters.md, Networks, lists the ports and says how to restrict them.
+END
+}
+
 # Prints a line; names and values may hold control characters, which a terminal would obey.
 say() { printf '%s: %s\n' "$script" "${*//[[:cntrl:]]/?}"; }
 

@@ -17,6 +17,8 @@ Usage: launch_scripts/torchrun.sh [-g PROCESSES] [-n NODES -r RANK -a ADDRESS [-
   launch_scripts/torchrun.sh -n 2 -r 0 -a HOST -g 8 configs/groupmixformer/tiny_224.yaml --data-path DIR --batch-size 32  # and -r 1 on the other
 
 \$PYTHON names the interpreter (default: .venv/bin/python, else python3).
+
+$(network_note)
 END
 }
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.atomic_files import write_atomically
+from common.text import shorten
 from config.command_line import Parser
 from engine.checkpoint.files import save_state, save_weights
 from engine.result_files import check_location
@@ -106,7 +107,7 @@ def convert(
         model = found.name
     elif model not in retoken_models():
         check_name(model, "--model")
-        raise ValueError(f"--model={model!r} has one naming only; choose one of {', '.join(retoken_models())}")
+        raise ValueError(f"--model={shorten(model)} has one naming only; choose one of {', '.join(retoken_models())}")
     net = skeleton(model, weights, _size(metadata))
     try:
         fitted = fit(net, weights, source, remedy=f"--model is {model}")

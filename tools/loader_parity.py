@@ -33,7 +33,7 @@ from engine.build import prepare_model
 from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import evaluate
 from engine.precision import Precision
-from models.build import build_model
+from models.build import announce_custom_model, build_model
 from models.weights import fit, load_weights
 from tools.tables import terminal_table
 from tools.terminal import Screen
@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Screen()
     try:
-        processes = init_processes(load(args, "torch").DEVICE)
+        cfg = load(args, "torch")
+        announce_custom_model(cfg, console.print)
+        processes = init_processes(cfg.DEVICE)
         found = list(compare(args, processes))
         console.print(terminal_table(HEADER, [differences.cells() for differences in found]))
         if args.checkpoint:

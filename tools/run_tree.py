@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from common.regular_files import read_regular
+from config.yaml_reader import parse_yaml
 from engine.checkpoint.run_files import DAMAGED, DIGITS, check_depth
 
 CONFIG_BYTES = 64 * 2**10  # the config of a run has some 6 kB
@@ -17,20 +18,11 @@ CELL = 400  # characters of a value in a table
 Tree = dict[str, Any]
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML loader that refuses aliases: a few lines of them stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-
 def read_config(path: Path) -> Tree:
     """Return the config in a file of a run directory; empty without the file. Raises ValueError with the remedy."""
     try:
         text = read_regular(path, CONFIG_BYTES).decode("utf-8")
-        tree = yaml.load(text, _PlainLoader) or {}
+        tree = parse_yaml(text) or {}
         if not isinstance(tree, dict):
             raise ValueError("it holds no KEY: VALUE lines")
         check_depth(tree)

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.atomic_files import write_text_atomically
 from common.regular_files import check_kind, read_regular
-from common.text import readable
+from common.text import readable, shorten
 
 CHARTS = {  # scalars that the tab "Custom scalars" of TensorBoard draws into one chart
     "top-1": ("eval_raw/top1", "eval_ema/top1"),
@@ -108,7 +108,7 @@ class WandbTracker:
             )
         except Exception as error:  # wandb's exceptions have no common base: no login, no network, no such project
             raise ValueError(
-                f"LOG.WANDB={project!r}: wandb does not start ({type(error).__name__}: {error}); log in with `wandb login`, "
+                f"LOG.WANDB={shorten(project)}: wandb does not start ({type(error).__name__}: {error}); log in with `wandb login`, "
                 "set WANDB_MODE=offline, or LOG.WANDB to ''"
             ) from error
         if run_id is None:
@@ -146,5 +146,5 @@ def check_wandb(project: str) -> None:
     """Raise ValueError if a project of Weights & Biases is configured but its package is missing."""
     if project and "wandb" not in sys.modules and find_spec("wandb") is None:
         raise ValueError(
-            f"LOG.WANDB={project!r} needs the package wandb: pip install wandb; or set LOG.WANDB to '' to do without"
+            f"LOG.WANDB={shorten(project)} needs the package wandb: pip install wandb; or set LOG.WANDB to '' to do without"
         )
