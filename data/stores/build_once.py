@@ -7,6 +7,7 @@ updated for STALE_S is removed and taken over. Building a file twice is harmless
 import errno
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -15,7 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from data.stores.bounded_files import read_file
+from data.stores.names import shown
+
 T = TypeVar("T")
+MAX_OWNER = 1000  # bytes of a lock file: machine and process
 TOUCH_S, STALE_S, POLL_S = 5.0, 60.0, 0.2
 
 
@@ -117,20 +122,22 @@ class _LockWait:
     def once(self) -> None:
         """Wait for POLL_S; remove the lock instead if its owner has ended or it is stale."""
         try:
-            owner, touched = (
-                self.lock.read_text(encoding="utf-8", errors="replace").split(),
-                self.lock.stat().st_mtime_ns,
-            )
+            status = self.lock.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_OWNER:
+                raise ValueError(f"{self.lock} is no lock file of an index; remove it")
+            owner, touched = read_file(self.lock, MAX_OWNER).decode(errors="replace").split(), status.st_mtime_ns
         except OSError:
             return  # released in the meantime
         if touched != self.touched:  # timed by this process's clock, since those of two machines differ
             self.touched, self.since = touched, time.monotonic()
         if _gone(owner) or time.monotonic() - self.since > STALE_S:
-            self.progress(f"taking over from {' '.join(owner) or 'a process'}, which left {self.lock}")
+            self.progress(
+                f"taking over from {shown(' '.join(owner)) if owner else 'a process'}, which left {self.lock}"
+            )
             self.lock.unlink(missing_ok=True)
             return
         if not self.logged:
-            self.progress(f"waiting for process {' '.join(owner)} to write {self.lock.with_suffix('')}")
+            self.progress(f"waiting for process {shown(' '.join(owner))} to write {self.lock.with_suffix('')}")
             self.logged = True
         time.sleep(POLL_S)
 
@@ -143,6 +150,6 @@ def _gone(owner: Sequence[str]) -> bool:
         os.kill(int(owner[1]), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return False
     return False

@@ -4,7 +4,6 @@ The file is a JSON list: entry i holds the correct class numbers of ILSVRC2012_v
 no class. A prediction is correct if it is among them; images without labels do not count.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from common.accuracy import TopKCounts
 from data.stores.class_labels import IMAGENET, imagenet_wnids
-from data.stores.names import read_text
+from data.stores.names import parse_json, read_text, shown
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
@@ -70,15 +69,17 @@ def _read(path: str) -> list[list[int]]:
     if not file.is_file():
         raise ValueError(f"--real-labels {path!r} is not a file; give the path of real.json")
     try:
-        table = json.loads(read_text(file))
+        table = parse_json(read_text(file))
     except ValueError as error:
-        raise ValueError(f"--real-labels {path!r} is not JSON ({error}); give the path of real.json") from error
+        raise ValueError(
+            f"--real-labels {path!r} is not JSON ({shown(str(error))}); give the path of real.json"
+        ) from error
     if not isinstance(table, list) or not all(isinstance(entry, list) for entry in table):
         raise ValueError(f"--real-labels {path!r} must be a list of lists of class numbers, one for each image")
     wrong = [n for entry in table for n in entry if type(n) is not int or not 0 <= n < IMAGENET]
     if wrong:
         raise ValueError(
-            f"--real-labels {path!r} holds {wrong[0]!r}, which is no class number between 0 and {IMAGENET - 1}"
+            f"--real-labels {path!r} holds {shown(repr(wrong[0])) if isinstance(wrong[0], int | float | str) else type(wrong[0]).__name__}, which is no class number between 0 and {IMAGENET - 1}"
         )
     return table
 
