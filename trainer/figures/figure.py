@@ -35,6 +35,7 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text
     "pdf.fonttype": 42,
     "axes.linewidth": 0.5,
+    "text.parse_math": False,  # a $ in the name of a file or class is no formula
 }
 
 
