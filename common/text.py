@@ -1,16 +1,37 @@
-"""Text with names of files and classes, which may hold bytes that are not UTF-8: Python keeps them as lone surrogates.
+"""Text with names of files and classes: any bytes, and characters that steer a terminal or forge a line.
 
-Text files are written and read in UTF-8 with errors="surrogateescape", so that the bytes survive; JSON escapes them itself.
+Python keeps bytes that are not UTF-8 as lone surrogates. Text files are written and read in UTF-8 with
+errors="surrogateescape", so that the bytes survive; JSON escapes them itself.
 """
 
 import io
 import os
+import re
 import sys
+
+# Control characters (C0, DEL, C1), separators of lines, controls of the writing direction, and surrogates that are no bytes.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]")
+
+
+def escape_controls(text: str) -> str:
+    """Return a text as one line: control characters escaped, as \\x1b; bytes that are not UTF-8 stay."""
+    return _CONTROLS.sub(
+        _escape, _CONTROLS.sub(_escape, text).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    )
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def readable(text: str) -> str:
-    """Return a text in valid Unicode: bytes that are not UTF-8 escaped, as \\xe9, and those that are, decoded."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Return a text as one line of valid Unicode: control characters and bytes that are not UTF-8 escaped, as \\xe9."""
+    return escape_controls(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def readable_lines(text: str) -> str:
+    """Return a text of several lines, each `readable`."""
+    return "\n".join(map(readable, text.split("\n")))
 
 
 def for_system(text: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 import config
-from common.text import allow_any_text
+from common.text import allow_any_text, readable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,12 +61,17 @@ class Parser(argparse.ArgumentParser):
         file = Path(frames[-1].filename) if frames else ROOT
         raised = not frames or not frames[-1].line or frames[-1].line.startswith("raise")
         if not (file.is_relative_to(ROOT) and raised) or "site-packages" in file.parts:
-            traceback.print_exception(error)
-        self.exit(2, f"{self.prog}: {process}{error}\n")
+            for line in "".join(traceback.format_exception(error)).split("\n"):
+                print(readable(line), file=sys.stderr)
+        self.exit(2, f"{self.prog}: {process}{error}")
 
     def stop(self, error: Exception, process: str = "") -> NoReturn:
         """Exit with status 1 and the message of an error that ended the work."""
-        self.exit(1, f"{self.prog}: stopped: {process}{error}\n")
+        self.exit(1, f"{self.prog}: stopped: {process}{error}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit with a message of one line, in which control characters are escaped: names may hold them."""
+        super().exit(status, message and f"{readable(message.rstrip())}\n")
 
 
 def train_parser() -> Parser:

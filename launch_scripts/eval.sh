@@ -15,7 +15,7 @@ Usage: launch_scripts/eval.sh [-g PROCESSES] CONFIG --checkpoint FILE [eval.py a
 END
 }
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 

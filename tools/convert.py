@@ -25,6 +25,7 @@ from models.build import check_name, retoken_models
 from models.identify import identify, skeleton
 from models.published import constants, is_published, to_published
 from models.weights import fit, load_weights
+from tools.terminal import say
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 ENTRIES = {"SGFormer": "state_dict"}  # entry with the weights in the authors' layout; the other families: model
@@ -54,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{source} holds {KINDS[metadata['weights']]} weights only; leave --weights out to convert them"
             )
-        print(describe_file(source, metadata))
+        say(describe_file(source, metadata))
         for note in metadata.get("notes", ()):
-            print(note)
+            say(note)
         done = convert(weights, metadata, args.model, args.to == "published", str(source))
-        print(describe_weights(done))
+        say(describe_weights(done))
         write(target, done)
     except (ValueError, OSError) as error:
         parser.fail(error)
-    print(f"{target}: written, {'published' if done.published else 'our'} names, {len(done.tensors)} tensors")
+    say(f"{target}: written, {'published' if done.published else 'our'} names, {len(done.tensors)} tensors")
     return 0
 
 

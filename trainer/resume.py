@@ -68,7 +68,7 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
     changed = config_differences(old, new, (*CHANGEABLE_KEYS, *decoding_keys))
     if changed:
         raise ValueError(
-            f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
+            f"{run.path} holds a run with other settings: {'; '.join(change[:200] for change in changed[:40])}. Set them back to continue it, or start "
             "another run with --tag NAME"
         )
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:

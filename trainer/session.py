@@ -11,7 +11,6 @@ from torch import nn
 from yacs.config import CfgNode
 
 import config
-from common.rng import seed_default_generators
 from data.build import Data, build_data
 from engine.batch_plan import accumulation_steps
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
@@ -19,6 +18,7 @@ from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.manifest import describe_start, read_manifest, record_start
 from engine.checkpoint.run_directory import RunDirectory
 from engine.compilation import Compilation
+from engine.default_generators import seed_default_generators
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
 from engine.distributed.signals import PreemptedError
@@ -157,6 +157,7 @@ def check_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *,
     accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
+    processes.on_main(run.check_files)
     if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
         log.warning(warning)
     if not args.eval:

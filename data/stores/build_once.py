@@ -1,13 +1,13 @@
 """Build a file once for several processes, on local disks and on network file systems.
 
 The lock is a file created with O_EXCL, which NFS and Lustre support. Its owner updates its time while it works; a lock not
-updated for STALE_S is removed and taken over. Building a file twice is harmless, since it is written atomically.
+updated for STALE_S is removed and taken over. Building a file twice is harmless, since it is written atomically. A link,
+pipe or device in place of the lock is refused.
 """
 
 import errno
 import os
 import socket
-import stat
 import threading
 import time
 import uuid
@@ -16,11 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from data.stores.bounded_files import read_file
-from data.stores.names import shown
+from common.regular_files import read_regular
 
 T = TypeVar("T")
-MAX_OWNER = 1000  # bytes of a lock file: machine and process
+OWNER_BYTES = 1000  # of a lock file: host and process
 TOUCH_S, STALE_S, POLL_S = 5.0, 60.0, 0.2
 
 
@@ -52,8 +51,8 @@ def build_once(
             except FileExistsError:
                 wait.once()
                 now = _time(file)
-                if now != seen or not lock.exists():  # read without the lock: the waiting processes read in parallel
-                    seen = now
+                if now != seen or not os.path.lexists(lock):
+                    seen = now  # read without the lock: the waiting processes read in parallel
                     if (found := read(file)) is not None:
                         return found, file
                 continue
@@ -68,7 +67,7 @@ def build_once(
 
 def _time(file: Path) -> int:
     try:
-        return file.stat().st_mtime_ns
+        return file.lstat().st_mtime_ns
     except OSError:
         return 0
 
@@ -78,7 +77,7 @@ def _lockable(lock: Path) -> bool:
     probe = lock.with_name(f".{lock.name}.{uuid.uuid4().hex}.probe")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -108,7 +107,7 @@ class _Lock:
     def _touch(self) -> None:
         while not self.done.wait(TOUCH_S):
             with suppress(OSError):
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
 
 
 class _LockWait:
@@ -122,22 +121,20 @@ class _LockWait:
     def once(self) -> None:
         """Wait for POLL_S; remove the lock instead if its owner has ended or it is stale."""
         try:
-            status = self.lock.lstat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_OWNER:
-                raise ValueError(f"{self.lock} is no lock file of an index; remove it")
-            owner, touched = read_file(self.lock, MAX_OWNER).decode(errors="replace").split(), status.st_mtime_ns
+            owner, touched = (
+                read_regular(self.lock, OWNER_BYTES).decode("utf-8", "replace").split(),
+                self.lock.lstat().st_mtime_ns,
+            )
         except OSError:
             return  # released in the meantime
         if touched != self.touched:  # timed by this process's clock, since those of two machines differ
             self.touched, self.since = touched, time.monotonic()
         if _gone(owner) or time.monotonic() - self.since > STALE_S:
-            self.progress(
-                f"taking over from {shown(' '.join(owner)) if owner else 'a process'}, which left {self.lock}"
-            )
+            self.progress(f"taking over from {' '.join(owner) or 'a process'}, which left {self.lock}")
             self.lock.unlink(missing_ok=True)
             return
         if not self.logged:
-            self.progress(f"waiting for process {shown(' '.join(owner))} to write {self.lock.with_suffix('')}")
+            self.progress(f"waiting for process {' '.join(owner)} to write {self.lock.with_suffix('')}")
             self.logged = True
         time.sleep(POLL_S)
 

@@ -143,7 +143,7 @@ def test_index_that_is_no_file_is_replaced(kind, folder, tmp_path):
 def test_lock_that_is_no_file_is_refused(kind, folder, tmp_path):
     root = as_tar(folder, tmp_path)
     NO_FILES[kind](root / "retoken-index-train.npz.lock")
-    with pytest.raises(ValueError, match=r"npz\.lock is no lock file of an index; remove it"):
+    with pytest.raises(ValueError, match=r"npz\.lock (is a|has )"):
         open_split(root, "train", progress=quiet)
 
 
