@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -81,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             summaries.append(summary)
     except ValueError as error:
         parser.fail(error)
+    except BrokenProcessPool:
+        parser.fail(
+            ValueError("a decoding process was ended, as for lack of memory: use fewer (--workers 1), or more memory")
+        )
     count = sum(len(summary.problems) for summary in summaries)
     screen.print(f"{count} problems" if count else "no problems")
     return 1 if count else 0

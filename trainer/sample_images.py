@@ -28,6 +28,7 @@ SAMPLES = 4  # validation images
 FIRST, COLUMNS = 16, 8  # images drawn of the first batch, and in a row
 SIDE = 160, 224  # smallest and largest side of an image in the drawing of the first batch, pixels
 GAP, TEXT = 8, 13  # pixels
+LABEL = 60  # characters of a class's name in a file name
 NOT_IN_FILE_NAMES = re.compile(r"[^\w-]+")
 CAPTION = 2 * (TEXT + 3)
 
@@ -154,7 +155,10 @@ def draw_attention_maps(
         row = [original(photo), *(panel for one in maps for panel in panels(one, i, photo))]
         caption = f"{label}: {predicted} {100 * float(predictions.values[i]):.1f} %"
         figures.append(
-            (f"{i + 1}_{NOT_IN_FILE_NAMES.sub('_', label)}", Image.fromarray(as_pixels(sheet([row], [caption]))))
+            (
+                f"{i + 1}_{NOT_IN_FILE_NAMES.sub('_', label)[:LABEL]}",
+                Image.fromarray(as_pixels(sheet([row], [caption]))),
+            )
         )
     return figures
 
@@ -186,6 +190,7 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Shorten a text, with an ellipsis, to fit into `width` pixels."""
+    text = text[:width]  # a character is wider than a pixel
     while text and font.getlength(text) > width:
         text = f"{text.removesuffix('…')[:-1]}…"
     return text

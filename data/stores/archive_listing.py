@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from common.text import for_system
 from data.stores.archive_members import TAR, Contents, Member, list_archive
+from data.stores.bounded_files import open_file
 from data.stores.image_files import LINKS, PassedOver
 from data.stores.label_files import ID_FILES, KNOWN, Labels, find_label_file, read_labels, search_label_file
 from data.stores.layout import (
@@ -25,8 +26,10 @@ from data.stores.layout import (
     shard_labels,
     without_shared_folder,
 )
+from data.stores.names import shown
 
 NO_CLASSES = ("images", "image", "imgs", "img", "val", "validation", "data")  # names of folders of flat images
+LABEL_FILES = 20  # in an archive, at most
 MANY = 100  # from so many archives on, progress is logged
 THREADS = 16  # archives listed in parallel; bound by the latency of network file systems
 Progress = Callable[[str], None]  # called with lines about the building of an index
@@ -98,14 +101,19 @@ def _listing(
 
         def read(member: Member, count: int) -> bytes:
             if not files:
-                files.append(os.open(path, os.O_RDONLY))
+                files.append(open_file(path))
                 stack.callback(os.close, files[0])
             return os.pread(files[0], min(member.size, count), member.offset)
 
         images = images_of(entries, read, passed)
         for key, member in shard_labels(entries, images, name).items():
             labels[key] = parse_label(read(member, LABEL_BYTES), member.path, name)
-        label_files = {m.path: read(m, m.size) for m in contents.members if _is_label_file(m, location.split)}
+        label_members = [member for member in contents.members if _is_label_file(member, location.split)]
+        if len(label_members) > LABEL_FILES:
+            raise ValueError(
+                f"{name} holds {len(label_members)} files of labels, {shown(label_members[0].path)} the first"
+            )
+        label_files = {member.path: read(member, member.size) for member in label_members}
     samples = samples_of(images, labels, name)
     kind = "shards" if labels else "empty" if not samples else "flat" if samples[0].label is None else "folders"
     return ArchiveListing(number, inner, kind, samples, contents.problems, passed, label_files), entries
@@ -193,9 +201,12 @@ def _labels_inside(archive: Path, files: Mapping[str, bytes], images: Sequence[s
     with TemporaryDirectory() as name:
         top = Path(name)
         for path, data in files.items():
-            copy = top / for_system(path.lstrip("/"))
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(data)
+            try:
+                copy = top / for_system(path.lstrip("/"))
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(data)
+            except (OSError, ValueError) as error:  # no name of a file, or also one of a folder
+                raise ValueError(f"{archive}:{shown(path)} cannot be read ({shown(str(error))}); rename it") from error
         folders = sorted((path for path in (top, *top.rglob("*")) if path.is_dir()), key=lambda path: -len(path.parts))
         try:
             file = search_label_file(folders, "")

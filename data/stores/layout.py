@@ -15,7 +15,6 @@ Archives hold one of four layouts:
     flat       files only, with their classes in another file (label_files.py), as for ILSVRC2012_img_val.tar
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from data.stores.folder import split_folder
 from data.stores.folder_tree import check_link, list_folder, listing, system_errors
 from data.stores.image_files import HEAD, IMAGE, OTHER, PassedOver, ignored, kind_of_file
 from data.stores.label_files import ID_FILES, KNOWN
-from data.stores.names import decode_text
+from data.stores.names import class_number, decode_text, parse_json, shown
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 JSON_KEYS = ("label", "cls", "class", "target", "wnid")
@@ -258,22 +257,18 @@ def parse_label(data: bytes, member: str, name: str) -> str | int:
     value: object = text
     if member.lower().endswith(".json"):
         try:
-            tree = json.loads(text)
+            tree = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"{name}: {member} is no JSON ({error}); write the shard again") from error
+            raise ValueError(f"{name}: {member} is no JSON ({shown(str(error))}); write the shard again") from error
         value = next((tree[key] for key in JSON_KEYS if key in tree), None) if isinstance(tree, dict) else tree
-    if isinstance(value, str) and re.fullmatch(r"\d+", value):
-        value = int(value)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int)
-        or value == ""
-        or (isinstance(value, int) and value < 0)
-    ):
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise ValueError(
             f"{name}: {member} tells no class; it must be a number or a name, in JSON under one of {', '.join(JSON_KEYS)}"
         )
-    return value
+    try:
+        return class_number(value) if isinstance(value, int) or re.fullmatch(r"\d+", value) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {member} tells no class: {error}; write the shard again") from error
 
 
 def samples_of(images: Sequence[tuple[str, Member]], labels: dict[str, str | int], name: str) -> list[Sample]:

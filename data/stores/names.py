@@ -5,12 +5,18 @@ hashed, stored and turned back into its bytes.
 """
 
 import codecs
+import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.stores.bounded_files import read_file
+
 NAMED = 5  # names listed in an error
+SHOWN = 200  # characters of a name in an error
+MAX_TEXT = 1 << 26  # bytes of a list of classes
+MAX_CLASSES = 1_000_000
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad\u200e\u200f"))
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -36,13 +42,13 @@ def from_system(name: str) -> str:
     return decode(os.fsencode(name))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     """Read a text file in UTF-8, with a byte order mark also in UTF-16 or UTF-32; other bytes become surrogates.
 
-    ValueError for a file that cannot be read or is no text; its message begins with the path.
+    ValueError for a file that cannot be read, is no text or has more than `limit` bytes; its message begins with the path.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, limit)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy_of(error)}") from error
     return decode_text(data, str(path))
@@ -68,8 +74,26 @@ def remedy_of(error: OSError) -> str:
     return "see whether the storage is still there and whole"
 
 
+def parse_json(text: str) -> object:
+    """Return the value of a JSON text. ValueError for another text, or one nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def class_number(text: str | int) -> int:
+    """Return the number of a class. ValueError unless it lies between 0 and MAX_CLASSES - 1."""
+    number = int(text) if len(str(text)) < 20 else MAX_CLASSES
+    if not 0 <= number < MAX_CLASSES:
+        raise ValueError(f"{shown(str(text))} is no class number: these go from 0 to {MAX_CLASSES - 1}")
+    return number
+
+
 def shown(name: str) -> str:
-    """Return a name for a message: as it is if a terminal shows all of it, else escaped and quoted."""
+    """Return a name for a message: as it is if a terminal shows all of it, else escaped and quoted; cut if it is long."""
+    if len(name) > SHOWN:
+        return f"{shown(name[:SHOWN])}... ({len(name)} characters)"
     return name if name.isprintable() and name == name.strip() and name else ascii(name)
 
 

@@ -4,7 +4,6 @@ The file is a JSON list: entry i holds the correct class numbers of ILSVRC2012_v
 no class. A prediction is correct if it is among them; images without labels do not count.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from common.text import shorten
 from data.stores.class_labels import IMAGENET, imagenet_wnids
-from data.stores.names import read_text
+from data.stores.names import parse_json, read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
@@ -65,7 +64,7 @@ def _read(path: str) -> list[list[int]]:
     if not file.is_file():
         raise ValueError(f"--real-labels {shorten(path)} is not a file; give the path of real.json")
     try:
-        table = json.loads(read_text(file))
+        table = parse_json(read_text(file))
     except ValueError as error:
         raise ValueError(f"--real-labels {shorten(path)} is not JSON ({error}); give the path of real.json") from error
     if not isinstance(table, list) or not all(isinstance(entry, list) for entry in table):
