@@ -34,6 +34,7 @@ from benchmarks.baselines import Baseline, ModelStep, Ours, parse_baseline, pars
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
 from common.byte_size import format_bytes
+from common.text import shorten
 from config.command_line import Parser
 from engine.malloc import keep_freed_memory, release_freed_memory
 from tools.device import choose_device
@@ -303,7 +304,9 @@ def check_baselines(baselines: Sequence[Baseline], models: Sequence[Ours]) -> No
     names = [baseline.name for baseline in baselines]
     for name in names:
         if names.count(name) > 1 or name.startswith("ours"):
-            raise ValueError(f"--baseline: {name!r} names two candidates; write NAME=MODULE:FACTORY with another NAME")
+            raise ValueError(
+                f"--baseline: {shorten(name)} names two candidates; write NAME=MODULE:FACTORY with another NAME"
+            )
     for baseline in baselines:
         for model in models:
             baseline.find(model.name)

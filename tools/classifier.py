@@ -18,6 +18,7 @@ from PIL import Image
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from common.text import shorten
 from config.command_line import Parser, check_which
 from data.augment.transforms import EVAL_MODES, INTERPOLATIONS, EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
@@ -281,7 +282,7 @@ def _stated_transform(stated: dict[str, Any], source: str) -> EvalTransform:
     for key, known in (("interpolation", INTERPOLATIONS), ("mode", EVAL_MODES)):
         if key in stated and stated[key] not in known:
             raise ValueError(
-                f"{source} states the evaluation {key} {stated[key]!r}, which is none of {', '.join(known)}; is it of a newer version?"
+                f"{source} states the evaluation {key} {shorten(stated[key])}, which is none of {', '.join(known)}; is it of a newer version?"
             )
     crop, resize = stated["crop"], stated.get("resize", 0)
     if 0 < resize < crop:

@@ -19,9 +19,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 
-from common.text import readable
 from config.command_line import Parser
 from data.loaders.brightness import darkness, is_dark, mean_level
 from data.loaders.decode import UnreadableImageError
@@ -34,6 +32,7 @@ from data.stores.layout import NoSplitError
 from data.stores.names import lookalike_notes, number_gaps
 from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, same_place, single_class
 from tools.progress import with_progress
+from tools.terminal import Screen
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = index_parser()
     args = parser.parse_args(argv)
-    screen = Console(highlight=False, soft_wrap=True)
+    screen = Screen(soft_wrap=True)
     try:
         if args.sample < 0 or args.workers < 1:
             raise ValueError(f"--sample {args.sample} and --workers {args.workers} must be at least 0 and 1")
@@ -104,7 +103,7 @@ def index_parser() -> Parser:
     return parser
 
 
-def open_splits(args: object, screen: Console) -> dict[str, Split]:
+def open_splits(args: object, screen: Screen) -> dict[str, Split]:
     """Open the split asked for, or all that exist."""
     path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
     found: dict[str, Split] = {}
@@ -114,7 +113,7 @@ def open_splits(args: object, screen: Console) -> dict[str, Split]:
         except (NoSplitError, NoImagesError) as error:  # NoImagesError: an archive with one split only
             if split or (name == "val" and not found):
                 raise
-            screen.print(f"{name}: {error}", style="dim", markup=False)
+            screen.print(f"{name}: {error}", style="dim")
     return found
 
 
@@ -180,7 +179,7 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
     results = with_progress(
         decode_all(source, stored.tolist(), workers),
         len(stored),
-        Console(stderr=True, highlight=False, soft_wrap=True),
+        Screen(stderr=True, soft_wrap=True),
         title=f"decoding {summary.split}",
         done=f"decoded {{count}} of {{total}} images of {summary.split}",
         transient=True,
@@ -238,13 +237,13 @@ def _check(indices: list[int], source: ImageSource | None = None) -> list[Decode
     return decoded
 
 
-def print_summary(summary: SplitSummary, screen: Console) -> None:
+def print_summary(summary: SplitSummary, screen: Screen) -> None:
     """Print the counts of a split, then its problems."""
     screen.print(summary.split, style="bold")
     for name, text in summary.lines:
-        screen.print(f"  {name:<11} {readable(text)}", markup=False)
+        screen.print(f"  {name:<11} {text}")
     for problem in summary.problems:
-        screen.print(f"  problem     {readable(problem)}", style="red", markup=False)
+        screen.print(f"  problem     {problem}", style="red")
 
 
 if __name__ == "__main__":

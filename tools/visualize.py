@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from data.loaders.decode import UnreadableImageError
 from models.attention_maps import BlockIndex, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
 from models.backbone import Backbone
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
+from tools.terminal import Screen, say
 
 PAGE = 4  # photographs on a page of the contact sheet
 FORMATS = ("png", "pdf", "svg")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = visualize_parser()
     args = parser.parse_args(argv)
-    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    screen = Screen(stderr=True, soft_wrap=True)
     out = Path(args.out)
     try:
         check_matplotlib()
@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         blocks = parse_blocks(args.blocks, classifier.model)
         point = parse_point(args.at) if args.at else None
         out.mkdir(parents=True, exist_ok=True)
-        screen.print(classifier.describe(), markup=False, style="dim")
+        screen.print(classifier.describe(), style="dim")
         for note in classifier.notes:
-            screen.print(f"note: {note}", markup=False)
+            screen.print(f"note: {note}")
         todo = track(images, "drawing", console=screen, transient=True, disable=not screen.is_terminal)
         written, unreadable = draw_all(
             classifier, todo, blocks=blocks, point=point, smooth=args.smooth, out=out, formats=args.format
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.fail(error)
     for failed in unreadable:
-        screen.print(f"not read: {failed.name} {failed.reason}", markup=False)
+        screen.print(f"not read: {failed.name} {failed.reason}")
     for path in written:
-        print(path)
+        say(str(path))
     if not written:
         screen.print("nothing was drawn: none of the images can be read")
     return 0 if written else 1

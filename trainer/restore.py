@@ -32,7 +32,7 @@ def find_checkpoint(
     """
     held: list[Contents] = []
 
-    def find() -> Path | None:
+    def find() -> str | None:
         folder = run.checkpoints
         try:
             found, contents, damaged = folder.newest_good(accept, parse_torch)
@@ -45,10 +45,10 @@ def find_checkpoint(
             raise ValueError(
                 f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
             ) from error
-        return found
+        return str(found) if found else None
 
     found = processes.on_main(find)
-    return found, (held[0] if found and held else None)
+    return (Path(found) if found else None), (held[0] if found and held else None)
 
 
 def restore_state(

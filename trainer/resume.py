@@ -63,12 +63,12 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
     """Raise ValueError if the run directory holds checkpoints of a run with another recipe."""
     if not (run.config.is_file() and run.checkpoints.latest()):
         return
-    old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
+    old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config), run_code=False), cfg))
     decoding_keys = () if "synthetic" in (old["DATA"]["LOADER"], cfg.DATA.LOADER) else DECODING_KEYS
     changed = config_differences(old, new, (*CHANGEABLE_KEYS, *decoding_keys))
     if changed:
         raise ValueError(
-            f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
+            f"{run.path} holds a run with other settings: {'; '.join(change[:200] for change in changed[:40])}. Set them back to continue it, or start "
             "another run with --tag NAME"
         )
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:

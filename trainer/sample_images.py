@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from common.text import readable
 from data.augment.device_stage import DeviceStage
 from data.loaders.batch import Batch
 from engine.logging.log import Log
@@ -123,8 +124,8 @@ class SampleImages:
         top = weights.topk(min(2, len(weights)))
         mixed = [(self.classes[i], weight) for weight, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
         if mixed[0][1] > 0.995:
-            return mixed[0][0]
-        return "\n".join(f"{100 * weight:.0f}% {name}" for name, weight in mixed if weight > 0.005)
+            return readable(mixed[0][0])
+        return "\n".join(f"{100 * weight:.0f}% {readable(name)}" for name, weight in mixed if weight > 0.005)
 
 
 def draw_attention_maps(
@@ -178,7 +179,7 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
             image.resize((side, side), Image.Resampling.BICUBIC if side < image.width else Image.Resampling.NEAREST),
             (x, y),
         )
-        for j, line in enumerate(caption.splitlines()[:2]):
+        for j, line in enumerate(caption.split("\n")[:2]):
             draw.text((x, y + side + 2 + j * (TEXT + 2)), shorten(line, font, side), "black", font)
     return sheet
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from common.atomic_files import write_atomically
+from common.text import readable
 from data.stores.archive_listing import ArchiveListing, Progress, assign_classes, list_images
 from data.stores.build_once import build_once
 from data.stores.image_files import SUFFIXES, PassedOver
@@ -77,7 +78,7 @@ def open_index(location: SplitLocation, val_labels: str, progress: Progress | No
         again = " again: its files have changed" if str(file) in states else ""
         log(f"indexing {location.split} of {location.root} ({len(location.archives)} archives){again}")
         index = build_index(location, val_labels, log)
-        write_atomically(file, lambda temporary: _save(index, temporary), shared=True)
+        write_atomically(file, lambda temporary: _save(index, temporary))
         away = "" if file == files[0] else f" because {files[0].parent} cannot be written"
         log(f"indexed {len(index)} images; the index is kept in {file}{away}")
 
@@ -187,7 +188,7 @@ def _wordnet_ids(rows: list[tuple[Sample, ArchiveListing]]) -> list[str] | None:
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(readable(text), file=sys.stderr, flush=True)
 
 
 def _to_nowhere(text: str) -> None:

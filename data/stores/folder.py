@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.text import for_system
+from common.text import for_system, shorten
 from data.stores.folder_tree import BrokenLinks, check_link, list_folder, list_images, listing, system_errors
 from data.stores.image_files import SUFFIXES, PassedOver
 from data.stores.names import check_classes, from_system, read_text, some
@@ -117,18 +117,18 @@ def split_folder(root: str | Path, split: str) -> Path:
     with system_errors(root):
         check_link(root)
         if not root.is_dir():
-            raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {_nearest(root)}")
+            raise ValueError(f"DATA.PATH={shorten(str(root))} is not a folder; {_nearest(root)}")
         check_link(root / split)
         if (root / split).is_dir():
             return root / split
         meant, other = _meant(root, split), _other_name(root, split)
     if other and not meant:
         raise ValueError(
-            f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {listing(root)}; did you mean {other}/? Rename it to "
+            f"DATA.PATH={shorten(str(root))} has no folder {split}/, it holds {listing(root)}; did you mean {other}/? Rename it to "
             f"{split}/ (ln -s works, too)"
         )
-    hint = f"did you mean DATA.PATH={str(meant)!r}?" if meant else "give the folder that holds train/ and val/"
-    raise ValueError(f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {listing(root)}; {hint}")
+    hint = f"did you mean DATA.PATH={shorten(str(meant))}?" if meant else "give the folder that holds train/ and val/"
+    raise ValueError(f"DATA.PATH={shorten(str(root))} has no folder {split}/, it holds {listing(root)}; {hint}")
 
 
 def _nearest(path: Path) -> str:
@@ -163,7 +163,7 @@ def val_folder(path: str) -> Path:
         check_link(folder)
         if not folder.is_dir():
             raise ValueError(
-                f"--val-path {path!r} is not a folder; {_nearest(folder)}; give one that holds a folder per class"
+                f"--val-path {shorten(path)} is not a folder; {_nearest(folder)}; give one that holds a folder per class"
             )
     return folder
 

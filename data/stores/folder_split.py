@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.text import for_system
+from common.text import for_system, shorten
 from data.stores.class_labels import label_folders
 from data.stores.class_root import ClassRoot, find_class_root, label_search, refuse_unlabelled
 from data.stores.folder import FolderSource, scan, scan_labelled, val_folder
@@ -25,7 +25,7 @@ class FolderSplit:
         self.remarks = list(location.notes)  # those of the notes that tell how the folder is read
         if val_labels and not self._root(()).flat:
             raise ValueError(
-                f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} is a folder of class folders; set it to ''"
+                f"DATA.VAL_LABELS={shorten(val_labels)} has no effect: {location.name} is a folder of class folders; set it to ''"
             )
 
     def classes(self) -> list[str]:

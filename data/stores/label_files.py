@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from common.text import shorten
 from data.stores.matlab import synset_ids
 from data.stores.names import read_text
 
@@ -61,7 +62,7 @@ def search_label_file(folders: Sequence[Path], given: str) -> Path | None:
         path = Path(given).expanduser()
         if not path.exists():
             raise ValueError(
-                f"{KEY}={given!r} does not exist; give a file that tells the class of each validation image"
+                f"{KEY}={shorten(given)} does not exist; give a file that tells the class of each validation image"
             )
         return path
     for folder in folders:

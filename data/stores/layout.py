@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from common.text import shorten
 from data.stores.archive_members import COMPRESSED, TAR, ZIP, Member
 from data.stores.folder import split_folder
 from data.stores.folder_tree import check_link, list_folder, listing, system_errors
@@ -95,7 +96,7 @@ def _find(root: str | Path, split: str) -> SplitLocation:
     check_link(root)
     if root.is_file():
         if not _is_archive(root.name):
-            raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
+            raise ValueError(f"DATA.PATH={shorten(str(root))} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
         return SplitLocation(split, root, None, (root,))
     if not root.is_dir():
         split_folder(root, split)  # raises: no folder
@@ -115,7 +116,7 @@ def _find(root: str | Path, split: str) -> SplitLocation:
         return SplitLocation(split, root, None if inner else folder, inner, tuple(notes))
     if len(beside) > 1:
         kinds = ", ".join(group[0] for group in beside)
-        raise ValueError(f"DATA.PATH={str(root)!r} holds {split} more than once: {kinds}; move all but one away")
+        raise ValueError(f"DATA.PATH={shorten(str(root))} holds {split} more than once: {kinds}; move all but one away")
     if beside:
         return SplitLocation(split, root, None, tuple(root / name for name in beside[0]))
     raise NoSplitError(_nothing_found(root, split, names))
@@ -156,7 +157,7 @@ def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
     """Return the message of NoSplitError."""
     packed = [name for name in names if name.lower().endswith(COMPRESSED) and split in name]
     if packed:
-        return f"DATA.PATH={str(root)!r} holds {packed[0]}; {_remedy(packed[0])}"
+        return f"DATA.PATH={shorten(str(root))} holds {packed[0]}; {_remedy(packed[0])}"
     try:
         split_folder(root, split)
     except ValueError as error:
@@ -165,7 +166,7 @@ def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
         if "give the folder" not in str(error):
             raise  # a folder that cannot be read
         return f"{error}, or archives: expected one of {EXPECTED} (docs/data.md)"
-    return f"DATA.PATH={str(root)!r} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
+    return f"DATA.PATH={shorten(str(root))} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
 
 
 def _remedy(name: str) -> str:

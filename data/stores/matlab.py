@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from common.text import shorten
+
 HEADER = 128
 COMPRESSED, MATRIX = 15, 14
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -23,7 +25,7 @@ def read_mat(data: bytes) -> dict[str, Any]:
     try:
         return dict(_variable(kind, body) for kind, body in _elements(data[HEADER:]))
     except (struct.error, zlib.error, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise ValueError(f"a damaged MAT-file ({error!r})") from error
+        raise ValueError(f"a damaged MAT-file ({shorten(error)})") from error
 
 
 def synset_ids(data: bytes) -> dict[int, str]:

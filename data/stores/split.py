@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.text import shorten
 from data.stores.archive_index import ArchiveIndex, open_index
 from data.stores.archive_listing import Progress
 from data.stores.archive_reader import ArchiveSource
@@ -97,7 +98,7 @@ def open_split(root: str | Path, split: str, val_labels: str = "", progress: Pro
         index, file = open_index(location, labelled, progress)
     if labelled and not index.metadata["label_inputs"]:
         raise ValueError(
-            f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} tells the classes itself; set it to ''"
+            f"DATA.VAL_LABELS={shorten(val_labels)} has no effect: {location.name} tells the classes itself; set it to ''"
         )
     return ArchiveSplit(location, index, file)
 

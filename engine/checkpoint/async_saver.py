@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.disk_space import WriteFailure, describe_failure
-from engine.checkpoint.files import Reader, load_state, read_checksum, read_metadata, read_trusted, save_weights
+from engine.checkpoint.files import (
+    DamagedError,
+    Reader,
+    load_state,
+    read_checksum,
+    read_metadata,
+    read_trusted,
+    save_weights,
+)
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
@@ -261,16 +269,16 @@ def load_on_all(
     """
     loaded = [stored] if stored else []
 
-    def load() -> bytes:
+    def load() -> str:
         if not loaded:
             loaded.append(load_state(path, read=read))
-        return read_checksum(path)
+        return read_checksum(path).hex()
 
-    checksum = processes.on_main(load)
+    checksum = processes.on_main(load, (DamagedError,))
     if processes.main:
         return loaded[0]
     deadline = time.monotonic() + VISIBLE_S
-    while not (same := path.exists() and read_checksum(path) == checksum) and time.monotonic() < deadline:
+    while not (same := path.exists() and read_checksum(path).hex() == checksum) and time.monotonic() < deadline:
         time.sleep(0.2)
     try:
         state = load_state(path, verify=False, read=read)

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.atomic_files import remove_temporary, write_atomically
+from common.regular_files import check_kind
 from engine.checkpoint.contents import find_fault
 
 FORMAT = 2  # increased when old code cannot read a new checkpoint; format 1 had no checksum
@@ -139,14 +141,14 @@ class CheckpointFolder:
         """Return the number of the newest checkpoint's update; None if there is none or the folder cannot be read."""
         try:
             found = self.latest()
-        except OSError:
+        except (OSError, ValueError):
             return None
         match = _NAME.fullmatch(found.name) if found else None
         return int(match[1]) if match else None
 
     def numbered(self) -> list[Path]:
         """Return all checkpoints, oldest first."""
-        if not self.path.is_dir():
+        if not check_kind(self.path, stat.S_IFDIR):  # not a link: what lies elsewhere is neither read nor pruned
             return []
         named = [(int(match[1]), path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(named)]
@@ -187,7 +189,8 @@ class CheckpointFolder:
 
     def save(self, update: int, state: Mapping[str, Any], prune: bool = True) -> Path:
         """Write the state after `update` updates; then, with `prune`, remove all but the newest `keep` checkpoints."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not check_kind(self.path, stat.S_IFDIR):
+            self.path.mkdir(parents=True, exist_ok=True)
         remove_temporary(self.path)
         path = self.path_of(update)
         save_state(path, state)

@@ -15,10 +15,10 @@ from torch import nn
 
 import config
 import models  # noqa: F401  registers the families
-from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
 from engine.build import build_loop, build_state, prepare_model
+from engine.default_generators import seed_default_generators
 from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import Accuracy, evaluate
 from engine.logging.log import Log

@@ -12,10 +12,10 @@ from timm.loss import SoftTargetCrossEntropy
 
 import config
 import engine.loop
-from common.rng import seed_default_generators
 from data.build import build_data
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.files import load_state
+from engine.default_generators import seed_default_generators
 from engine.logging.log import Log
 from engine.optim.skipped_updates import DivergedError, is_rollback_target
 from tests.conftest import ROOT
@@ -207,7 +207,7 @@ def test_loss_of_one_process_skips_the_update_on_all(small_cfg, tmp_path, monkey
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import engine.loop, engine.loss, train
-from common.rng import seed_default_generators
+from engine.default_generators import seed_default_generators
 from timm.loss import SoftTargetCrossEntropy
 key = []
 def seed(number, update, micro):
