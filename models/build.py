@@ -17,7 +17,7 @@ from models.backbone import Backbone, Stage
 from models.custom_model import describe_module, digest, import_models
 from models.kernels.switch import use_kernels
 from models.registry import is_retoken, retoken_models
-from models.weights import adapt, classifier_names, fit, load_weights
+from models.weights import adapt, classifier_names, fit, load_weights, row_count
 
 
 def build_model(cfg: Any, num_classes: int) -> nn.Module:
@@ -172,8 +172,8 @@ def _check_teacher_classes(
     """Raise ValueError if the classifier is for another number of classes, or for the same ones in another order."""
     for head in classifier_names(model):
         weight = weights.get(f"{head}.weight")
-        if weight is not None and len(weight) != len(classes):
-            raise ValueError(_other_classes(f"DISTILL.TEACHER_WEIGHTS={source}", len(weight), len(classes)))
+        if weight is not None and row_count(weight) != len(classes):
+            raise ValueError(_other_classes(f"DISTILL.TEACHER_WEIGHTS={source}", row_count(weight), len(classes)))
     if theirs and list(theirs) != list(classes) and set(theirs) == set(classes):
         raise ValueError(
             f"DISTILL.TEACHER_WEIGHTS={source} has the classes in another order ({theirs[0]} first, here {classes[0]}); give "

@@ -10,6 +10,7 @@ from torch import Tensor
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
 # Last parts of names of what tools add to a model: thop's counts and AveragedModel's number of averages.
 COUNTS = ("total_ops", "total_params", "n_averaged")
+MAX_NAME = 400  # characters
 PLAIN = (int, float, complex, str, bytes, type(None))
 SHOWN = 4  # names listed in an error
 
@@ -21,6 +22,14 @@ def is_weights(value: Any) -> bool:
     return any(isinstance(v, Tensor) for v in value.values()) and all(
         isinstance(v, (Tensor, *PLAIN)) for v in value.values()
     )
+
+
+def check_names(names: Iterable[Any], origin: str) -> None:
+    """Raise ValueError for names that no module has: too long, or with characters that cannot be printed."""
+    for name in names:
+        if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+            shown = ascii(name)[1:41] if isinstance(name, str) else type(name).__name__
+            raise ValueError(f"{origin} is damaged: {shown} is no name of a tensor; use another file")
 
 
 def clean(entries: Mapping[str, Any], unwrap: bool = True) -> tuple[dict[str, Tensor], list[str]]:

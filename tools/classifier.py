@@ -31,7 +31,7 @@ from data.stores.image_files import HEAD, SUFFIXES, format_of
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
-from models.weights import classifier_names, fit, load_weights
+from models.weights import classifier_names, fit, load_weights, row_count
 from tools.convert import convert
 
 RANDOM_CLASSES = 1000
@@ -239,7 +239,7 @@ def _fit_names(
     )
     if head is None:
         raise ValueError(f"{source} holds no classifier of a {model}; check --model")
-    return tensors, {**metadata, "num_classes": head.shape[0]}
+    return tensors, {**metadata, "num_classes": row_count(head)}
 
 
 def _class_names(metadata: dict[str, Any], class_index: str) -> list[str]:

@@ -11,6 +11,8 @@ from engine.logging.log import Log
 from engine.optim.skipped_updates import moments
 from engine.state import TrainState
 from models.entries import check_finite
+from models.metadata import check_metadata
+from models.torch_files import parse_torch
 
 Contents = dict[str, Any]  # of a checkpoint file
 
@@ -33,7 +35,7 @@ def find_checkpoint(
     def find() -> str | None:
         folder = run.checkpoints
         try:
-            found, contents, damaged = folder.newest_good(accept)
+            found, contents, damaged = folder.newest_good(accept, parse_torch)
             held.append(contents)
             for error in damaged:
                 log.warning(f"{error}; going back to {found}")
@@ -62,11 +64,12 @@ def restore_state(
     state is changed, and may raise ValueError. Raises ValueError if the file cannot be read, does not fit the run or holds weights
     or moments of the optimiser that are not finite.
     """
-    contents = load_on_all(path, processes, contents)
-    for tensors in (contents["model"], contents["ema"] or {}, moments(contents["optimizer"])):
+    contents = load_on_all(path, processes, contents, parse_torch)
+    check_metadata(contents.get("facts", {}), str(path))
+    for tensors in (contents["model"], contents.get("ema") or {}, moments(contents.get("optimizer", {"state": {}}))):
         check_finite(tensors, str(path), "continue from an earlier checkpoint, with --tag NEW --resume FILE")
     if check is not None:
-        check(contents["facts"])
+        check(contents.get("facts", {}))
     state.load_state_dict(contents, str(path))
     return contents
 
@@ -86,4 +89,4 @@ def continue_saving(
     """
     saver.continue_from(state, save_again)
     if processes.main and write:
-        saver.restore_best_files(state, contents)
+        saver.restore_best_files(state, contents, parse_torch)

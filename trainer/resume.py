@@ -167,13 +167,14 @@ def restore_checkpoint(
 
 def check_same_data(metadata: Mapping[str, Any], data: Data, path: Path) -> None:
     """Raise ValueError if a checkpoint's classes or data fingerprint are not those of the run's data."""
-    if metadata["classes"] != data.classes:
-        pairs = [f"{a} -> {b}" for a, b in zip_longest(metadata["classes"], data.classes) if a != b]
+    classes, stored = metadata.get("classes", []), metadata.get("data", {})
+    if classes != data.classes:
+        pairs = [f"{str(a)[:80]} -> {str(b)[:80]}" for a, b in zip_longest(classes, data.classes) if a != b]
         raise ValueError(f"{path} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
     changed = [
-        f"{key}: {metadata['data'].get(key)} -> {value}"
+        f"{key}: {str(stored.get(key))[:80]} -> {value}"
         for key, value in data.fingerprint.items()
-        if metadata["data"].get(key) != value
+        if stored.get(key) != value
     ]
     if changed:
         raise ValueError(

@@ -175,7 +175,9 @@ def quantised():
 )
 def test_tensors_of_a_kind_that_is_not_read_are_named(tmp_path, tensor, kind):
     torch.save({"model": {**WEIGHTS, "odd": tensor()}}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=rf"w.pth holds tensors of a kind that is not read: odd \({kind}\)"):
+    with pytest.raises(
+        ValueError, match=rf"w.pth .*holds tensors of a kind that is not read: .*{kind}.*; save them again"
+    ):
         load_weights(tmp_path / "w.pth")
 
 
