@@ -2,9 +2,9 @@
 
     python -m tests.helpers.fuzz weights --seconds 300 --seed 1
 
-A reader takes the path of a file and may raise ValueError, nothing else; it must end in time and take little memory. The input
-of a finding is printed and kept. A crash of the process leaves its input as FOLDER/input. To fuzz another format, add its
-seeds and its reader to TARGETS.
+A reader takes the path of a file and may raise the errors of its kind, nothing else; it must end in time and take little memory.
+The input of a finding is printed and kept. A crash of the process leaves its input as FOLDER/input. To fuzz another format, add
+its seeds and its reader to `targets`.
 """
 
 import argparse
@@ -20,45 +20,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+LONGEST = 3000  # characters of an error
 MIB, SECONDS = 400, 20.0  # growth of memory and time that one file may take
-NUMBERS = (
-    0,
-    1,
-    2,
-    7,
-    127,
-    128,
-    255,
-    256,
-    32767,
-    65535,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**62,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-)
+NUMBERS = (0, 1, 2, 7, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
+OPCODES = [bytes([code]) for code in b"()tRbQus]}.\x81\x85\x86"]
 TOKENS = (
     *(
-        b"(",
-        b")",
-        b"t",
-        b"R",
-        b"b",
-        b"Q",
-        b"u",
-        b"s",
-        b"]",
-        b"}",
-        b".",
-        b"\x81",
-        b"\x85",
-        b"\x86",
+        *OPCODES,
         b"j\x05\x00\x00\x00",
+        b"[",
+        b"{",
+        b'"',
+        b",",
+        b":",
+        b"null",
+        b"-1",
+        b"1e999",
+        b"99999999999999999999",
+        b"[]",
+        b"{}",
     ),
-    *(b"[", b"{", b'"', b",", b":", b"null", b"-1", b"1e999", b"99999999999999999999", b"[]", b"{}", b"\\ud800", b"PK"),
+    *(
+        b"\\ud800",
+        b"PK",
+        b"&a ",
+        b"*a",
+        b"!!python/name:os.system ",
+        b"\n  ",
+        b"\xff\xda",
+        b"\xff\xc0",
+        b"\x00\x00",
+        b"../",
+    ),
 )
 
 
@@ -76,6 +69,8 @@ class Target:
 
     seeds: Callable[[], list[Seed]]
     read: Callable[[Path], object]
+    names_file: bool = True  # its errors name the file
+    errors: tuple[type[Exception], ...] = (ValueError,)
 
 
 def mutate(rng: random.Random, seeds: list[Seed]) -> bytes:
@@ -102,15 +97,17 @@ def mutate(rng: random.Random, seeds: list[Seed]) -> bytes:
     return seed.wrap(bytes(data))
 
 
-def check(read: Callable[[Path], object], path: Path) -> str:
+def check(target: Target, path: Path) -> str:
     """Read a file; return a description of what went wrong, "" if nothing did."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        read(path)
-    except ValueError as error:
-        if path.name not in str(error):
+        target.read(path)
+    except target.errors as error:
+        if target.names_file and path.name not in str(error):
             return f"an error that does not name the file: {error}"
+        if len(str(error)) > LONGEST:
+            return f"an error of {len(str(error))} characters: {error}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -125,15 +122,13 @@ def fuzz(target: Target, seconds: float, seed: int, folder: Path) -> tuple[int, 
     """Read mutated files until the time is over; return their number and the findings."""
     rng, seeds, count, findings = random.Random(seed), target.seeds(), 0, []
     path = folder / "input"
-    for one in seeds:
-        path.write_bytes(one.wrap(one.data))
-        target.read(path)  # a seed must be good
+    unchanged = [one.wrap(one.data) for one in seeds]
     end = time.monotonic() + seconds
-    while time.monotonic() < end and len(findings) < 20:
-        content = mutate(rng, seeds)
+    while (unchanged or time.monotonic() < end) and len(findings) < 20:
+        content = unchanged.pop() if unchanged else mutate(rng, seeds)
         path.write_bytes(content)
         count += 1
-        if wrong := check(target.read, path):
+        if wrong := check(target, path):
             kept = folder / f"finding-{len(findings)}"
             kept.write_bytes(content)
             findings.append(f"{kept}: {wrong[:400]}")
@@ -188,13 +183,35 @@ def _read_state(path: Path) -> object:
     return load_state(path, read=parse_torch)
 
 
-TARGETS = {"weights": Target(_weights, _read_weights), "checkpoints": Target(_states, _read_state)}
+def _configs() -> list[Seed]:
+    files = [*sorted(Path("configs").glob("*.yaml")), *sorted(Path("configs").glob("*/*_64.yaml"))]
+    return [Seed(file.read_bytes()) for file in files] + [
+        Seed(b"A: &a [1, 2]\nB: {c: *a, d: [*a, *a]}\nBASE: [x.yaml]\n")
+    ]
+
+
+def _read_config(path: Path) -> object:
+    import config
+
+    return config.load([str(path)])
+
+
+def targets() -> dict[str, Target]:
+    """Return the readers by name."""
+    from tests.helpers.fuzz_data import data_targets
+
+    return {
+        "weights": Target(_weights, _read_weights),
+        "checkpoints": Target(_states, _read_state),
+        "configs": Target(_configs, _read_config, names_file=False),
+        **data_targets(),
+    }
 
 
 def main() -> int:
     """Run the command line; return 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.helpers.fuzz", description=__doc__.partition("\n")[0])
-    parser.add_argument("target", choices=tuple(TARGETS))
+    parser.add_argument("targets", nargs="*", metavar="NAME", help=f"readers ({', '.join(known := targets())})")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="folder for inputs and findings (a temporary one)")
@@ -202,11 +219,15 @@ def main() -> int:
     faulthandler.enable()
     warnings.simplefilter("error")
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"more than {SECONDS:.0f} s")))
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    count, findings = fuzz(TARGETS[args.target], args.seconds, args.seed, folder)
-    print(f"{args.target}: {count} files, {len(findings)} findings, inputs in {folder}", *findings, sep="\n")
-    return int(bool(findings))
+    folder, failed = args.folder or Path(tempfile.mkdtemp(prefix="fuzz-")), False
+    for name in args.targets or known:
+        if name not in known:
+            parser.error(f"{name} is none of {', '.join(known)}")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        count, findings = fuzz(known[name], args.seconds, args.seed, folder / name)
+        print(f"{name}: {count} files, {len(findings)} findings", *findings, sep="\n", flush=True)
+        failed = failed or bool(findings)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,7 @@
-"""Mutate small data files and hand them to the parsers of data/, which may raise the error of their kind only, and soon.
+"""Seeds and readers of data files for tests/helpers/fuzz.py."""
 
-python -m tests.helpers.fuzz_data NAME --seconds 300 --seed 0
-"""
-
-import argparse
 import gzip
-import io
-import os
-import resource
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,43 +20,15 @@ from data.stores.real_labels import read_real_labels
 from data.stores.split import open_split
 from tests.helpers.archives import write_tar
 from tests.helpers.damaged_images import JPEG, READABLE, RGB, encoded
+from tests.helpers.fuzz import Seed, Target
 from tests.helpers.hostile_images import HOSTILE, WHOLE, rotated
 from tests.helpers.hostile_stores import LABELS, MAT_HEADER, MATS, TARS, TWO, ZIP, ZIPS, element, kit
 
-SLOW, MEMORY = 10.0, 4 << 30  # seconds of processor time for a file, bytes of memory for all
-NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
 Parser = Callable[[bytes], object]
 
 
 def as_array(data: bytes) -> np.ndarray:
     return np.frombuffer(bytearray(data), dtype=np.uint8)
-
-
-def mutated(rng: np.random.RandomState, seeds: Sequence[bytes]) -> bytes:
-    """Return a seed with a few changes: bytes, numbers, pieces removed, repeated or taken from another seed."""
-    data = bytearray(seeds[rng.randint(len(seeds))])
-    for _ in range(1 + rng.geometric(0.4)):
-        at, end = sorted(rng.randint(len(data) + 1, size=2).tolist()) if data else (0, 0)
-        end = min(end, at + 600)
-        match rng.randint(7):
-            case 0:
-                data[at : at + 1] = bytes([rng.randint(256)])
-            case 1:
-                width = int(rng.choice([1, 2, 4, 8]))
-                number = NUMBERS[rng.randint(len(NUMBERS))] % 2 ** (8 * width)
-                data[at : at + width] = number.to_bytes(width, "little" if rng.randint(2) else "big")
-            case 2:
-                del data[at:end]
-            case 3:
-                data[at:at] = data[at:end] * int(rng.choice([1, 2, 30]))
-            case 4:
-                other = seeds[rng.randint(len(seeds))]
-                data[at:end] = other[at:end]
-            case 5:
-                data[at:at] = rng.bytes(int(rng.randint(1, 40)))
-            case 6:
-                del data[at:]
-    return bytes(data[:100_000])
 
 
 def in_file(name: str, parse: Callable[[Path], object]) -> Parser:
@@ -157,48 +120,14 @@ def registry() -> dict[str, tuple[list[bytes], Parser]]:
     }
 
 
-def fuzz(name: str, seconds: float, seed: int) -> int:
-    """Parse changed files for some time; return their number. Raises an error, and writes the file, for a finding."""
-    seeds, parse = registry()[name]
-    rng, count, end = np.random.RandomState(seed), 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        data, before = mutated(rng, seeds), time.process_time()
-        try:
-            parse(data)
-        except (ValueError, UnreadableImageError) as error:
-            raised = error.__traceback__
-            while raised and raised.tb_next:
-                raised = raised.tb_next
-            own = raised is not None and "/data/" in raised.tb_frame.f_code.co_filename
-            finding = "" if own and len(str(error)) < 3000 else repr(error)
-        except Exception as error:
-            finding = repr(error)
-        else:
-            finding = ""
-        took = time.process_time() - before
-        if finding or took > SLOW:
-            file = Path(f"fuzz_{name}.bin")
-            file.write_bytes(data)
-            raise AssertionError(f"{name}, file {count} of seed {seed}, in {file}: {finding or f'{took:.1f} s'}")
-        count += 1
-    return count
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="parsers (all)")
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    sys.stdout = io.TextIOWrapper(sys.stdout.buffer, line_buffering=True)
-    for name in args.names or registry():
-        print(f"{name}: {fuzz(name, args.seconds, args.seed)} files")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def data_targets() -> dict[str, Target]:
+    """Return the readers by name; those of bytes cannot name a file."""
+    return {
+        name: Target(
+            lambda seeds=seeds: [Seed(data) for data in seeds],
+            lambda path, parse=parse: parse(path.read_bytes()),
+            names_file=False,
+            errors=(ValueError, UnreadableImageError),
+        )
+        for name, (seeds, parse) in registry().items()
+    }

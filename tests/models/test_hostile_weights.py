@@ -81,9 +81,9 @@ def test_large_file_is_refused_before_the_work(tmp_path, name):
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("target", ["weights", "checkpoints"])
+@pytest.mark.parametrize("target", ["weights", "checkpoints", "configs"])
 def test_mutated_files_are_read_or_refused(tmp_path, target):
-    count, findings = fuzz.fuzz(fuzz.TARGETS[target], 4, 0, tmp_path)
+    count, findings = fuzz.fuzz(fuzz.targets()[target], 4, 0, tmp_path)
     assert findings == []
     assert count > 20
 
