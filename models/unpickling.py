@@ -15,23 +15,44 @@ import torch
 
 MAX_BYTES = 8 << 20  # of a pickle; 10,000 tensors take 1.5 MB
 MAX_COPIED = 1 << 20  # length of the arguments of all calls
+MAX_NAME = 400  # characters of a class or function with its module
 SHOWN = 8  # names listed in an error
 MAX_KEY = 1 << 60  # integers of more have equal hashes, of which a dictionary slows down
-SCALARS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b", "u1": "<B", "b1": "<?"}
+SCALARS = {
+    **{"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b"},
+    **{"u8": "<Q", "u4": "<I", "u2": "<H", "u1": "<B", "b1": "<?"},
+}
+TEXTS = {"U": "utf-32-le", "S": "latin-1"}  # encodings of NumPy's texts
 ODD_TENSORS = {
     "torch._utils._rebuild_sparse_tensor": "sparse or nested",
     "torch._utils._rebuild_nested_tensor": "sparse or nested",
     "torch._utils._rebuild_qtensor": "quantised",
     "torch._utils._rebuild_meta_tensor_no_storage": "without values",
 }
-# Opcodes of protocol 2 that torch.save writes; all others are refused.
+# Opcodes that torch.save writes, with protocol 2 or, on request, up to 5; all others are refused.
 OPCODES = (
     *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING),
+    *(
+        pickle.NONE,
+        pickle.NEWTRUE,
+        pickle.NEWFALSE,
+        pickle.BINFLOAT,
+        pickle.BINUNICODE,
+        pickle.SHORT_BINSTRING,
+        pickle.BINSTRING,
+    ),
     *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINPERSID),
     *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2),
     *(pickle.TUPLE3, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS),
     *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
+    *(
+        pickle.BINBYTES,
+        pickle.SHORT_BINBYTES,
+        pickle.SHORT_BINUNICODE,
+        pickle.FRAME,
+        pickle.MEMOIZE,
+        pickle.STACK_GLOBAL,
+    ),
 )
 
 
@@ -40,7 +61,7 @@ class RefusedError(ValueError):
 
 
 class Foreign:
-    """Substitute for a class of a published file that is not needed (arguments, configs, paths).
+    """Substitute for a class of a published file that is not needed (arguments, configs, paths, NumPy arrays).
 
     Its instances are OrderedDicts, which the pickle may fill; their state is ignored.
     """
@@ -54,25 +75,32 @@ class Dtype:
     """Substitute for numpy.dtype: the name of a type; its state is ignored."""
 
     def __init__(self, name: Any = "", *_: Any):
-        self.name = name if isinstance(name, str) and len(name) < 4 else ""
+        self.name = name.lstrip("<|=") if isinstance(name, str) and len(name) < 8 else ""
 
     def __setstate__(self, state: Any) -> None:
         """Ignore the state."""
 
 
-def scalar(dtype: Any, data: Any = b"") -> float | int | bool:
-    """Return the value of a NumPy scalar (little-endian bytes). Raises ValueError for a type that is no number."""
+def scalar(dtype: Any, data: Any = b"") -> float | int | bool | str:
+    """Return the value of a NumPy scalar (little-endian bytes). Raises ValueError for a type that is no number or text."""
     data = data.encode("latin-1") if isinstance(data, str) else data  # of Python 2
-    form = SCALARS.get(dtype.name.lstrip("<|=")) if isinstance(dtype, Dtype) else None
-    if form is None or not isinstance(data, bytes) or len(data) != struct.calcsize(form):
-        raise ValueError("a NumPy scalar is no number")
-    (value,) = struct.unpack(form, data)
+    name = dtype.name if isinstance(dtype, Dtype) and isinstance(data, bytes) else ""
+    if name[:1] in TEXTS:
+        return data.decode(TEXTS[name[0]]).rstrip("\0")
+    if name not in SCALARS or len(data) != struct.calcsize(SCALARS[name]):
+        raise ValueError("a NumPy scalar is no number and no text")
+    (value,) = struct.unpack(SCALARS[name], data)
     return value
 
 
 FOREIGN = (
     *("argparse.Namespace", "yacs.config.CfgNode", "collections.defaultdict", "builtins.dict"),
     *("pathlib.PosixPath", "pathlib._local.PosixPath", "pathlib.WindowsPath", "pathlib._local.WindowsPath"),
+)
+UNUSED = (
+    *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
+    *("numpy.ndarray", "collections.Counter", "builtins.bytearray", "torch.device"),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta"),
 )
 SCALAR = tuple(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))
 # For torch.load(weights_only=True) in other libraries, such as `timm.create_model(checkpoint_path=...)`.
@@ -102,12 +130,13 @@ def _bytes(text: Any, *_: Any) -> bytes:
 
 
 NAMES = {
-    **{name: Value(Foreign) for name in (*FOREIGN, "collections.Counter", "torch.device", "builtins.bytearray")},
+    **{name: Value(Foreign) for name in (*FOREIGN, *UNUSED)},
     **{name: Value(scalar) for name in SCALAR},
     "numpy.dtype": Value(Dtype),
     "collections.OrderedDict": Value(_ordered),
     "_codecs.encode": Value(_bytes),
-    "builtins.set": Value(lambda items=(), *_: list(items)),
+    **{f"builtins.{name}": Value(lambda items=(), *_: list(items)) for name in ("list", "set", "frozenset")},
+    "collections.deque": Value(lambda items=(), *_: list(items)),
     "builtins.complex": Value(lambda real=0.0, imag=0.0, *_: complex(float(real), float(imag))),
     "torch.Size": Value(lambda items=(), *_: tuple(items)),
 }
@@ -129,6 +158,8 @@ class _Unpickler(_PythonUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of a name; an unknown one is noted, and its calls return an empty OrderedDict."""
+        if len(module) + len(name) > MAX_NAME:  # which a pickle may look up again and again
+            raise ValueError(f"a name has more than {MAX_NAME} characters")
         full = f"{module}.{name}".replace("__builtin__.", "builtins.", 1)
         if full in self.names:
             return self.names[full]
@@ -164,6 +195,13 @@ class _Unpickler(_PythonUnpickler):
         for key, value in zip(items[::2], items[1::2], strict=True):
             _put(self.stack[-1], key, value)
 
+    def _set(self) -> None:
+        self.append([])  # sets become lists: the hashes of their items could take for ever
+
+    def _frozen_set(self) -> None:
+        items = self.pop_mark()
+        self.append(items)
+
     def _append(self) -> None:
         self._extend([self.stack.pop()])
 
@@ -191,13 +229,16 @@ _Unpickler.dispatch = _Opcodes(
         pickle.SETITEMS[0]: _Unpickler._items,
         pickle.APPEND[0]: _Unpickler._append,
         pickle.APPENDS[0]: _Unpickler._appends,
+        pickle.EMPTY_SET[0]: _Unpickler._set,
+        pickle.ADDITEMS[0]: _Unpickler._appends,
+        pickle.FROZENSET[0]: _Unpickler._frozen_set,
     }
 )
 
 
 def _put(target: Any, key: Any, value: Any) -> None:
-    # The hash of a nested tuple could take for ever, so that texts and numbers are the only keys.
-    known = isinstance(key, str | bytes | type(None)) or (isinstance(key, int) and abs(key) < MAX_KEY)
+    # The hash of a nested tuple could take for ever, and tuples of numbers can be chosen so that their hashes are equal.
+    known = isinstance(key, str | bytes | float | None) or (isinstance(key, int) and abs(key) < MAX_KEY)
     if type(target) not in (dict, collections.OrderedDict) or not known:
         raise ValueError("an entry of something that is no dictionary, or under a key that is no name")
     target[key] = value
@@ -221,5 +262,8 @@ def unpickle(file: io.BytesIO, names: Mapping[str, Value], storage: Callable[[An
             f"it holds tensors of a kind that is not read: {', '.join(odd)}; save them again as plain tensors of real numbers"
         )
     if unpickler.refused:
-        raise RefusedError(f"it would run or build {', '.join(unpickler.refused)}, which no weights need")
+        raise RefusedError(
+            f"it would run or build {', '.join(unpickler.refused)}, which no weights need; "
+            "ask its author for the state_dict alone, or use another file"
+        )
     return made
