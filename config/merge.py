@@ -20,6 +20,7 @@ from config.validate import validate
 from config.yaml_reader import MAX_TEXT, parse_yaml, read_text
 
 RUN_FILES = ("manifest.json", "metrics.jsonl", "checkpoints", "best_raw.safetensors", "best_ema.safetensors")
+RUN_RECORDS = ("manifest.json", "metrics.jsonl")  # tell a run directory from the folders above a config
 RESOLVED = "resolved"  # the value of PUBLISHED in a dump
 MAX_FILES = 64  # of one config, a base that two files name counted twice
 MAX_ENTRIES = 1000  # of a list
@@ -80,7 +81,7 @@ class ConfigLayer:
     published: bool = False
     ends: bool = False  # PUBLISHED: null, which cancels the PUBLISHED sections merged before
     resolved: bool = False  # the dump of a config, whose mode cannot change
-    of_run: bool = False  # the dump of a config, or a file in a run directory
+    of_run: bool = False  # the dump of a config, or a file in a run directory, at any depth
 
 
 def layers_of_mode(
@@ -132,7 +133,7 @@ def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...], read: list[
     if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
         raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {shorten(overlay)}")
     resolved = overlay == RESOLVED
-    of_run = resolved or any((path.parent / name).exists() for name in RUN_FILES)
+    of_run = resolved or any(_is_in_run(place.parent) for place in (file.absolute(), path))
     yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=resolved, of_run=of_run)
     if isinstance(overlay, dict):
         source = f"PUBLISHED of {file}"
@@ -160,6 +161,13 @@ def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree.get("RECIPE", {}), dict):
         raise ValueError(f"RECIPE in {file} is a section, got {shorten(tree['RECIPE'])}; give its keys, e.g. MODE")
     return {key: _for_system(value) for key, value in tree.items()}
+
+
+def _is_in_run(folder: Path) -> bool:
+    """Return True for a run directory, known by any of its files, and for the folders in one."""
+    return any((folder / name).exists() for name in RUN_FILES) or any(
+        (above / name).exists() for above in folder.parents for name in RUN_RECORDS
+    )
 
 
 def _named_by(parents: tuple[Path, ...]) -> str:

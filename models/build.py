@@ -109,15 +109,25 @@ def build_teacher(cfg: Any, classes: Sequence[str]) -> tuple[nn.Module, str]:
     remedy = f"DISTILL.TEACHER is {name}" + (f", the file holds {metadata['model']}" if "model" in metadata else "")
     _check_teacher_classes(model, adapt(model, weights, source, remedy), metadata.get("classes"), classes, source)
     model.load_state_dict(fit(model, weights, source, remedy=remedy))
-    own = dict(model.pretrained_cfg)
-    own.update({key: tuple(metadata[key]) for key in ("mean", "std") if key in metadata})
-    if asked:
-        side = asked["img_size"]
-        own["input_size"] = (own["input_size"][0], *(side if isinstance(side, tuple) else (side, side)))
-    model.pretrained_cfg = own
+    side = asked.get("img_size")
+    model.pretrained_cfg = _teacher_cfg(model, name, metadata, (side, side) if isinstance(side, int) else side)
     if len(metadata.get("classes", [])) == len(classes) and set(metadata["classes"]) != set(classes):
         said += ", trained on other classes of the same number"
     return model, said
+
+
+def _teacher_cfg(model: nn.Module, name: str, metadata: dict[str, Any], side: tuple[int, int] | None) -> dict[str, Any]:
+    """Return a teacher's pretrained_cfg with mean, std and size of its weights; a custom model may have none of its own."""
+    own: dict[str, Any] = {"input_size": (3, 224, 224), **(getattr(model, "pretrained_cfg", None) or {})}
+    own.update({key: tuple(metadata[key]) for key in ("mean", "std") if key in metadata})
+    if side:
+        own["input_size"] = (own["input_size"][0], *side)
+    if missing := [key for key in ("mean", "std") if not own.get(key)]:
+        raise ValueError(
+            f"DISTILL.TEACHER={shorten(name)}: neither its pretrained_cfg nor the file of its weights states {' and '.join(missing)} "
+            "of its images; set them in the model's pretrained_cfg, or take weights that train.py wrote"
+        )
+    return own
 
 
 def check_name(name: str, key: str = "MODEL.NAME") -> None:

@@ -164,3 +164,30 @@ def test_values_in_messages_are_shortened(package):
         if "[:" not in raw
     ]
     assert found == (["rng.py: {purpose!r}"] if package == "common" else [])  # one of our own words
+
+
+@pytest.mark.parametrize("beside", ["manifest.json", "metrics.jsonl"])
+@pytest.mark.parametrize("place", ["c.yaml", "sub/c.yaml", "checkpoints/deep/c.yaml", "link"])
+def test_program_of_a_config_in_a_run_directory_is_refused(tmp_path, beside, place):
+    run = tmp_path / "run"
+    file = run / ("link.yaml" if place == "link" else place)
+    file.parent.mkdir(parents=True)
+    (run / beside).touch()
+    written = tmp_path / "outside.yaml" if place == "link" else file
+    written.write_text("MODEL: {MODULE: net.py}\n")
+    if place == "link":
+        file.symlink_to(written)
+    (tmp_path / "base.yaml").write_text(f"BASE: {file}\n")
+    for cfg in (file, tmp_path / "base.yaml"):
+        with pytest.raises(ValueError, match="names a program"):
+            config.load(str(cfg))
+    assert config.load(str(file), ["MODEL.MODULE", "net.py"]).MODEL.MODULE == "net.py"
+
+
+def test_program_of_a_config_beside_no_run_is_allowed(tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/manifest.json").touch()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/c.yaml").write_text("MODEL: {MODULE: net.py}\n")
+    assert config.load(str(tmp_path / "mine/c.yaml")).MODEL.MODULE == "net.py"

@@ -4,9 +4,12 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models import register_model
+from torch import nn
 
 from config import load
-from models.build import build_model, checkpoint_blocks
+from models.build import build_model, build_teacher, checkpoint_blocks
+from tests.helpers.teachers import store
 
 
 def config(name, drop_path_rate=0.0, size=64, *opts):
@@ -71,3 +74,23 @@ def test_models_of_timm_checkpoint_all_blocks_or_none():
         checkpoint_blocks(model, 2)
     with pytest.raises(ValueError, match=r"CHECKPOINT_BLOCKS=-1: .* has no gradient checkpointing"):
         checkpoint_blocks(torch.nn.Linear(1, 1), -1)
+
+
+@register_model
+def bare_teacher(pretrained=False, num_classes=3, **kwargs):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+
+
+@pytest.mark.parametrize("stated", [(), ("mean",), ("mean", "std")])
+def test_teacher_without_a_pretrained_cfg_takes_what_its_weights_state(tmp_path, stated):
+    metadata = {"model": "bare_teacher", "weights": "raw", **{key: [0.5, 0.4, 0.3] for key in stated}}
+    store(tmp_path / "t.safetensors", "bare_teacher", metadata)
+    opts = ["DISTILL.TYPE", "soft", "DISTILL.TEACHER", "bare_teacher", "DISTILL.TEACHER_WEIGHTS"]
+    cfg = load((), [*opts, str(tmp_path / "t.safetensors")])
+    if len(stated) < 2:
+        with pytest.raises(ValueError, match="DISTILL.TEACHER='bare_teacher'.* states .*std of its images; set them"):
+            build_teacher(cfg, ["a", "b", "c"])
+    else:
+        model, _ = build_teacher(cfg, ["a", "b", "c"])
+        assert model.pretrained_cfg["std"] == (0.5, 0.4, 0.3)
+        assert model.pretrained_cfg["input_size"] == (3, 224, 224)
