@@ -16,6 +16,7 @@ from engine.optim.backends import align_state
 from engine.optim.ema import ModelEma
 from engine.optim.schedules import Schedules
 from engine.optim.skipped_updates import SkipCounts
+from engine.optim.stored_moments import check_moments
 from engine.running_sums import RunningSums
 
 # Entries of a parameter group that the config and the device decide, not the checkpoint.
@@ -23,15 +24,6 @@ GROUP_SETTINGS = (
     *("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"),
     *("fused", "foreach", "capturable"),
 )
-# Entries of the state of the optimisers that have fused kernels, which check neither shapes nor the number of values.
-MOMENTS = {
-    "Adam": ("exp_avg", "exp_avg_sq"),
-    "AdamW": ("exp_avg", "exp_avg_sq"),
-    "NAdam": ("exp_avg", "exp_avg_sq"),
-    "Lamb": ("exp_avg", "exp_avg_sq"),
-    "SGD": ("momentum_buffer",),
-    "Adagrad": ("sum",),
-}
 # Entries without which a run cannot continue.
 NEEDED = (
     *("format", "model", "ema", "optimizer", "scaler", "update", "global_batch", "updates_per_epoch", "best", "sums"),
@@ -198,28 +190,17 @@ class TrainState:
         ]
         if len(groups) == len(stored["param_groups"]):
             stored = {**stored, "param_groups": groups}
-        self._check_moments(stored["state"], file)
+        try:
+            check_moments(self.optimizer, optimizer_name(self.optimizer), stored["state"])
+        except ValueError as error:
+            raise ValueError(
+                f"{file} holds {error}; continue from another checkpoint, or start from its weights with --init"
+            ) from error
         try:
             self.optimizer.load_state_dict(stored)
             align_state(self.optimizer)
         except ValueError as error:
             raise ValueError(f"{file} was written with another optimiser or other parameter groups: {error}") from error
-
-    def _check_moments(self, stored: Mapping[int, Mapping[str, Any]], file: str) -> None:
-        """Raise ValueError if stored moments have other shapes than their parameters: fused kernels would read beyond them."""
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        moments = MOMENTS.get(optimizer_name(self.optimizer))
-        if moments is None:  # of timm's others, which are written in Python: they check shapes
-            return
-        for index, entry in stored.items():
-            shape = weights[index].shape if 0 <= index < len(weights) else None
-            wrong = [key for key in moments if entry and key not in entry]
-            wrong += [key for key, value in entry.items() if not _is_moment(key, value, shape, key in moments)]
-            if wrong or shape is None:
-                raise ValueError(
-                    f"{file} holds a state of the optimiser for parameter {index} that does not fit it ({str(wrong)[1:60]}); "
-                    "continue from another checkpoint, or start from its weights with --init"
-                )
 
     def _load_position(self, stored: Mapping[str, Any]) -> None:
         """Load position, best results and counts; entries that the first files of format 2 lack have their initial values."""
@@ -230,13 +211,6 @@ class TrainState:
         self.rollbacks = stored.get("rollbacks", 0)
         if self.update:  # as the last update left it; no other may follow before the state is stored again
             self.schedule.set(self.update - 1)
-
-
-def _is_moment(key: str, value: Any, shape: torch.Size | None, full: bool) -> bool:
-    """Return True for a tensor of a parameter's shape, unless it must be `full` also for a single number; None for SGD's first."""
-    if not isinstance(value, Tensor):
-        return value is None and key == "momentum_buffer"
-    return value.is_floating_point() and (value.shape == shape or (not full and value.shape in ((), (1,))))
 
 
 def _counts_of(group: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,12 @@ def write_published(classifier: Classifier, path: Path) -> Forward:
 def write_timm(classifier: Classifier, folder: Path) -> Forward:
     """Write a folder that timm loads with local-dir: and, uploaded, with hf-hub:."""
     transform = classifier.transform
-    if not getattr(classifier.model, "pretrained_cfg", None):
-        raise ValueError(f"{classifier.name} has no default_cfgs, which timm's folders hold; see docs/extending.md")
+    for name in ("pretrained_cfg", "num_classes"):
+        if not getattr(classifier.model, name, None):
+            raise ValueError(
+                f"{classifier.name} has no {name}, which timm's folders hold; build it by build_model_with_cfg, see "
+                "docs/extending.md"
+            )
     save_for_hf(
         classifier.model,
         str(folder),

@@ -88,7 +88,7 @@ def test_teacher_without_a_pretrained_cfg_takes_what_its_weights_state(tmp_path,
     opts = ["DISTILL.TYPE", "soft", "DISTILL.TEACHER", "bare_teacher", "DISTILL.TEACHER_WEIGHTS"]
     cfg = load((), [*opts, str(tmp_path / "t.safetensors")])
     if len(stated) < 2:
-        with pytest.raises(ValueError, match="DISTILL.TEACHER='bare_teacher'.* states .*std of its images; set them"):
+        with pytest.raises(ValueError, match=r"DISTILL\.TEACHER='bare_teacher'.* states .*std of its images; set them"):
             build_teacher(cfg, ["a", "b", "c"])
     else:
         model, _ = build_teacher(cfg, ["a", "b", "c"])
