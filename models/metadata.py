@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_DEPTH, MAX_SIZE = 16, 8 << 20  # nested containers; values and characters in all
-MAX_TEXT, MAX_SIDE = 200, 4096  # characters of a name that is no class; pixels of an image's side
+MAX_TEXT = 200  # characters of a name that is no class
+MIN_SIDE, MAX_SIDE = 16, 4096  # pixels of an image's side, the smallest as in DATA.IMG_SIZE
 RESERVED = ("layout", "holds", "notes")  # entries that the reader adds
 KINDS = ("raw", "ema")
 REMEDY = "use another file"
@@ -102,7 +103,7 @@ def _short(value: Any) -> str:
     return re.sub(r"(.{60}).+", r"\1...", text)
 
 
-_is_side, _is_resize = _is_whole(1, MAX_SIDE), _is_whole(0, 4 * MAX_SIDE)
+_is_side, _is_resize = _is_whole(MIN_SIDE, MAX_SIDE), _is_whole(0, 4 * MAX_SIDE)
 _POSITION = (_is_whole(0, 1 << 50), "a whole number")
 # Entries that are used, each with its test and a description of what it must be.
 ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -112,7 +113,7 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_classes": (_is_whole(0, 1 << 31), "a number of classes"),
     "mean": (_are_numbers, "three numbers"),
     "std": (lambda value: _are_numbers(value) and all(v > 0 for v in value), "three positive numbers"),
-    "img_size": (_is_size, f"a side of 1 to {MAX_SIDE} pixels, or height and width"),
+    "img_size": (_is_size, f"a side of {MIN_SIDE} to {MAX_SIDE} pixels, or height and width"),
     "evaluation": (_is_evaluation, "an evaluation crop"),
     "data": (lambda value: isinstance(value, dict), "a dictionary"),
     "top1": (_is_number, "a number"),

@@ -18,7 +18,7 @@ from PIL import Image
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from common.text import shorten
+from common.text import cut, shorten
 from config.command_line import Parser, check_which
 from data.augment.transforms import EVAL_MODES, INTERPOLATIONS, EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
@@ -31,6 +31,7 @@ from data.stores.image_files import HEAD, SUFFIXES, format_of
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
+from models.metadata import MIN_SIDE
 from models.weights import classifier_names, fit, load_weights, row_count
 from tools.convert import convert
 
@@ -74,7 +75,7 @@ class Classifier:
     def label(self, index: int) -> str:
         """Return the readable name of a class, with its name in the file if the two differ."""
         name, readable = self.classes[index], self.readable[index]
-        return readable if name == readable else f"{readable} ({name})"
+        return cut(readable if name == readable else f"{readable} ({name})")
 
 
 def add_checkpoint_options(parser: Parser) -> None:
@@ -261,8 +262,8 @@ def _find_transform(
     model: str, metadata: dict[str, Any], size: int | None, crop_pct: float | None, source: str
 ) -> tuple[EvalTransform, list[str]]:
     """Return the evaluation crop, and notes on assumptions made for it."""
-    if size is not None and size < 1:
-        raise ValueError(f"--size {size}: give a number of pixels, 1 or more")
+    if size is not None and size < MIN_SIDE:
+        raise ValueError(f"--size {size}: give a number of pixels, {MIN_SIDE} or more")
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"--crop-pct {crop_pct:g} must lie in 0 .. 1, e.g. 0.875")
     stated = metadata.get("evaluation")
@@ -272,6 +273,12 @@ def _find_transform(
     else:
         default = _default_cfg(model)
         side = metadata.get("img_size", default.input_size[-1])
+        if not isinstance(side, int):  # height and width
+            if side[0] != side[1] and size is None:
+                raise ValueError(
+                    f"{source} states images of {side[0]} x {side[1]} pixels; give the side of a square as --size"
+                )
+            side = max(side)
         known = EvalTransform(side, math.floor(side / default.crop_pct))
         if "layout" in metadata and crop_pct is None:
             notes.append(
@@ -296,7 +303,7 @@ def _stated_transform(stated: dict[str, Any], source: str) -> EvalTransform:
         raise ValueError(
             f"{source} states an evaluation crop of {crop} pixels from images resized to {resize}; is it damaged?"
         )
-    return EvalTransform(**{**stated, "fill": tuple(stated["fill"])})
+    return EvalTransform(**{key: tuple(value) if key == "fill" else value for key, value in stated.items()})
 
 
 def _default_cfg(model: str) -> PretrainedCfg:

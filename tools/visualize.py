@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.progress import track
 from torch import Tensor
 
+from common.text import cut
 from config.command_line import Parser
 from data.loaders.decode import UnreadableImageError
 from models.attention_maps import BlockIndex, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
@@ -220,7 +221,7 @@ def draw(
         at = photo.fractions(*mark)
     logits, maps = attention_maps(classifier.model, classifier.prepare(image)[None], at, blocks)
     best = logits.softmax(1).max(1)
-    caption = f"{classifier.readable[int(best.indices)]} {100 * float(best.values):.1f} %"
+    caption = f"{cut(classifier.readable[int(best.indices)])} {100 * float(best.values):.1f} %"
     drawn = [original(photo, mark)]
     for found in maps:
         drawn += panels(found, 0, photo, mark, smooth)

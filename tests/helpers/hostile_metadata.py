@@ -14,12 +14,20 @@ METADATA = {
 FACTS = {
     **{f"classes {value!r}"[:40]: {"classes": value} for value in ("abc", 5, [1, 2, 3], [["a"]] * 3, ["a"], {"a": 1})},
     **{f"num_classes {value!r}": {"num_classes": value} for value in (10**6, -1, True, "3", 2.5, 1 << 62, [3])},
-    **{f"img_size {value!r}": {"img_size": value} for value in (10**9, 0, -5, [32], [32, 10**9], "32", [[32, 32]])},
+    **{f"img_size {value!r}": {"img_size": value} for value in (10**9, 0, 1, -5, [32], [32, 10**9], "32", [[32, 32]])},
     **{f"mean {value!r}": {"mean": value} for value in ([1, 2], "abc", [1, 2, "3"], [[1, 2, 3]], 5, [1e999] * 3)},
     **{f"std {value!r}": {"std": value} for value in ([0, 1, 1], [-1, 1, 1], [1, 2, 3, 4], {"a": 1})},
     **{
         f"evaluation {value!r}"[:60]: {"evaluation": value}
-        for value in ([], "center", {"crop": 10**9}, {"resize": 36}, {**CROP, "resize": -3}, {**CROP, "more": 1})
+        for value in (
+            [],
+            "center",
+            {"crop": 10**9},
+            {"crop": 1},
+            {"resize": 36},
+            {**CROP, "resize": -3},
+            {**CROP, "more": 1},
+        )
     },
     **{
         f"evaluation {key} {value!r}": {"evaluation": {**CROP, key: value}}
@@ -30,6 +38,11 @@ FACTS = {
     "lists in lists": {"more": json.loads("[" * 900 + "]" * 900)},
 }
 HARMLESS_FACTS = {
+    **{
+        f"evaluation of {', '.join(keys)}": {"evaluation": {key: CROP[key] for key in keys}}
+        for keys in (["crop"], ["crop", "mode"])
+    },
+    "image size of two sides": {"img_size": [32, 32]},
     **{f"metadata are {value!r}": value for value in ([], "x", 3, None)},  # of another program
     **{f"weights {value!r}": {"weights": value} for value in ("both", 5, ["raw"], None)},
     **{
