@@ -7,6 +7,7 @@ data = build_eval_data(cfg, rank, world, device)   eval.py; needs no training im
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from data.loaders.brightness import sample_darkness
 from data.loaders.dali_loader import DaliEvalLoader, DaliTrainLoader, readers_of
 from data.loaders.image_source import ImageSource
 from data.loaders.sampler import Sampler
-from data.loaders.shared_memory import check_shared_memory
-from data.loaders.synthetic import SyntheticEval, SyntheticTrain
+from data.loaders.shared_memory import check_memory, check_shared_memory
+from data.loaders.synthetic import POOL, SyntheticEval, SyntheticTrain
 from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.loaders.workers import default_workers
 from data.stores.archive_index import NoImagesError
@@ -97,8 +98,8 @@ def build_data(
         *_dark(rank, val_source, val_split.name),
     ]  # without read-ahead
     sampler = _sampler(cfg, len(train_source), _storage_order(cfg, train_source))
-    _check_shared_memory(cfg, train_source, cfg.TRAIN.MICRO_BATCH, _largest_size(cfg), world)
-    _check_shared_memory(cfg, val_source, cfg.EVAL.BATCH, cfg.DATA.IMG_SIZE, world)
+    _check_shared_memory(cfg, train_source, "TRAIN.MICRO_BATCH", _largest_size(cfg), world)
+    _check_shared_memory(cfg, val_source, "EVAL.BATCH", cfg.DATA.IMG_SIZE, world)
     fingerprint = class_fingerprint(classes, train=train_source.labels, val=val_source.labels)
     if sampler.block:  # the order then depends on the storage order, which a run must be continued with
         stored = np.arange(sampler.num_samples, dtype=np.int64) if sampler.storage is None else sampler.storage
@@ -153,7 +154,7 @@ def build_eval_data(
         classes = _classes(cfg, _train_or(split, cfg, progress))
         source = split.source(classes, must_hold_all=False)
         origin, notes = split.name, [*split.notes, *_missing_classes(split, source, classes)]
-    _check_shared_memory(cfg, source, cfg.EVAL.BATCH, cfg.DATA.IMG_SIZE, world)
+    _check_shared_memory(cfg, source, "EVAL.BATCH", cfg.DATA.IMG_SIZE, world)
     return EvalData(
         val=_eval_loader(cfg, source, rank, world, device),
         stage=build_device_stage(cfg, len(classes), device),
@@ -283,10 +284,12 @@ def _largest_size(cfg: CfgNode) -> int:
     return max(cfg.DATA.IMG_SIZE, *(int(size) for size in sizes.values)) if sizes else cfg.DATA.IMG_SIZE
 
 
-def _check_shared_memory(cfg: CfgNode, source: ImageSource, batch: int, size: int, world: int) -> None:
-    """Check that the prefetched batches fit into shared memory: of crops of `size` pixels, for DALI of files."""
+def _check_shared_memory(cfg: CfgNode, source: ImageSource, key: str, size: int, world: int) -> None:
+    """Check that a key's batches fit into memory, the prefetched ones into shared memory: of crops of `size` pixels, for DALI of files."""
+    batch = attrgetter(key)(cfg)
     share = -(-len(source) // world)  # in training a little less: AUG.REPEATS and updates leave some out
     batch, batches = min(batch, share), -(-share // batch)
+    check_memory(key, batch, size)
     workers, image = _workers(cfg), 3 * size * size
     readers = workers
     if cfg.DATA.LOADER == "dali":
@@ -317,6 +320,7 @@ def _synthetic_eval(cfg: CfgNode, rank: int, world: int, device: torch.device) -
 
 def _synthetic(cfg: CfgNode, rank: int, world: int, device: torch.device) -> Data:
     sampler = _sampler(cfg, cfg.DATA.SYNTHETIC_TRAIN)
+    check_memory("TRAIN.MICRO_BATCH", cfg.TRAIN.MICRO_BATCH, _largest_size(cfg), POOL)
     evaluation = _synthetic_eval(cfg, rank, world, device)
     return Data(
         val=evaluation.val,

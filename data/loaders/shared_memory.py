@@ -1,4 +1,4 @@
-"""Shared memory of a machine: a check that the batches of the loader processes fit."""
+"""Memory of a machine: checks that a batch fits into it, and those of the loader processes into shared memory."""
 
 import os
 from pathlib import Path
@@ -34,3 +34,14 @@ def check_shared_memory(workers: int, prefetch: int, batch_bytes: int, batches: 
         f"(docker run --shm-size={-(-needed // 2**30)}g, or --ipc=host; Kubernetes: an emptyDir with medium Memory at "
         f"/dev/shm), or set {lower}, or DATA.WORKERS 0"
     )
+
+
+def check_memory(key: str, batch: int, size: int, count: int = 1) -> None:
+    """Raise ValueError if `count` batches, stated by a key, of images with sides of `size` pixels exceed the machine's memory."""
+    needed = 3 * size * size * batch * count
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise ValueError(
+            f"{key}={batch} with DATA.IMG_SIZE={size}: {count} batches of such images take {format_bytes(needed)}, the machine has "
+            f"{format_bytes(total)}; lower one of the two"
+        )

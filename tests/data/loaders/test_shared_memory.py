@@ -1,6 +1,7 @@
 """Loader processes and shared memory: defaults for small and large machines, and the error for a small /dev/shm."""
 
 import os
+from unittest import mock
 
 import pytest
 
@@ -8,7 +9,7 @@ import config
 from data.build import build_data
 from data.loaders import shared_memory
 from data.loaders import workers as loader_workers
-from data.loaders.shared_memory import check_shared_memory
+from data.loaders.shared_memory import check_memory, check_shared_memory
 from data.loaders.workers import default_workers
 from tests.helpers.data_doubles import write_folder
 
@@ -140,3 +141,23 @@ def test_real_shared_memory_is_read():
     free = os.statvfs(shared_memory.SHM)
     with pytest.raises(ValueError, match="bus error"):
         check_shared_memory(1, 1, free.f_blocks * free.f_frsize, 9)
+
+
+def test_batch_larger_than_the_machines_memory_is_refused():
+    check_memory("EVAL.BATCH", 64, 384)
+    for batch, size, count in ((1 << 20, 8192, 1), (1 << 30, 224, 1), (4096, 8192, 4)):
+        with pytest.raises(
+            ValueError, match=rf"EVAL\.BATCH={batch} with DATA\.IMG_SIZE={size}: .* the machine has .* lower one"
+        ):
+            check_memory("EVAL.BATCH", batch, size, count)
+
+
+@pytest.mark.parametrize("loader", ["torch", "synthetic"])
+def test_training_batch_larger_than_memory_is_refused_before_it_is_made(loader, pictures):
+    sizes = ["DATA.IMG_SIZE", "8192", "DATA.EVAL_RESIZE", "8192", "TRAIN.GLOBAL_BATCH", "9", "TRAIN.MICRO_BATCH", "9"]
+    cfg = config.load((), ["DATA.LOADER", loader, "DATA.PATH", str(pictures), *sizes])
+    with (
+        mock.patch("os.sysconf", lambda name: 4096 if "SIZE" in name else 1000),
+        pytest.raises(ValueError, match="MICRO_BATCH=9"),
+    ):
+        build_data(cfg, 0, 1, "cpu")
