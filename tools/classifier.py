@@ -303,7 +303,8 @@ def _stated_transform(stated: dict[str, Any], source: str) -> EvalTransform:
         raise ValueError(
             f"{source} states an evaluation crop of {crop} pixels from images resized to {resize}; is it damaged?"
         )
-    return EvalTransform(**{key: tuple(value) if key == "fill" else value for key, value in stated.items()})
+    fill: dict[str, Any] = {"fill": tuple(stated["fill"])} if "fill" in stated else {}
+    return EvalTransform(**{**stated, **fill})
 
 
 def _default_cfg(model: str) -> PretrainedCfg:
