@@ -14,7 +14,7 @@ import models  # noqa: F401  registers the families
 from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
 from models.custom_model import digest, import_models
-from models.kernels.switch import use_kernels
+from models.kernels.switch import use_kernels, wins
 from models.registry import is_retoken, retoken_models
 from models.weights import adapt, classifier_names, fit, load_weights
 
@@ -42,7 +42,7 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
         model = timm.create_model(name, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise ValueError(f"MODEL.NAME={name!r} does not take {arguments}: set to 0 what it names ({error})") from error
-    if cfg.MODEL.KERNELS == "triton":
+    if cfg.MODEL.KERNELS == "triton" or (cfg.MODEL.KERNELS == "auto" and cfg.DEVICE != "cpu" and wins(model)):
         _use_kernels(model, cfg.DEVICE)
     return model
 

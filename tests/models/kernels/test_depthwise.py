@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks import kernels
 from config import load
 from models.build import build_model
-from models.kernels.switch import use_kernels
+from models.kernels.switch import use_kernels, uses_kernels
 from models.layers import GeluDepthwiseConv
 from tests.helpers.small_models import images, scrambled, shrunken
 
@@ -89,7 +89,7 @@ def test_kernels_of_a_run_on_the_cpu_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"DEVICE=auto is the CPU here"):
         build_model(load((), ["MODEL.NAME", "stvit_small", "MODEL.KERNELS", "triton"]), 10)
     with pytest.raises(
-        ValueError, match=r"MODEL\.KERNELS must be one of off, triton, got 'tritn'; did you mean triton"
+        ValueError, match=r"MODEL\.KERNELS must be one of auto, off, triton, got 'tritn'; did you mean triton"
     ):
         load((), ["MODEL.KERNELS", "tritn"])
 
@@ -104,6 +104,26 @@ def test_kernels_reach_the_model_or_are_refused(monkeypatch):
     for name in ("groupmixformer_mobile", "resnet18"):
         with pytest.raises(ValueError, match=r"MODEL\.KERNELS=triton: no layer of this model .*; set it to off"):
             build_model(load((), [*opts, name]), 10)
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("name", "capability", "device", "count"),
+    [
+        ("stvit_small", (9, 0), "auto", 20),
+        ("sgformer_small", (8, 0), "cuda", 23),
+        ("stvit_small", (7, 5), "auto", 0),
+        ("stvit_small", (9, 0), "cpu", 0),
+        ("groupmixformer_mobile", (9, 0), "auto", 0),
+        ("resnet18", (9, 0), "auto", 0),
+    ],
+)
+def test_auto_takes_kernels_where_they_move_less(monkeypatch, name, capability, device, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cfg = load((), ["DEVICE", device, "DATA.IMG_SIZE", "64", "DATA.EVAL_RESIZE", "64", "MODEL.NAME", name])
+    assert cfg.MODEL.KERNELS == "auto"
+    assert uses_kernels(build_model(cfg, 10)) == count
 
 
 @TRITON
@@ -125,7 +145,7 @@ import models
 assert "models.kernels.depthwise" not in sys.modules
 sys.modules["triton"] = None
 import timm, torch
-from models.kernels.switch import use_kernels
+from models.kernels.switch import use_kernels, uses_kernels
 for name in ("sgformer_small", "stvit_small"):
     model = timm.create_model(name, depths=(1, 1, 1, 1), img_size=32).eval()
     with torch.no_grad():
