@@ -115,7 +115,7 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
     kernel, if set (models/kernels/switch.py), computes both in one pass on devices of the type kernel_device.
     """
 
-    kernel: Callable[[Tensor, Tensor, Tensor, bool], Tensor] | None = None
+    kernel: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor] | None = None
     kernel_device = "cuda"
 
     def __init__(self, dim: int, gelu_before: bool):
@@ -126,7 +126,7 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
         if self.runs_kernel(x):
             assert self.kernel is not None
             assert self.bias is not None
-            return self.kernel(x, self.weight, self.bias, self.gelu_before)
+            return self.kernel(x, self.weight, self.bias, self.gelu_before, None)
         if self.gelu_before:
             return super().forward(F.gelu(x))
         return F.gelu(super().forward(x))
@@ -134,6 +134,15 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
     def runs_kernel(self, x: Tensor) -> bool:
         """Return True if `forward` calls the kernel for x."""
         return self.kernel is not None and x.device.type == self.kernel_device
+
+    def after(self, linear: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+        """Compute forward(linear(x)); a kernel adds the linear layer's bias itself, and sums its gradient on the way."""
+        if not self.runs_kernel(x):
+            return self(linear(x))
+        assert self.kernel is not None
+        assert self.bias is not None
+        hidden = F.linear(x, linear.weight.flatten(1))
+        return self.kernel(hidden, self.weight, self.bias, self.gelu_before, linear.bias)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """Convolve the GELU of x without the bias, for a layer after it that adds it."""
@@ -187,13 +196,13 @@ class ConvMlp(nn.Module):
         self.fc2 = Conv1x1(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        plain = isinstance(self.conv, GeluDepthwiseConv) and not self.conv.runs_kernel(hidden)
-        if not (plain and torch.is_grad_enabled()):
-            return self.fc2(self.conv(hidden))
+        if not isinstance(self.conv, GeluDepthwiseConv):  # folded
+            return self.fc2(self.conv(self.fc1(x)))
+        if self.conv.runs_kernel(x) or not torch.is_grad_enabled():
+            return self.fc2(self.conv.after(self.fc1, x))
         # In training the convolution's bias is added after fc2: fewer passes over the widest map of a block.
         weight, bias = self.fc2.weight.flatten(1), self.fc2.bias
-        return F.linear(self.conv.without_bias(hidden), weight, bias_after(weight, bias, self.conv.bias))
+        return F.linear(self.conv.without_bias(self.fc1(x)), weight, bias_after(weight, bias, self.conv.bias))
 
 
 @register_notrace_function

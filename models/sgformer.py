@@ -35,7 +35,9 @@ class DepthwiseMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        return self.fc2(self.depthwise(self.fc1(x)))
+        if isinstance(self.depthwise, GeluDepthwiseConv):
+            return self.fc2(self.depthwise.after(self.fc1, x))
+        return self.fc2(self.depthwise(self.fc1(x)))  # folded
 
 
 class Block(nn.Module):

@@ -43,16 +43,18 @@ def test_kernel_equals_plain_under_the_interpreter():
 
 
 KERNELS = {
-    "mix_before_bf16": ("mix", "bf16", {"BEFORE": True, "AFTER": False, "SLOPE": False}),
-    "mix_slope_fp16": ("mix", "fp16", {"BEFORE": False, "AFTER": False, "SLOPE": True}),
-    "unmix_before_bf16": ("unmix", "bf16", {"BEFORE": True}),
-    "unmix_before_fp64": ("unmix", "fp64", {"BEFORE": True}),
+    "mix_before_bf16": ("mix", "bf16", {"BEFORE": True, "AFTER": False, "SLOPE": False, "LIFT": True}),
+    "mix_slope_fp16": ("mix", "fp16", {"BEFORE": False, "AFTER": False, "SLOPE": True, "LIFT": True}),
+    "unmix_before_bf16": ("unmix", "bf16", {"BEFORE": True, "LIFT": True}),
+    "unmix_after_bf16": ("unmix", "bf16", {"BEFORE": False, "LIFT": True}),
+    "unmix_before_fp64": ("unmix", "fp64", {"BEFORE": True, "LIFT": False}),
 }
 
 
 @TRITON
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", KERNELS)
-def test_kernel_compiles_for_a_gpu_that_is_not_there(case):
+def test_kernel_compiles_for_a_gpu_that_is_not_there(case, capability):
     if not (Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/ptxas").exists():
         pytest.skip("needs Triton's own ptxas, which only its builds for NVIDIA have")
     import triton
@@ -67,14 +69,20 @@ def test_kernel_compiles_for_a_gpu_that_is_not_there(case):
     wide = "fp64" if kind == "fp64" else "fp32"
     constants = {**mode, "ROWS": 3, "P": tile.strips, "COLUMNS": tile.columns, "CHANNELS": tile.channels}
     constants["WIDE"] = triton.language.float64 if wide == "fp64" else triton.language.float32
-    pointers = {**dict.fromkeys(("x", "gradient", "out"), kind), "weight": "fp32", "bias": "fp32", "sums": wide}
+    pointers = {
+        **dict.fromkeys(("x", "gradient", "out"), kind),
+        "weight": "fp32",
+        "bias": "fp32",
+        "shift": "fp32",
+        "sums": wide,
+    }
     signature = {
         argument: "constexpr" if argument in constants else f"*{pointers[argument]}" if argument in pointers else "i32"
         for argument in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": tile.warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     assert ".local" not in compiled.asm["ptx"]  # nothing lies in memory that could lie in registers
 
