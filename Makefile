@@ -1,9 +1,11 @@
 # install   create the virtual environment           demo   draw the demo data, train on it, write a report
-# test      run the whole suite                      lint   run ruff and mypy      format   format and fix in place
+# test      run the whole suite                      lint   run ruff, mypy and pip-audit      format   format and fix in place
 # test-cpus   run the numerical tests as other CPUs would compute (long; SHORT=--short: two settings, few files)
 # screenshots   regenerate docs/images (trains small models: minutes to an hour)
 # docs      build the documentation site in output/site
+# lock      write the versions of this environment, once the tests have passed, to constraints.txt
 #
+# In the versions of constraints.txt: make install LOCKED=1
 # In an existing environment:    make test VENV=/path/to/env       (its bin/python is used, missing packages are added)
 # Another interpreter or torch:  make install PYTHON=python3.12 TORCH='torch==2.11.*'
 PYTHON ?= python3
@@ -12,18 +14,25 @@ TORCH ?= torch>=2.14
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.retoken-installed
+LOCKED_STAMP := $(VENV)/.retoken-locked
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cpus lint docs format screenshots clean
+.PHONY: install demo test test-cpus lint lock docs format screenshots clean
 
-install: $(STAMP)
+install: $(if $(filter 1,$(LOCKED)),$(LOCKED_STAMP),$(STAMP))
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): requirements.txt requirements-dev.txt | $(BIN)/python
 	@echo "Installing into $(VENV) (about 6 GB with the CUDA builds, two to five minutes) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -r requirements-dev.txt
+	$(PIP_INSTALL) '$(TORCH)' -r requirements-dev.txt
 	@touch $(STAMP)
+
+$(LOCKED_STAMP): requirements.txt requirements-dev.txt constraints.txt | $(BIN)/python
+	@echo "Installing the versions of constraints.txt into $(VENV) ..."
+	$(PIP_INSTALL) '$(TORCH)' -r requirements-dev.txt -c constraints.txt
+	@touch $(STAMP) $(LOCKED_STAMP)
 
 demo: install
 	$(BIN)/python -m tools.demo output/demo-data
@@ -42,6 +51,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.helpers.audit
+
+lock: install
+	$(BIN)/python -m tests.helpers.lock
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

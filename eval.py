@@ -26,6 +26,7 @@ from engine.distributed.signals import ENDED
 from engine.evaluate import NotFiniteError
 from engine.logging.log import Log
 from engine.result_files import TABLES, check_target, write_json
+from models.build import announce_custom_model
 from trainer.evaluation import (
     Evaluation,
     check_model_and_classes,
@@ -69,6 +70,7 @@ def evaluate_checkpoint(cfg: CfgNode, args: argparse.Namespace, processes: Proce
     per_class = check_target("--per-class", args.per_class, TABLES) if args.per_class is not None else None
     predictions = check_target("--predictions", args.predictions, TABLES) if args.predictions is not None else None
     summary = check_target("--json", args.json, (".json",)) if args.json is not None else None
+    announce_custom_model(cfg, log.info)
     loaded = load_requested_weights(checkpoint, args.weights)
     metadata = loaded[0][1]
     data = build_evaluation_data(cfg, args, metadata, processes, log)

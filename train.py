@@ -54,8 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
     except ValueError as error:
-        prevent_restarts()
-        parser.fail(error)
+        try:
+            parser.fail(error)
+        finally:
+            prevent_restarts()
     elastic = Elastic(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH)
     if elastic.idle:
         INTERRUPTION.defer()
@@ -90,8 +92,10 @@ def work(
         log_summary(session, with_memory=True) if args.dry_run else evaluate_only(session)
         return 0
     except (DivergedError, NotFiniteError, SavingError, UnreadableImageError) as error:
-        prevent_restarts()
-        parser.stop(error, processes.name)
+        try:
+            parser.stop(error, processes.name)
+        finally:
+            prevent_restarts()
     except KeyboardInterrupt:
         log.warning("interrupted; the same command continues from the last checkpoint, if one is saved")
         return ENDED
@@ -130,8 +134,10 @@ def build_or_fail(
     except RunLockedError as error:
         parser.fail(error, processes.name)
     except ValueError as error:
-        prevent_restarts()
-        parser.fail(error, processes.name)
+        try:
+            parser.fail(error, processes.name)
+        finally:
+            prevent_restarts()
 
 
 def train(s: Session) -> int:

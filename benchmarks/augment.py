@@ -38,6 +38,7 @@ from data.augment.rand_augment_policy import INCREASING_OPS, Op, argument, draw_
 from data.augment.transforms import EvalTransform
 from data.loaders.batch import Batch
 from data.loaders.image_source import load
+from tools.device import choose_device
 
 FILL = (124, 116, 104)
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -51,7 +52,7 @@ def apply_timm(image: Tensor, ops: Sequence[Op]) -> Tensor:
 
 def measure(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
     """Return the milliseconds of each candidate's calls, made in turn for about `seconds`, at least 3 of each."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     clocks = {name: "wall" if device.type == "cuda" and "GPU" in name else "cpu" for name in candidates}
     for run in candidates.values():  # warm-up
         run()
@@ -110,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--single", action="store_true", help="also measure each operation on one image")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    console, source = Console(), find_source(args.data)
+    try:
+        console, source = Console(), find_source(args.data)
+    except ValueError as error:
+        parser.fail(error)
     crop = EvalTransform(args.size)
     images = torch.stack([crop(load(source, i % len(source))) for i in range(args.batch)])
     found = measure(batch_candidates(images), args.seconds)

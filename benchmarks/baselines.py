@@ -118,10 +118,10 @@ class ModelStep:
         device = next(model.parameters()).device
         self.model, self.call = model, call
         self.precision = Precision("off" if precision == "fp32" else precision, device)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch, 3, size, size, generator=generator)
-        self.images = images.to(device, memory_format=torch.channels_last)
-        self.labels = torch.randint(1000, (batch,), generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        images = torch.randn(batch, 3, size, size, generator=generator, device=device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(1000, (batch,), generator=generator, device=device)
         self.optimizer: torch.optim.Optimizer | None = None
 
     def infer(self) -> None:

@@ -30,6 +30,7 @@ from benchmarks import record
 from config.command_line import Parser
 from models.kernels.switch import use_kernels
 from models.layers import GeluDepthwiseConv
+from tools.device import choose_device
 from tools.tables import markdown_table, terminal_table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     args = parse(argv)
     console = record.console()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     try:
         use_kernels(GeluDepthwiseConv(1, True))
         from models.kernels.depthwise import DEVICE

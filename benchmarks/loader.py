@@ -164,8 +164,11 @@ def measure(candidate: Candidate, result: Any) -> None:
 
 
 def measure_in_process(candidate: Candidate) -> tuple[int, float, float]:
-    """Return (images, CPU-seconds, seconds) of a candidate, measured in a process of its own."""
-    context = multiprocessing.get_context("fork")
+    """Return (images, CPU-seconds, seconds) of a candidate, measured in a process of its own.
+
+    The process is spawned: one forked after CUDA has started cannot use the GPU.
+    """
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=measure, args=(candidate, theirs))
     process.start()
@@ -256,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="result file without suffix (default benchmarks/results/<date>-loader)"
     )
     args = parser.parse_args(argv)
-    source = find_source(args.data)
+    try:
+        source = find_source(args.data)
+    except ValueError as error:
+        parser.fail(error)
     candidates = Candidates(source, args.images, min(args.batch, len(source)), args.size, args.workers)
     names = [name for name in NAMES if not args.only or name in args.only or name.startswith("timm")]
     console = record.console()

@@ -14,12 +14,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import nn
 
 from benchmarks import record
 from benchmarks.baselines import ModelStep, Ours, parse_choices, parse_models
@@ -58,32 +59,44 @@ def estimate_largest_batch(model: Ours, size: int, precision: str, limit: int) -
     return rows
 
 
-def measure_training_peak(
-    model: Ours, size: int, precision: str, *, checkpointing: bool, batch: int, device: torch.device
-) -> int:
-    """Train two steps; return the peak of memory."""
-    net = model.build(size, device)
-    net.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
-    averaged = [p.detach().clone() for p in net.parameters()]  # as EMA holds
-    step = ModelStep(net, net, batch, size, precision).set_mode("train")
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    step()
-    del averaged
-    return torch.cuda.max_memory_reserved(device)
-
-
-def peak_or_zero(
-    model: Ours, size: int, precision: str, *, checkpointing: bool, batch: int, device: torch.device
-) -> int:
-    """Return the peak memory of training in bytes, 0 if it ran out."""
+def peak_of_training(net: nn.Module, batch: int, size: int, precision: str, device: torch.device) -> int:
+    """Train two steps; return the peak of memory in bytes, 0 if it ran out."""
     try:
-        return measure_training_peak(model, size, precision, checkpointing=checkpointing, batch=batch, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step = ModelStep(net, net, batch, size, precision).set_mode("train")
+        step()
+        step()
+        return torch.cuda.max_memory_reserved(device)
     except torch.OutOfMemoryError:
         return 0
     finally:
+        net.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def largest_fitting(peak: Callable[[int], int], limit: int, most: int) -> tuple[int, int]:
+    """Return the largest batch, to 3 %, whose `peak` bytes are not 0 (out of memory), and that peak; (0, 0) if none fits.
+
+    Memory is nearly linear in the batch: the next trial is where the line through the last two that fitted reaches the limit.
+    """
+    good = bytes_ = 0
+    slope, too_large, batch = 0.0, most + 1, min(16, most)
+    while good < batch < too_large:
+        found = peak(batch)
+        if found:
+            slope = (found - bytes_) / (batch - good) if good else 0.0
+            good, bytes_ = batch, found
+        else:
+            too_large = batch
+        step = max(1, good // 32)
+        if good + step >= too_large:
+            break
+        batch = max(good + int((limit - bytes_) / slope), good + step) if slope > 0 else 2 * good
+        if batch >= too_large:
+            batch = too_large - step if slope > 0 else (good + too_large) // 2
+        batch = batch or too_large // 2
+    return good, bytes_
 
 
 def search_largest_batch(
@@ -91,20 +104,13 @@ def search_largest_batch(
 ) -> list[Row]:
     """Find the largest micro-batch on a GPU by trial."""
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
-    rows = []
+    net, rows = model.build(size, device), []
+    averaged = [p.detach().clone() for p in net.parameters()]  # as EMA holds
     for checkpointing in (False, True):
-        good, peak, bad = 0, 0, most + 1
-        batch = min(16, most)
-        while good + max(1, good // 32) < bad:  # to three per cent
-            found = peak_or_zero(model, size, precision, checkpointing=checkpointing, batch=batch, device=device)
-            if found:
-                good, peak = batch, found
-            else:
-                bad = batch
-            batch = min(2 * good, most) if bad > most and good else (good + bad) // 2
-            if batch in (good, 0):
-                break
-        rows.append({"checkpointing": checkpointing, "batch": good, "bytes": peak})
+        net.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+        batch, peak = largest_fitting(lambda n: peak_of_training(net, n, size, precision, device), limit, most)
+        rows.append({"checkpointing": checkpointing, "batch": batch, "bytes": peak})
+    del averaged
     return rows
 
 
@@ -126,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gib {args.gib:g}, --size {args.size}, --most {args.most}: all must be positive")
         if device.type == "cuda" and limit > torch.cuda.mem_get_info(device)[1]:
             raise ValueError(f"--gib {args.gib:g}: this GPU has {format_bytes(torch.cuda.mem_get_info(device)[1])}")
+        metadata = record.metadata("benchmarks/memory.py", argv)
+        by_trial = "by trial on this GPU, to 3%; memory is the peak reserved"
+        metadata["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
+        metadata["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
+        result = record.ResultFile(args.out or record.default_out("memory"), "Memory", COLUMNS, args.append)
         models, rows = parse_models(args.models), []
         for model in models:
             for precision in parse_choices("--precision", args.precision, PRECISIONS):
@@ -136,15 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     else estimate_largest_batch(model, args.size, precision, limit)
                 )
                 rows += [{**shared, **row} for row in found]
+                page = result.write(metadata, rows)
     except ValueError as error:
         parser.fail(error)
-    metadata = record.metadata("benchmarks/memory.py", argv)
-    by_trial = "by trial on this GPU, to 3%; memory is the peak reserved"
-    metadata["how"] = by_trial if device.type == "cuda" else "estimated on fake tensors, nothing was allocated"
-    metadata["memory given"] = f"{args.gib:g} GiB, images of {args.size} x {args.size}, AdamW and EMA"
     console.print(record.table(COLUMNS, rows))
-    out = args.out or record.default_out("memory")
-    page = record.write(out, "Memory", columns=COLUMNS, found=metadata, rows=rows, append=args.append)
     console.print(f"{metadata['how']}; written to {page}")
     return 0
 

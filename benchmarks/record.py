@@ -88,23 +88,42 @@ def cells_of(columns: Columns, rows: Sequence[Row]) -> list[list[str]]:
     return [[text(row) for text in columns.values()] for row in rows]
 
 
+class ResultFile:
+    """Files `out`.json and .md of a program's result, written anew after each measurement: an interrupted run keeps its rows.
+
+    With `append` the runs that the files hold already stay before this one.
+    """
+
+    def __init__(self, out: Path, title: str, columns: Columns, append: bool = False) -> None:
+        self.file, self.page, self.title, self.columns = (
+            out.with_suffix(".json"),
+            out.with_suffix(".md"),
+            title,
+            columns,
+        )
+        keep = append and self.file.exists()
+        self.earlier: list[dict[str, Any]] = json.loads(self.file.read_text(encoding="utf-8"))["runs"] if keep else []
+
+    def write(self, found: Mapping[str, Any], rows: Sequence[Row]) -> Path:
+        """Write metadata and all rows of this run so far; return the Markdown file."""
+        runs = [*self.earlier, {"facts": dict(found), "rows": list(rows)}]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+        lines = [f"# {self.title}, {found['date']}, {found['hardware']}"]
+        for run in runs:
+            lines += ["", f"    {run['facts']['command']}", ""]
+            others = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
+            lines += [f"{key}: {value}.  " for key, value in others]
+            lines += ["", *markdown_table(list(self.columns), cells_of(self.columns, run["rows"]))]
+        self.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return self.page
+
+
 def write(
     out: Path, title: str, *, columns: Columns, found: Mapping[str, Any], rows: Sequence[Row], append: bool = False
 ) -> Path:
     """Write metadata and rows to `out`.json and .md, with `append` after the existing ones; return the Markdown file."""
-    file, page = out.with_suffix(".json"), out.with_suffix(".md")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if append and file.exists() else []
-    runs.append({"facts": dict(found), "rows": list(rows)})
-    file.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
-    lines = [f"# {title}, {found['date']}, {found['hardware']}"]
-    for run in runs:
-        lines += ["", f"    {run['facts']['command']}", ""]
-        others = [(key, value) for key, value in run["facts"].items() if key not in ("date", "hardware", "command")]
-        lines += [f"{key}: {value}.  " for key, value in others]
-        lines += ["", *markdown_table(list(columns), cells_of(columns, run["rows"]))]
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return page
+    return ResultFile(out, title, columns, append).write(found, rows)
 
 
 def default_out(name: str) -> Path:

@@ -34,8 +34,9 @@ from benchmarks.baselines import Baseline, ModelStep, Ours, parse_baseline, pars
 from benchmarks.record import Row
 from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
 from common.byte_size import format_bytes
+from common.text import shorten
 from config.command_line import Parser
-from engine.malloc import keep_freed_memory
+from engine.malloc import keep_freed_memory, release_freed_memory
 from tools.device import choose_device
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
@@ -61,8 +62,8 @@ COLUMNS: record.Columns = {
     "ratio": lambda row: f"{row['ratio'][0]:.2f}" if "ratio" in row else "",
     "its lowest .. highest": spread_of("ratio", 2),
     "memory": lambda row: format_bytes(row["memory"]) if row.get("memory") else "",
-    "floor, images/s": lambda row: f"{row['floor']:.0f} ({row['floor_added']:.0f})",
-    "share": lambda row: f"{row['images_per_s'] / row['floor']:.0%}" if "images_per_s" in row else "",
+    "floor, images/s": lambda row: f"{row['floor']:.0f} ({row['floor_added']:.0f})" if "floor" in row else "",
+    "share": lambda row: f"{row['images_per_s'] / row['floor']:.0%}" if {"images_per_s", "floor"} <= {*row} else "",
 }
 SHOWN = ("model", "step", "contender", "images/s", "ratio", "memory", "share")  # on a terminal
 
@@ -73,8 +74,10 @@ class Bench:
     def __init__(self, args: Namespace, baselines: Sequence[Baseline], device: torch.device, console: Console):
         self.args, self.baselines, self.device, self.console = args, baselines, device, console
         self.machines: dict[str, roofline.Machine] = {}
-        if device.type == "cpu":
-            keep_freed_memory()  # as train.py does
+        if device.type == "cpu":  # both as train.py does
+            keep_freed_memory()
+        else:
+            torch.backends.cudnn.benchmark = True
 
     def candidates(self, model: Ours, mode: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
         """Return functions that build the candidates, by name, ours first."""
@@ -119,14 +122,7 @@ class Bench:
         """Measure all candidates of a model in one mode and precision; return a row for each."""
         args, candidates = self.args, self.candidates(model, mode, precision)
         task = progress.add_task(f"{model.name} {mode} {precision}", total=len(candidates) * (args.rounds + 1))
-        work = roofline.work_of(
-            model.build(args.size, torch.device("cpu")),
-            (args.batch, 3, args.size, args.size),
-            precision,
-            mode == "train",
-        )
-        floor, added = (args.batch / seconds for seconds in work.seconds(self.machine(precision)))
-        shared = {"model": model.name, "mode": mode, "precision": precision, "floor": floor, "floor_added": added}
+        shared = {"model": model.name, "mode": mode, "precision": precision}
         rows: dict[str, Row] = {}
         steps: dict[str, Callable[[], None]] = {}
         for name, build in candidates.items():
@@ -158,6 +154,16 @@ class Bench:
         progress.remove_task(task)
         return list(rows.values())
 
+    def add_floor(self, model: Ours, rows: Sequence[Row]) -> None:
+        """Add the floor to the rows of a model in one mode and precision: seconds of counting on the CPU."""
+        args, mode, precision = self.args, rows[0]["mode"], rows[0]["precision"]
+        images = (args.batch, 3, args.size, args.size)
+        net = model.build(args.size, torch.device("cpu"))
+        work = roofline.work_of(net, images, precision, mode == "train")
+        floor, added = (args.batch / seconds for seconds in work.seconds(self.machine(precision)))
+        for row in rows:
+            row.update(floor=floor, floor_added=added)
+
     def about(self) -> str:
         """Return the peak rates that the floors were computed from, as text."""
         return "; ".join(
@@ -166,8 +172,14 @@ class Bench:
         )
 
 
-def measure(bench: Bench, models: Sequence[Ours], modes: Sequence[str], precisions: Sequence[str]) -> list[Row]:
-    """Measure every model in every mode and precision."""
+def measure(
+    bench: Bench,
+    models: Sequence[Ours],
+    modes: Sequence[str],
+    precisions: Sequence[str],
+    write: Callable[[list[Row]], object] = lambda rows: None,
+) -> list[Row]:
+    """Measure every model in every mode and precision; call `write` with the rows so far before and after each floor."""
     rows: list[Row] = []
     text, bar = TextColumn("{task.description}"), BarColumn()
     with Progress(
@@ -181,8 +193,14 @@ def measure(bench: Bench, models: Sequence[Ours], modes: Sequence[str], precisio
         for model in models:
             for precision in precisions:
                 for mode in modes:
-                    rows += bench.block(model, mode, precision, progress)
+                    measured = bench.block(model, mode, precision, progress)
+                    rows += measured
+                    write(rows)
+                    bench.add_floor(model, measured)
+                    write(rows)
                     torch.compiler.reset()
+                    gc.collect()
+                    release_freed_memory()
     return rows
 
 
@@ -267,14 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         baselines = [parse_baseline(text) for text in args.baseline]
         check_baselines(baselines, models)
         bench = Bench(args, baselines, device, console)
-        rows = measure(bench, models, modes, precisions)
+        result = record.ResultFile(args.out or record.default_out("step"), "Steps", COLUMNS, args.append)
+
+        def write(rows: list[Row]) -> Path:
+            found = metadata("benchmarks/step.py", argv, bench)
+            return result.write({**found, "images": f"{args.batch} of {args.size} x {args.size}"}, rows)
+
+        rows = measure(bench, models, modes, precisions, write)
     except ValueError as error:
         parser.fail(error)
     console.print(record.table({title: COLUMNS[title] for title in SHOWN}, rows))
-    found = {**metadata("benchmarks/step.py", argv, bench), "images": f"{args.batch} of {args.size} x {args.size}"}
-    out = args.out or record.default_out("step")
-    page = record.write(out, "Steps", columns=COLUMNS, found=found, rows=rows, append=args.append)
-    console.print(f"written to {page}")
+    console.print(f"written to {write(rows)}")
     return 0
 
 
@@ -283,7 +304,9 @@ def check_baselines(baselines: Sequence[Baseline], models: Sequence[Ours]) -> No
     names = [baseline.name for baseline in baselines]
     for name in names:
         if names.count(name) > 1 or name.startswith("ours"):
-            raise ValueError(f"--baseline: {name!r} names two candidates; write NAME=MODULE:FACTORY with another NAME")
+            raise ValueError(
+                f"--baseline: {shorten(name)} names two candidates; write NAME=MODULE:FACTORY with another NAME"
+            )
     for baseline in baselines:
         for model in models:
             baseline.find(model.name)

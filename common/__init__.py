@@ -1,1 +1,1 @@
-"""Modules that every package may import: values over epochs, random numbers by key, atomic files, byte sizes, accuracy."""
+"""Modules that every package may import: values over epochs, random numbers by key, atomic and regular files, byte sizes, accuracy."""

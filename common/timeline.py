@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from common.text import shorten
+
 _POINT = re.compile(r"\s*(\d+)\s*:\s*(-?[\d.]+(?:e-?\d+)?)\s*", re.IGNORECASE)
 
 
@@ -76,14 +78,14 @@ def parse(text: str, key: str, multiple: int = 0) -> Timeline:
             points.append(Point(float(match[1]), float(match[2]), joint == "->"))
         except ValueError:
             raise ValueError(
-                f"{key}={text!r}: {piece.strip()!r} is not EPOCH:VALUE with a whole epoch; write e.g. '0:0.4, 260:0.6', or '0:0.1 -> 100:0.4' "
+                f"{key}={shorten(text)}: {shorten(piece.strip())} is not EPOCH:VALUE with a whole epoch; write e.g. '0:0.4, 260:0.6', or '0:0.1 -> 100:0.4' "
                 "for a line"
             ) from None
     if points[0].epoch != 0:
-        raise ValueError(f"{key}={text!r} must begin with epoch 0")
+        raise ValueError(f"{key}={shorten(text)} must begin with epoch 0")
     if points[-1].ramp:
-        raise ValueError(f"{key}={text!r} ends in '->'; add the point it leads to")
+        raise ValueError(f"{key}={shorten(text)} ends in '->'; add the point it leads to")
     for a, b in pairwise(points):
         if b.epoch <= a.epoch:
-            raise ValueError(f"{key}={text!r}: epoch {b.epoch:g} does not come after {a.epoch:g}")
+            raise ValueError(f"{key}={shorten(text)}: epoch {b.epoch:g} does not come after {a.epoch:g}")
     return Timeline(tuple(points), multiple)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 import config
-from common.text import allow_any_text
+from common.text import allow_any_text, readable, shorten
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,9 +46,11 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             near = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1, cutoff=0.4)
             if re.fullmatch(r"-[\d.].*", rest[0]):
-                self.error(f"{rest[0]!r} looks like a flag; write a negative number without exponent, e.g. -0.001")
+                self.error(
+                    f"{shorten(rest[0])} looks like a flag; write a negative number without exponent, e.g. -0.001"
+                )
             hint = f"did you mean {near[0]}?" if near else "config keys are set with --opts KEY VALUE ..."
-            self.error(f"unknown argument {rest[0]!r}; {hint} (--help lists all)")
+            self.error(f"unknown argument {shorten(rest[0])}; {hint} (--help lists all)")
         return parsed
 
     def fail(self, error: Exception, process: str = "") -> NoReturn:
@@ -60,12 +63,17 @@ class Parser(argparse.ArgumentParser):
         file = Path(frames[-1].filename) if frames else ROOT
         raised = not frames or not frames[-1].line or frames[-1].line.startswith("raise")
         if not (file.is_relative_to(ROOT) and raised) or "site-packages" in file.parts:
-            traceback.print_exception(error)
-        self.exit(2, f"{self.prog}: {process}{error}\n")
+            for line in "".join(traceback.format_exception(error)).split("\n"):
+                print(readable(line), file=sys.stderr)
+        self.exit(2, f"{self.prog}: {process}{error}")
 
     def stop(self, error: Exception, process: str = "") -> NoReturn:
         """Exit with status 1 and the message of an error that ended the work."""
-        self.exit(1, f"{self.prog}: stopped: {process}{error}\n")
+        self.exit(1, f"{self.prog}: stopped: {process}{error}")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit with a message of one line, in which control characters are escaped: names may hold them."""
+        super().exit(status, message and f"{readable(message.rstrip())}\n")
 
 
 def train_parser() -> Parser:

@@ -5,6 +5,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from common.text import shorten
+
 
 def keys(node: CfgNode, prefix: str = "") -> list[str]:
     """List the dotted names of all values below a node."""
@@ -33,12 +35,12 @@ def config_differences(
     """List the keys in which two config trees differ, as "KEY: old -> new", but for `ignored` keys and sections."""
     found: list[str] = []
     for key in {**old, **new}:
-        name = prefix + key
+        name = f"{prefix}{key}"
         a, b = old.get(key), new.get(key)
         if name in ignored or a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += config_differences(a, b, ignored, f"{name}.")
         else:
-            found.append(f"{name}: {a!r} -> {b!r}")
+            found.append(f"{name}: {shorten(a)} -> {shorten(b)}")
     return found

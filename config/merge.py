@@ -6,36 +6,49 @@ The schema (config/schema.py) declares the keys; everything is merged into a cop
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yacs.config import CfgNode
 
-from common.text import for_system
+from common.text import cut, for_system, shorten
 from config.lookup import get, keys
 from config.schema import defaults
 from config.validate import validate
+from config.yaml_reader import MAX_TEXT, parse_yaml, read_text
 
+RUN_FILES = ("manifest.json", "metrics.jsonl", "checkpoints", "best_raw.safetensors", "best_ema.safetensors")
 RESOLVED = "resolved"  # the value of PUBLISHED in a dump
+MAX_FILES = 64  # of one config, a base that two files name counted twice
+MAX_ENTRIES = 1000  # of a list
 OF_ANY_LENGTH = ("OPTIM.BETAS", "SCHEDULE.MILESTONES")  # lists of numbers; others have as many entries as their default
 
 
 def load(
-    files: str | Sequence[str] = (), opts: Sequence[str] = (), flags: Mapping[str, tuple[str, str]] | None = None
+    files: str | Sequence[str] = (),
+    opts: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, str]] | None = None,
+    run_code: bool = True,
 ) -> CfgNode:
     """Merge the files, KEY VALUE pairs and flags into the defaults; return the checked, frozen config.
 
-    `flags` maps a flag, as errors call it, to its key and value.
+    `flags` maps a flag, as errors call it, to its key and value. `run_code` is False for a config that is compared only.
 
-    Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow.
+    Raises ValueError, naming key, value, source and remedy, for anything the schema does not declare or allow, and for a
+    MODEL.MODULE that only the config of a run directory names.
     """
     cfg = defaults()
     names = [files] if isinstance(files, str) else list(files)
-    layers = [layer for file in names for layer in read_layers(cfg, Path(file), ())]
+    read: list[Path] = []
+    layers = [layer for file in names for layer in read_layers(cfg, Path(file), (), read)]
     given = {**dict(zip(opts[::2], opts[1::2], strict=False)), **dict((flags or {}).values())}
+    module = ""  # the source of MODEL.MODULE, if that is the config of a run directory
     for layer in layers_of_mode(cfg, layers, given.get("RECIPE.MODE"), " ".join(names)):
         merge_tree(cfg, layer.tree, "", layer.source)
+        if "MODULE" in layer.tree.get("MODEL", {}):
+            module = layer.source if layer.of_run else ""
     merge_opts(cfg, opts)
     for flag, (key, value) in (flags or {}).items():
         if key in opts[::2]:
@@ -43,6 +56,12 @@ def load(
         set_text(cfg, key, value, flag)
     cfg.BASE = [""]
     validate(cfg)
+    if run_code and module and cfg.MODEL.MODULE and "MODEL.MODULE" not in given:
+        raise ValueError(
+            f"MODEL.MODULE={shorten(cfg.MODEL.MODULE)} in {module}: the config of a run directory, maybe of somebody else's run, "
+            "names a program, which would run with your rights. Read it, then name it yourself: --opts MODEL.MODULE FILE, or '' "
+            "to do without"
+        )
     cfg.freeze()
     return cfg
 
@@ -50,18 +69,6 @@ def load(
 def dump(cfg: CfgNode) -> str:
     """Return the config as YAML that `load` reads back to the same config; `load` refuses any other RECIPE.MODE for it."""
     return str(cfg.dump(sort_keys=False)).replace("PUBLISHED: {}", f"PUBLISHED: {RESOLVED}")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice in one section, where PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -73,6 +80,7 @@ class ConfigLayer:
     published: bool = False
     ends: bool = False  # PUBLISHED: null, which cancels the PUBLISHED sections merged before
     resolved: bool = False  # the dump of a config, whose mode cannot change
+    of_run: bool = False  # the dump of a config, or a file in a run directory
 
 
 def layers_of_mode(
@@ -99,50 +107,83 @@ def layers_of_mode(
             yield layer
 
 
-def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...]) -> Iterator[ConfigLayer]:
-    """Yield the layers of a file and of its bases in merging order; `parents` are the files that name it as a base."""
-    path = file.resolve()
+def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...], read: list[Path]) -> Iterator[ConfigLayer]:
+    """Yield the layers of a file and of its bases in merging order.
+
+    `parents` are the files that name it as a base; `read` lists all files read before, and is extended. Raises ValueError for
+    a file that names itself, however indirectly, and for more than MAX_FILES.
+    """
+    path = _resolve(file, parents)
     if path in parents:
         raise ValueError(
             f"BASE: {file} includes itself ({' -> '.join(p.name for p in (*parents, path))}); break the circle"
         )
+    read.append(path)
+    if len(read) > MAX_FILES:
+        raise ValueError(f"BASE: {read[0]} and its bases are more than {MAX_FILES} files; name each base once")
     tree = _parse(file, parents)
     bases = tree.pop("BASE", [])
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise ValueError(f"BASE in {file} must be a file name or a list of them, got {base!r}")
+            raise ValueError(f"BASE in {file} must be a file name or a list of them, got {shorten(base)}")
         if base:
-            yield from read_layers(cfg, path.parent / base, (*parents, path))
+            yield from read_layers(cfg, path.parent / base, (*parents, path), read)
     overlay = tree.pop("PUBLISHED", False)
     if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
-        raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {overlay!r}")
-    yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=overlay == RESOLVED)
+        raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {shorten(overlay)}")
+    resolved = overlay == RESOLVED
+    of_run = resolved or any((path.parent / name).exists() for name in RUN_FILES)
+    yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=resolved, of_run=of_run)
     if isinstance(overlay, dict):
         source = f"PUBLISHED of {file}"
         merge_tree(cfg.clone(), overlay, "", source)  # checks the section in the other mode too
-        yield ConfigLayer(overlay, source, published=True)
+        yield ConfigLayer(overlay, source, published=True, of_run=of_run)
 
 
 def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """Return the tree of a YAML file. Raises ValueError with the defect, or with similar file names if there is no such file."""
     if not file.is_file():
-        named_by = f", named by BASE in {parents[-1]}" if parents else ""
         folder = next((p for p in file.parents if p.is_dir()), Path())
-        near = difflib.get_close_matches(file.name, [p.name for p in folder.glob("[!.]*.yaml")], n=3, cutoff=0.3)
+        near = difflib.get_close_matches(file.name, _yaml_files(folder), n=3, cutoff=0.3)
         hint = f"; near it lie {', '.join(str(folder / n) for n in near)}" if near else ""
-        defect = "is a folder, not a file" if file.is_dir() else "does not exist"
-        raise ValueError(f"config file {file} {defect}{named_by}{hint}")
+        there = "is a folder, not a file" if file.is_dir() else "is no regular file"
+        defect = there if file.exists() else "does not exist"
+        raise ValueError(f"config file {file} {defect}{_named_by(parents)}{hint}")
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = parse_yaml(read_text(file))
+    except yaml.YAMLError as error:
         raise ValueError(f"config file {file} is not valid YAML: {error}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise ValueError(f"config file {file} must hold KEY: VALUE lines, not a {type(tree).__name__}")
     if not isinstance(tree.get("RECIPE", {}), dict):
-        raise ValueError(f"RECIPE in {file} is a section, got {tree['RECIPE']!r}; give its keys, e.g. MODE")
+        raise ValueError(f"RECIPE in {file} is a section, got {shorten(tree['RECIPE'])}; give its keys, e.g. MODE")
     return {key: _for_system(value) for key, value in tree.items()}
+
+
+def _named_by(parents: tuple[Path, ...]) -> str:
+    return f", named by BASE in {parents[-1]}" if parents else ""
+
+
+def _resolve(file: Path, parents: tuple[Path, ...]) -> Path:
+    """Return the absolute path of a file, links followed. Raises ValueError for a name that no file can have."""
+    try:
+        path = file.resolve()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, NUL
+        raise ValueError(
+            f"config file {cut(str(file))} cannot be opened{_named_by(parents)} ({cut(str(error))})"
+        ) from error
+    return path
+
+
+def _yaml_files(folder: Path) -> list[str]:
+    """List the names of up to 1000 YAML files in a folder."""
+    try:
+        return [path.name for path in islice(folder.glob("[!.]*.yaml"), 1000)]
+    except OSError:
+        return []
 
 
 def _for_system(value: Any) -> Any:
@@ -164,7 +205,7 @@ def merge_tree(cfg: CfgNode, tree: dict[str, Any], prefix: str, source: str) -> 
         if isinstance(node[key], CfgNode):
             if not isinstance(value, dict):
                 raise ValueError(
-                    f"{name} in {source} is a section, got {value!r}; give its keys, e.g. {keys(node[key])[:3]}"
+                    f"{name} in {source} is a section, got {shorten(value)}; give its keys, e.g. {keys(node[key])[:3]}"
                 )
             merge_tree(cfg, value, f"{name}.", source)
         else:
@@ -179,7 +220,7 @@ def merge_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
             f"--opts takes KEY VALUE pairs, with a space: write {joined.replace('=', ' ', 1)}, not {joined}"
         )
     if len(opts) % 2:
-        raise ValueError(f"--opts takes KEY VALUE pairs; {opts[-1]!r} has no value (got {' '.join(opts)})")
+        raise ValueError(f"--opts takes KEY VALUE pairs; {shorten(opts[-1])} has no value (got {cut(' '.join(opts))})")
     for name, text in zip(opts[::2], opts[1::2], strict=True):
         if name not in keys(cfg) or name == "BASE":
             raise ValueError(_unknown(cfg, name, "--opts"))
@@ -191,7 +232,7 @@ def set_text(cfg: CfgNode, name: str, text: str, source: str) -> None:
     section, _, key = name.rpartition(".")
     node = get(cfg, section) if section else cfg
     try:
-        value = text if isinstance(node[key], str) else yaml.safe_load(text)
+        value = text if isinstance(node[key], str) else parse_yaml(text)
     except yaml.YAMLError:
         value = text
     node[key] = _coerce(value, node[key], name, source)
@@ -199,6 +240,7 @@ def set_text(cfg: CfgNode, name: str, text: str, source: str) -> None:
 
 def _unknown(cfg: CfgNode, name: str, source: str) -> str:
     """Return the message for an unknown key, with the most similar known one."""
+    name = cut(name)
     known = [key for key in keys(cfg) if key != "BASE"]
     if "." not in name and source != "--opts":  # a file may also name sections
         known += [section for section in cfg if isinstance(cfg[section], CfgNode)]
@@ -210,13 +252,18 @@ def _unknown(cfg: CfgNode, name: str, source: str) -> str:
 def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
     """Return a value in the type of the key's default. Raises ValueError if it has another type or length."""
     wanted = type(default)
+    if isinstance(value, str | list | tuple) and len(value) > (
+        limit := MAX_TEXT if isinstance(value, str) else MAX_ENTRIES
+    ):
+        unit = "characters" if isinstance(value, str) else "entries"
+        raise ValueError(f"{name} in {source} has {len(value)} {unit}, at most {limit} are read; got {shorten(value)}")
     if isinstance(default, list):
         if name in OF_ANY_LENGTH and isinstance(value, list | tuple):
             return [_coerce(v, 0.0, f"{name}[{i}]", source) for i, v in enumerate(value)]
         if isinstance(value, list | tuple) and (len(value) == len(default)):
             return [_coerce(v, d, f"{name}[{i}]", source) for i, (v, d) in enumerate(zip(value, default, strict=True))]
         shape = "of numbers, e.g. [150, 225]" if name in OF_ANY_LENGTH else f"of {len(default)} like {default}"
-        raise ValueError(f"{name} in {source} must be a list {shape}, got {value!r}")
+        raise ValueError(f"{name} in {source} must be a list {shape}, got {shorten(value)}")
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)  # accepts ints, and 1e-3, which YAML reads as a string
@@ -229,5 +276,5 @@ def _coerce(value: Any, default: Any, name: str, source: str) -> Any:
             f"{name} in {source} must be a word: YAML reads on, off, yes and no as true or false; put it in quotes"
         )
     raise ValueError(
-        f"{name} in {source} must be {wanted.__name__}, got {value!r} ({type(value).__name__}); its default is {default!r}"
+        f"{name} in {source} must be {wanted.__name__}, got {shorten(value)} ({type(value).__name__}); its default is {shorten(default)}"
     )

@@ -1,12 +1,15 @@
 """Validation of config values: choices, ranges, and combinations that cannot run or have no effect."""
 
 import difflib
+import os
+import re
 from collections.abc import Callable
 
 from yacs.config import CfgNode
 
 from common import timeline
-from config.lookup import get
+from common.text import shorten
+from config.lookup import get, run_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "DEVICE": ("auto", "cpu", "cuda"),
@@ -37,10 +40,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Smallest and largest allowed value, of each entry where the value is a list.
 RANGES: dict[str, tuple[float, float]] = {
-    "MODEL.NUM_CLASSES": (0, 1e9),
+    "MODEL.NUM_CLASSES": (0, 1e6),
     "MODEL.DROP_RATE": (0, 0.999),
     "MODEL.DROP_PATH_RATE": (0, 0.999),
-    "DATA.IMG_SIZE": (16, 1e5),
+    "DATA.IMG_SIZE": (16, 8192),
     "DATA.WORKERS": (-1, 4096),
     "DATA.PREFETCH": (1, 1024),
     "DATA.BLOCK_SHUFFLE": (0, 1e9),
@@ -50,7 +53,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "DATA.STD": (1e-3, 1),
     "DATA.SYNTHETIC_TRAIN": (1, 1e12),
     "DATA.SYNTHETIC_VAL": (1, 1e12),
-    "DATA.SYNTHETIC_CLASSES": (1, 1e9),
+    "DATA.SYNTHETIC_CLASSES": (1, 1e6),
     "AUG.SCALE": (1e-6, 1),
     "AUG.RATIO": (1e-3, 1e3),
     "AUG.HFLIP": (0, 1),
@@ -127,7 +130,7 @@ def _validate_choices(cfg: CfgNode) -> None:
         if (value := get(cfg, name)) not in allowed:
             near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}")
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shorten(value)}{hint}")
 
 
 def _validate_ranges(cfg: CfgNode) -> None:
@@ -135,7 +138,7 @@ def _validate_ranges(cfg: CfgNode) -> None:
         value = get(cfg, name)
         for number in value if isinstance(value, list) else [value]:
             if not low <= number <= high:
-                raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value}")
+                raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {shorten(value)}")
 
 
 def _validate_augmentation(cfg: CfgNode) -> None:
@@ -148,12 +151,20 @@ def _validate_augmentation(cfg: CfgNode) -> None:
 def _validate_names(cfg: CfgNode) -> None:
     for name in ("NAME", "TAG"):
         if "/" in cfg[name] or cfg[name] in (".", ".."):
-            raise ValueError(f"{name} is one folder name, got {cfg[name]!r}; use OUTPUT for the path")
+            raise ValueError(f"{name} is one folder name, got {shorten(cfg[name])}; use OUTPUT for the path")
+    folder, key = run_name(cfg), "NAME or TAG" if cfg.NAME else "MODEL.NAME or TAG"
+    if "/" in folder or re.search(r"[\x00-\x1f\x7f-\x9f]", folder) or len(os.fsencode(folder)) > 255:
+        raise ValueError(
+            f"{key}: the run directory would be named {shorten(folder)}; give a name of at most 255 bytes, without / and "
+            "control characters"
+        )
 
 
 def _validate_custom_model(cfg: CfgNode) -> None:
     if (module := cfg.MODEL.MODULE) and not (module.endswith(".py") or all(map(str.isidentifier, module.split(".")))):
-        raise ValueError(f"MODEL.MODULE={module!r} is neither a file, mine/net.py, nor a module, package.net; give one")
+        raise ValueError(
+            f"MODEL.MODULE={shorten(module)} is neither a file, mine/net.py, nor a module, package.net; give one"
+        )
 
 
 def _validate_evaluation(cfg: CfgNode) -> None:
@@ -207,7 +218,7 @@ def _validate_schedule(cfg: CfgNode) -> None:
     if cfg.SCHEDULE.NAME == "multistep" and not cfg.SCHEDULE.MILESTONES:
         raise ValueError("SCHEDULE.NAME=multistep needs SCHEDULE.MILESTONES, e.g. [150, 225]")
     if sorted(set(cfg.SCHEDULE.MILESTONES)) != cfg.SCHEDULE.MILESTONES:
-        raise ValueError(f"SCHEDULE.MILESTONES must rise, got {cfg.SCHEDULE.MILESTONES}")
+        raise ValueError(f"SCHEDULE.MILESTONES must rise, got {shorten(cfg.SCHEDULE.MILESTONES)}")
 
 
 def _validate_recipe(cfg: CfgNode) -> None:
@@ -231,18 +242,20 @@ def _validate_timelines(cfg: CfgNode) -> None:
         for value in timeline.parse(text, name).values:
             if not low <= value <= high:
                 raise ValueError(
-                    f"{name}={text!r}: {value:g} must lie between {low:g} and {high:g}, as {replaced} does"
+                    f"{name}={shorten(text)}: {value:g} must lie between {low:g} and {high:g}, as {replaced} does"
                 )
         if name in ("TIMELINE.EMA_DECAY", "TIMELINE.MAGNITUDE") and not get(cfg, replaced):
             raise ValueError(f"{name} has no effect while {replaced} is off; set {replaced}")
     if (text := cfg.TIMELINE.IMG_SIZE) and any(v % 1 for v in timeline.parse(text, "TIMELINE.IMG_SIZE").values):
-        raise ValueError(f"TIMELINE.IMG_SIZE={text!r}: sizes are whole numbers of pixels")
+        raise ValueError(f"TIMELINE.IMG_SIZE={shorten(text)}: sizes are whole numbers of pixels")
 
 
 def _validate_distillation(cfg: CfgNode) -> None:
     kind, teacher, weights = cfg.DISTILL.TYPE, cfg.DISTILL.TEACHER, cfg.DISTILL.TEACHER_WEIGHTS
     given = " and ".join(
-        f"DISTILL.{key}={value!r}" for key, value in (("TEACHER", teacher), ("TEACHER_WEIGHTS", weights)) if value
+        f"DISTILL.{key}={shorten(value)}"
+        for key, value in (("TEACHER", teacher), ("TEACHER_WEIGHTS", weights))
+        if value
     )
     if kind == "none" and given:
         raise ValueError(
@@ -254,7 +267,7 @@ def _validate_distillation(cfg: CfgNode) -> None:
         )
     if kind != "none" and not weights:
         raise ValueError(
-            f"DISTILL.TEACHER={teacher!r} has random weights while DISTILL.TEACHER_WEIGHTS is empty: it would teach nothing; "
+            f"DISTILL.TEACHER={shorten(teacher)} has random weights while DISTILL.TEACHER_WEIGHTS is empty: it would teach nothing; "
             "name a file, or set it to pretrained for the weights that timm downloads"
         )
     if kind == "hard" and cfg.DISTILL.TAU != 1:

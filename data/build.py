@@ -39,7 +39,7 @@ from data.stores.fingerprint import class_fingerprint, storage_fingerprint
 from data.stores.folder import FolderSource, read_class_index
 from data.stores.folder_split import open_val_folder
 from data.stores.layout import has_split
-from data.stores.split import Split, file_sizes, open_split, single_class
+from data.stores.split import Split, file_sizes, open_split, same_place, single_class
 
 FILE_SAMPLE, LARGE_PERCENTILE = 256, 95  # sizes of so many files, and their percentile, estimate a batch of files
 
@@ -111,6 +111,7 @@ def build_data(
         notes=[
             *train_split.notes,
             *val_split.notes,
+            *same_place(train_split, val_split),
             *_missing_classes(val_split, val_source, classes),
             *dark,
         ],

@@ -10,13 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.accuracy import TopKCounts
 from engine.distributed.processes import Processes
 from engine.precision import Precision
 
 
 class NotFiniteError(RuntimeError):
     """Raised after an evaluation whose logits or loss are not finite: its accuracy says nothing."""
+
+
+@dataclass(frozen=True)
+class TopKCounts:
+    """Numbers of correct predictions and of evaluated images; accuracies in percent."""
+
+    correct1: int
+    correct5: int
+    images: int
+
+    @property
+    def top1(self) -> float:
+        """Return the top-1 accuracy in percent."""
+        return 100.0 * self.correct1 / self.images
+
+    @property
+    def top5(self) -> float:
+        """Return the top-5 accuracy in percent."""
+        return 100.0 * self.correct5 / self.images
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.3f} ({self.correct1}/{self.images})  top-5 {self.top5:.3f} ({self.correct5}/{self.images})"
+
+
+@dataclass(frozen=True)
+class RealAccuracy(TopKCounts):
+    """ReaL accuracy: counts over the images that have labels."""
+
+    def __str__(self) -> str:
+        return f"ReaL {super().__str__()}"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from common.rng import seed_default_generators
 from engine.batch_norm import RunningStatistics
 from engine.batch_plan import BatchPlan
+from engine.default_generators import seed_default_generators
 from engine.distributed.processes import Processes
 from engine.loss import Criterion
 from engine.optim.clip_and_step import clip_and_step

@@ -7,6 +7,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_BLOCK = 2**30, 2**25  # glibc before 2.35 refuses the first
 
 
+def release_freed_memory() -> None:
+    """Return the memory that malloc keeps to the operating system, e.g. between two models of a benchmark."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Make malloc keep freed memory for the next tensors, for computation on the CPU; return True if it does.
 

@@ -1,4 +1,8 @@
-"""Result files: tables as CSV or parquet, nested values as JSON, written atomically."""
+"""Result files: tables as CSV or parquet, nested values as JSON, written atomically.
+
+Control characters in texts are escaped, as \\x1b. A spreadsheet takes a cell of a CSV file that begins with =, + or - for a
+formula, and @ for a function: such texts get an apostrophe in front, numbers do not.
+"""
 
 import csv
 import importlib.util
@@ -10,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from common.atomic_files import write_atomically
-from common.text import readable
+from common.atomic_files import write_atomically, write_text_atomically
+from common.text import escape_controls, readable
 
 TABLES = (".csv", ".parquet")
+FORMULAS = tuple("=+-@\t\r\n")  # first characters of a cell; also in the full width of East Asian text
+FULL_WIDTH = str.maketrans("＝＋－＠", "=+-@")
 
 
 def check_target(flag: str, path: str, suffixes: Sequence[str]) -> Path:
@@ -56,20 +62,23 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -
     def write(file: Path) -> None:
         with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as text:
             writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+            writer.writerow(map(csv_cell, columns))
+            writer.writerows([csv_cell(cell) for cell in row] for row in zip(*columns.values(), strict=True))
 
     write_atomically(path, write)
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value for a cell of a CSV file: texts without control characters, and not to be taken for a formula."""
+    if not isinstance(value, str):
+        return value
+    escaped = escape_controls(value)
+    return f"'{escaped}" if value.lstrip(" ").translate(FULL_WIDTH).startswith(FORMULAS) else escaped
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """Write plain values as JSON; numbers that are not finite, which JSON lacks, become null."""
-    text = json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
-
-    def write(file: Path) -> None:
-        file.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text_atomically(path, json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n")
 
 
 def _text(values: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import running_sums
 from engine.batch_plan import BatchPlan
+from engine.checkpoint.contents import RESULT
 from engine.distributed.processes import Processes
 from engine.optim.backends import align_state
 from engine.optim.ema import ModelEma
@@ -21,6 +22,19 @@ from engine.running_sums import RunningSums
 GROUP_SETTINGS = (
     *("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"),
     *("fused", "foreach", "capturable"),
+)
+# Entries of the state of the optimisers that have fused kernels, which check neither shapes nor the number of values.
+MOMENTS = {
+    "Adam": ("exp_avg", "exp_avg_sq"),
+    "AdamW": ("exp_avg", "exp_avg_sq"),
+    "NAdam": ("exp_avg", "exp_avg_sq"),
+    "Lamb": ("exp_avg", "exp_avg_sq"),
+    "SGD": ("momentum_buffer",),
+    "Adagrad": ("sum",),
+}
+# Entries without which a run cannot continue.
+NEEDED = (
+    *("format", "model", "ema", "optimizer", "scaler", "update", "global_batch", "updates_per_epoch", "best", "sums"),
 )
 
 
@@ -111,9 +125,27 @@ class TrainState:
         }
 
     def load_state_dict(self, stored: Mapping[str, Any], file: str) -> None:
-        """Continue from a stored state. Raises ValueError if it is of another model, batch, data set or optimiser."""
+        """Continue from a stored state. Raises ValueError if it is of another model, batch, data set or optimiser, or incomplete."""
+        if missing := [key for key in NEEDED if key not in stored]:
+            raise ValueError(
+                f"{file} holds no {missing[0]}, it is no state of a run; start from its weights with --init"
+            )
+        try:
+            self._load(stored, file)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(
+                f"{file} holds a state that does not fit this run ({type(error).__name__}: {first[:160]}); continue from another "
+                "checkpoint, or start from its weights with --init"
+            ) from error
+
+    def _load(self, stored: Mapping[str, Any], file: str) -> None:
         if stored["format"] == 1:
             stored = from_format_1(stored)
+        if any(key not in result for result in stored["best"].values() for key in RESULT):
+            raise ValueError(
+                f"{file} holds a best result without {', '.join(RESULT)}; continue from another checkpoint"
+            )
         self._check_batches(stored, file)
         self._check_ema(stored, file)
         self._load_weights(stored, file)
@@ -161,16 +193,33 @@ class TrainState:
         """Load the optimiser's state; GROUP_SETTINGS stay as they are here, as do entries that another backend did not store."""
         own = self.optimizer.state_dict()["param_groups"]
         groups = [
-            {**here, **group, **{key: here[key] for key in GROUP_SETTINGS if key in here}, "params": group["params"]}
+            {**here, **_counts_of(group, here), "params": group["params"]}
             for group, here in zip(stored["param_groups"], own, strict=False)
         ]
         if len(groups) == len(stored["param_groups"]):
             stored = {**stored, "param_groups": groups}
+        self._check_moments(stored["state"], file)
         try:
             self.optimizer.load_state_dict(stored)
             align_state(self.optimizer)
         except ValueError as error:
             raise ValueError(f"{file} was written with another optimiser or other parameter groups: {error}") from error
+
+    def _check_moments(self, stored: Mapping[int, Mapping[str, Any]], file: str) -> None:
+        """Raise ValueError if stored moments have other shapes than their parameters: fused kernels would read beyond them."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        moments = MOMENTS.get(optimizer_name(self.optimizer))
+        if moments is None:  # of timm's others, which are written in Python: they check shapes
+            return
+        for index, entry in stored.items():
+            shape = weights[index].shape if 0 <= index < len(weights) else None
+            wrong = [key for key in moments if entry and key not in entry]
+            wrong += [key for key, value in entry.items() if not _is_moment(key, value, shape, key in moments)]
+            if wrong or shape is None:
+                raise ValueError(
+                    f"{file} holds a state of the optimiser for parameter {index} that does not fit it ({str(wrong)[1:60]}); "
+                    "continue from another checkpoint, or start from its weights with --init"
+                )
 
     def _load_position(self, stored: Mapping[str, Any]) -> None:
         """Load position, best results and counts; entries that the first files of format 2 lack have their initial values."""
@@ -181,6 +230,21 @@ class TrainState:
         self.rollbacks = stored.get("rollbacks", 0)
         if self.update:  # as the last update left it; no other may follow before the state is stored again
             self.schedule.set(self.update - 1)
+
+
+def _is_moment(key: str, value: Any, shape: torch.Size | None, full: bool) -> bool:
+    """Return True for a tensor of a parameter's shape, unless it must be `full` also for a single number; None for SGD's first."""
+    if not isinstance(value, Tensor):
+        return value is None and key == "momentum_buffer"
+    return value.is_floating_point() and (value.shape == shape or (not full and value.shape in ((), (1,))))
+
+
+def _counts_of(group: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers that an optimiser counts in a stored parameter group; all that the config decides stays as it is here."""
+    kept = {key: value for key, value in group.items() if key not in GROUP_SETTINGS and type(value) in (int, float)}
+    kept = {key: value for key, value in kept.items() if key == "step" or type(here.get(key)) is type(value)}
+    step = group.get("step")
+    return {**kept, "step": step} if isinstance(step, Tensor) and step.numel() == 1 else kept
 
 
 def from_format_1(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,26 +21,27 @@ The same command on every node, also on one that joins later.
 A restart continues from the last checkpoint: CHECKPOINT.EVERY_UPDATES says how much can be lost. A number of processes that the
 global batch cannot be divided among trains on as many as it can; the others stand by. \$RDZV_CONF replaces torchrun's patience,
 $patience.
+
+$(network_note)
 END
 }
 patience=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 
-port=29500
-[ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 10000))
-nodes="" address="" port=${MASTER_PORT:-$port} id="" restarts=100 processes=${NPROC_PER_NODE:-$(count_gpus)}
+nodes="" address="" port=${MASTER_PORT:-$(default_port)} id="" restarts=100 processes=${NPROC_PER_NODE:-$(count_gpus)}
 option_value() {
   case $1 in n) nodes=$2 ;; a) address=$2 ;; p) port=$2 ;; i) id=$2 ;; m) restarts=$2 ;; g) processes=$2 ;; esac
 }
 take_options n:a:p:i:m:g: "$@"; shift "$taken"
 [ $# -ge 1 ] || die "no CONFIG given"
-[[ $nodes =~ ^([0-9]+):([0-9]+)$ ]] || die "-n wants MIN:MAX nodes, e.g. 1:4, got '$nodes'"
-[[ ${BASH_REMATCH[1]} -ge 1 && ${BASH_REMATCH[1]} -le ${BASH_REMATCH[2]} ]] || die "-n $nodes: MIN must lie between 1 and MAX"
+if [[ $nodes != *:* ]] || ! is_number "${nodes%%:*}" || ! is_number "${nodes#*:}"; then die "-n wants MIN:MAX nodes, e.g. 1:4, got '$nodes'"; fi
+if [ "${nodes%%:*}" -lt 1 ] || [ "${nodes%%:*}" -gt "${nodes#*:}" ]; then die "-n $nodes: MIN must lie between 1 and MAX"; fi
 [ -n "$address" ] || die "no -a ADDRESS given"
-need_numbers "$port" "$restarts" "$processes"
+need_numbers "$restarts" "$processes"
+need_port "$port"
 [ "$restarts" -ge 1 ] || die "-m 0: nothing would be restarted; use torchrun.sh"
 find_config "$1"; shift
 find_python

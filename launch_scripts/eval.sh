@@ -12,10 +12,12 @@ Usage: launch_scripts/eval.sh [-g PROCESSES] CONFIG --checkpoint FILE [eval.py a
   launch_scripts/eval.sh configs/stvit/small_224.yaml --data-path DIR --checkpoint output/stvit_small_224/best_raw.safetensors
 
 \$PYTHON names the interpreter (default: .venv/bin/python, else python3).
+
+$(network_note)
 END
 }
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 

@@ -14,35 +14,40 @@ Usage: launch_scripts/stage.sh SOURCE TARGET
 END
 }
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 
 option_value() { :; }
 take_options "" "$@"; shift "$taken"
 [ $# -eq 2 ] || die "SOURCE and TARGET wanted, got $# arguments"
-source=$(realpath -s "$1") target=$2
+source=$(realpath -s -- "$1") target=$2
 [ -e "$source" ] || stop "$source does not exist on $(hostname)"
 while [[ $target == ?*/ ]]; do target=${target%/}; done
-mkdir -p "$(dirname "$target")"
+mkdir -p -- "$(dirname -- "$target")"
 
-exec 9>"$target.lock"
+lock=$target.lock part=$target.part # names that others may have taken first, where the folder is one like /tmp
+if [ -L "$lock" ] || { [ -e "$lock" ] && [ ! -f "$lock" ]; }; then stop "$lock on $(hostname) is no lock file of this script; remove it, or name another TARGET"; fi
+if [ -L "$part" ] || { [ -e "$part" ] && [ ! -d "$part" ]; }; then stop "$part on $(hostname) is no folder of this script; remove it, or name another TARGET"; fi
+[ ! -e "$lock" ] || [ -w "$lock" ] || stop "$lock on $(hostname) belongs to another user; name another TARGET, in a folder of your own"
+exec 9>>"$lock" # not >, which would empty the file
 flock 9
 mark=$target/.complete # written last; holds the path of SOURCE
 if [ -f "$mark" ]; then
-  [ "$(cat "$mark")" = "$source" ] || stop "$target on $(hostname) is a copy of $(cat "$mark"), not of $source; remove it, or name another TARGET"
-  echo "$script: $target is complete on $(hostname)"
+  origin=$(head -c 4096 -- "$mark" | tr -d '\0')
+  [ "$origin" = "$source" ] || stop "$target on $(hostname) is a copy of $origin, not of $source; remove it, or name another TARGET"
+  say "$target is complete on $(hostname)"
   exit 0
 fi
 rmdir "$target" 2>/dev/null || [ ! -e "$target" ] || stop "$target on $(hostname) is not a complete copy that this script made; remove it, or name another TARGET"
-part=$target.part # renamed when it is complete, so that an interrupted copy is repeated
+# The copy is renamed when it is complete, so that an interrupted one is repeated.
 [ ! -e "$part" ] || chmod -R u+rwX "$part" # copies of read-only folders are read-only, too
 rm -rf "$part"
 mkdir "$part"
-if [ -d "$source" ]; then command=(cp -a "$source/." "$part"); else command=(tar -xf "$source" -C "$part"); fi
+if [ -d "$source" ]; then command=(cp -a -- "$source/." "$part"); else command=(tar -xf "$source" -C "$part"); fi
 say_command "${command[@]}"
 "${command[@]}"
 chmod u+w "$part" # SOURCE may be read-only
 echo "$source" >"$part/.complete"
-mv "$part" "$target"
-echo "$script: $target is ready on $(hostname)"
+mv -T -- "$part" "$target"
+say "$target is ready on $(hostname)"

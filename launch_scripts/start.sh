@@ -5,13 +5,49 @@
 # Seconds that torchrun lets processes save after a SIGTERM (older releases ignore it: 30 s); a scheduler may have a lower limit.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
-die() { echo "$script: $*" >&2; usage >&2; exit 2; }
+# Prints the warning that belongs to each --help.
+network_note() {
+  cat <<END
+Trusted network only: the processes open ports (the one above or a free one, and others), without authentication or encryption, and
+who can connect to torchrun's can run code as you. docs/clusters.md, Networks, lists the ports and says how to restrict them.
+END
+}
 
-stop() { echo "$script: $*" >&2; exit 1; }
+# Prints a line; names and values may hold control characters, which a terminal would obey.
+say() { printf '%s: %s\n' "$script" "${*//[[:cntrl:]]/?}"; }
 
+die() { say "$*" >&2; usage >&2; exit 2; }
+
+stop() { say "$*" >&2; exit 1; }
+
+# Bash evaluates the text in arithmetic, commands in subscripts included: each value passes here, or is_number, before.
 need_numbers() {
   local number
-  for number; do [[ $number =~ ^[0-9]+$ ]] || die "not a number: $number"; done
+  for number; do is_number "$number" || die "not a number: $number"; done
+}
+
+# Succeeds for up to 10 digits, without a leading zero, which would make the number octal.
+is_number() { [[ $1 =~ ^(0|[123456789][0123456789]{0,9})$ ]]; }
+
+# Checks the variables of SLURM, those of them that are set.
+need_slurm_numbers() {
+  local name
+  for name in SLURM_JOB_ID SLURM_RESTART_COUNT SLURM_NNODES SLURM_NTASKS SLURM_GPUS_ON_NODE SLURM_CPUS_PER_TASK SLURM_CPUS_ON_NODE; do
+    [ -z "${!name:-}" ] || is_number "${!name}" || die "not a number: $name=${!name}"
+  done
+}
+
+# Prints the port that follows from the job's number, or 29500 outside a job.
+default_port() {
+  [ -n "${SLURM_JOB_ID:-}" ] || { echo 29500; return; }
+  need_numbers "$SLURM_JOB_ID"
+  echo $((20000 + SLURM_JOB_ID % 10000))
+}
+
+# Ends the script unless a value is the number of a port.
+need_port() {
+  is_number "$1" || die "not a port number: $1"
+  if [ "$1" -lt 1 ] || [ "$1" -gt 65535 ]; then die "not a port number: $1"; fi
 }
 
 # Parses the options before CONFIG with getopts; calls option_value with each flag and its value.
@@ -57,6 +93,7 @@ run_directory() { PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m tools
 # Prints an unused port of this machine, starting from 20000 + job id % 10000, so that two jobs try different ones first.
 free_port() {
   local port
+  need_numbers "$1"
   for port in $((20000 + $1 % 10000)) $((30000 + $1 % 10000)) $((40000 + $1 % 10000)) $((50000 + $1 % 10000)); do
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || { echo "$port"; return; }
   done
@@ -82,7 +119,7 @@ stage_nodes() {
 
 # Prints the exit status of the job and exits with it, or requeues the job if the run is to be continued.
 end_job() {  # STATUS
-  echo "$script: ended with status $1 at $(date '+%F %T')"
+  say "ended with status $1 at $(date '+%F %T')"
   if [ -f "$run/done" ]; then
     rm -f "$run/requeues"
   elif [ -f "$run/preempted" ] && ! is_cancelled; then
@@ -91,22 +128,46 @@ end_job() {  # STATUS
   exit "$1"
 }
 
+# Writes a line to the file of requeues, by a new file: a link there is replaced, not followed.
+write_requeues() {
+  local new
+  new=$(mktemp "$run/.requeues.XXXXXXXX.tmp" 2>/dev/null) || return 1
+  # =rw without a class of users: as the umask says.
+  if { echo "$1" >"$new" && chmod '=rw' "$new" && mv -fT "$new" "$run/requeues"; } 2>/dev/null; then return 0; fi
+  rm -f "$new"
+  return 1
+}
+
+# Makes the folder for the output of the nodes; refuses links, by which srun would write elsewhere.
+make_logs() {
+  local folder
+  for folder in "$run/logs" "$logs"; do
+    if [ -L "$folder" ] || { [ -e "$folder" ] && [ ! -d "$folder" ]; }; then stop "$folder is no folder but a link or a file; remove it"; fi
+  done
+  mkdir -p "$logs"
+  [ -z "$(find "$logs" -mindepth 1 ! -type f -print -quit)" ] || stop "$logs holds links or folders; remove them"
+}
+
 # Requeues the job, unless it was requeued 5 times without a newer checkpoint.
 requeue_job() {  # WHY
   local newest job="" count=0 before=""
-  newest=$(find "$run/checkpoints" -name 'update-*.pt' 2>/dev/null | sort -V | tail -n 1) || true
-  [ ! -f "$run/requeues" ] || read -r job count before <"$run/requeues" || true
-  if [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$newest" ]; then count=0; fi
+  newest=$(find "$run/checkpoints" -maxdepth 1 -name 'update-[0-9]*.pt' 2>/dev/null | sort -V | tail -n 1) || true
+  newest=${newest//[[:cntrl:]]/?}
+  if [ -f "$run/requeues" ] && [ ! -L "$run/requeues" ]; then
+    read -r job count before < <(head -c 4096 -- "$run/requeues" 2>/dev/null | tr -d '\0') || true
+  fi
+  if [ "$job" != "$SLURM_JOB_ID" ] || [ "$before" != "$newest" ] || ! is_number "$count"; then count=0; fi
   if [ "$count" -ge 5 ]; then
     stop "$1; job $SLURM_JOB_ID has come back $count times and saved nothing since ${newest:-its beginning}: it stays out of the queue. Give it more --time"
   fi
-  echo "$SLURM_JOB_ID $((count + 1)) $newest" >"$run/requeues"
-  echo "$script: $1; job $SLURM_JOB_ID goes back into the queue and continues $run"
+  write_requeues "$SLURM_JOB_ID $((count + 1)) $newest" ||
+    say "$run/requeues cannot be written: the requeues of the job are not counted" >&2
+  say "$1; job $SLURM_JOB_ID goes back into the queue and continues $run"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 60 # until SLURM ends this script
 }
 
 # Checked early: an unknown head node is an error after a minute only (torchrun) or half an hour (srun).
-need_address() { getent ahosts "$1" >/dev/null || stop "the name of the head node, $1, does not resolve here; set MASTER_ADDR"; }
+need_address() { getent ahosts -- "$1" >/dev/null || stop "the name of the head node, $1, does not resolve here; set MASTER_ADDR"; }
 
 say_command() { printf '%q ' "$@"; echo; }

@@ -17,22 +17,23 @@ Usage: launch_scripts/torchrun.sh [-g PROCESSES] [-n NODES -r RANK -a ADDRESS [-
   launch_scripts/torchrun.sh -n 2 -r 0 -a HOST -g 8 configs/groupmixformer/tiny_224.yaml --data-path DIR --batch-size 32  # and -r 1 on the other
 
 \$PYTHON names the interpreter (default: .venv/bin/python, else python3).
+
+$(network_note)
 END
 }
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=launch_scripts/start.sh
 . "$root/launch_scripts/start.sh"
 
-port=29500
-[ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 10000))
-processes=${NPROC_PER_NODE:-$(count_gpus)} nodes=${NNODES:-1} rank=${NODE_RANK:-} address=${MASTER_ADDR:-} port=${MASTER_PORT:-$port}
+processes=${NPROC_PER_NODE:-$(count_gpus)} nodes=${NNODES:-1} rank=${NODE_RANK:-} address=${MASTER_ADDR:-} port=${MASTER_PORT:-$(default_port)}
 option_value() {
   case $1 in g) processes=$2 ;; n) nodes=$2 ;; r) rank=$2 ;; a) address=$2 ;; p) port=$2 ;; esac
 }
 take_options g:n:r:a:p: "$@"; shift "$taken"
 [ $# -ge 1 ] || die "no CONFIG given"
-need_numbers "$processes" "$nodes" "$port"
+need_numbers "$processes" "$nodes"
+need_port "$port"
 find_config "$1"; shift
 find_python
 

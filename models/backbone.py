@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from .entries import check_finite
 from .published import Constant, Rule, from_published, is_published
 
 STRIDES = (4, 8, 16, 32)
@@ -260,6 +261,7 @@ class Backbone(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
+        check_finite(own, f"the state to be loaded into {type(self).__name__}")  # also for timm's create_model
         fitted = checkpoint_filter_fn(own, self, strict=args[1])
         for name in own:
             del state_dict[prefix + name]

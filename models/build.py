@@ -1,7 +1,7 @@
 """Models and teachers from a config: variants of Retoken's families, or any other model of timm."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers the families
+from common.text import shorten
 from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
-from models.custom_model import digest, import_models
+from models.custom_model import describe_module, digest, import_models
 from models.kernels.switch import use_kernels, wins
 from models.registry import is_retoken, retoken_models
-from models.weights import adapt, classifier_names, fit, load_weights
+from models.weights import adapt, classifier_names, fit, load_weights, row_count
 
 
 def build_model(cfg: Any, num_classes: int) -> nn.Module:
@@ -41,7 +42,9 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(name, num_classes=num_classes, **arguments)
     except TypeError as error:
-        raise ValueError(f"MODEL.NAME={name!r} does not take {arguments}: set to 0 what it names ({error})") from error
+        raise ValueError(
+            f"MODEL.NAME={shorten(name)} does not take {shorten(arguments)}: set to 0 what it names ({error})"
+        ) from error
     if cfg.MODEL.KERNELS == "triton" or (cfg.MODEL.KERNELS == "auto" and cfg.DEVICE != "cpu" and wins(model)):
         _use_kernels(model, cfg.DEVICE)
     return model
@@ -67,6 +70,12 @@ def checkpoint_blocks(model: nn.Module, count: int) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
         raise ValueError(f"{key}: {name} has no gradient checkpointing; set it to 0") from error
+
+
+def announce_custom_model(cfg: Any, say: Callable[[str], object]) -> None:
+    """Pass the announcement of the program that cfg.MODEL.MODULE names, before it runs, to `say`; nothing without one."""
+    if cfg.MODEL.MODULE:
+        say(f"MODEL.MODULE: running {describe_module(cfg.MODEL.MODULE)}; --opts MODEL.MODULE '' does without")
 
 
 def custom_model_metadata(cfg: Any) -> dict[str, str]:
@@ -118,7 +127,7 @@ def check_name(name: str, key: str = "MODEL.NAME") -> None:
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
     ours = ", ".join(retoken_models())
     raise ValueError(
-        f"{key}={name!r} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
+        f"{key}={shorten(name)} is unknown: did you mean {', '.join(near) or 'none that is near'}? "
         f"Retoken's are {ours}; timm.list_models() lists the others"
     )
 
@@ -147,7 +156,7 @@ def _use_kernels(model: nn.Module, device: str) -> None:
 def _pretrained_teacher(name: str, num_classes: int) -> nn.Module:
     known = _default(name, "num_classes")
     if known != num_classes:
-        raise ValueError(_other_classes(f"DISTILL.TEACHER={name!r} pretrained", known, num_classes))
+        raise ValueError(_other_classes(f"DISTILL.TEACHER={shorten(name)} pretrained", known, num_classes))
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -163,8 +172,8 @@ def _check_teacher_classes(
     """Raise ValueError if the classifier is for another number of classes, or for the same ones in another order."""
     for head in classifier_names(model):
         weight = weights.get(f"{head}.weight")
-        if weight is not None and len(weight) != len(classes):
-            raise ValueError(_other_classes(f"DISTILL.TEACHER_WEIGHTS={source}", len(weight), len(classes)))
+        if weight is not None and row_count(weight) != len(classes):
+            raise ValueError(_other_classes(f"DISTILL.TEACHER_WEIGHTS={source}", row_count(weight), len(classes)))
     if theirs and list(theirs) != list(classes) and set(theirs) == set(classes):
         raise ValueError(
             f"DISTILL.TEACHER_WEIGHTS={source} has the classes in another order ({theirs[0]} first, here {classes[0]}); give "

@@ -1,5 +1,6 @@
 """Custom models: Python files or modules outside this repository that register models with timm (docs/extending.md)."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -29,6 +30,17 @@ def import_models(where: str, key: str = "MODEL.MODULE") -> tuple[str, list[str]
     if not own:
         raise ValueError(f"{key}={where!r} registers no model; put timm's @register_model before a function in it")
     return str(module.__file__), own
+
+
+def describe_module(where: str) -> str:
+    """Return the file that `import_models` would run, with its SHA-256 where it is a file, as text; nothing is imported."""
+    if not where.endswith(".py"):
+        found = None
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(where.partition(".")[0])  # of a submodule, it would import the package
+        return f"the module {where}" + (f" of {found.origin}" if found and found.origin else "")
+    path = Path(where).expanduser().resolve()
+    return f"{path} (SHA-256 {digest(str(path))})" if path.is_file() else str(path)
 
 
 def digest(file: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
 # Last parts of names of what tools add to a model: thop's counts and AveragedModel's number of averages.
 COUNTS = ("total_ops", "total_params", "n_averaged")
+MAX_NAME = 400  # characters
 PLAIN = (int, float, complex, str, bytes, type(None))
 SHOWN = 4  # names listed in an error
 
@@ -21,6 +22,14 @@ def is_weights(value: Any) -> bool:
     return any(isinstance(v, Tensor) for v in value.values()) and all(
         isinstance(v, (Tensor, *PLAIN)) for v in value.values()
     )
+
+
+def check_names(names: Iterable[Any], origin: str) -> None:
+    """Raise ValueError for names that no module has: too long, or with characters that cannot be printed."""
+    for name in names:
+        if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+            shown = ascii(name)[1:41] if isinstance(name, str) else type(name).__name__
+            raise ValueError(f"{origin} is damaged: {shown} is no name of a tensor; use another file")
 
 
 def clean(entries: Mapping[str, Any], unwrap: bool = True) -> tuple[dict[str, Tensor], list[str]]:
@@ -74,6 +83,26 @@ def check_finite(weights: Mapping[str, Any], origin: str, remedy: str = "use an 
             f"{origin} holds values that are not finite (nan or inf) in {len(found)} of {len(weights)} tensors: "
             f"{_some(shown)}; the run that wrote it has diverged, or the file is damaged: {remedy}"
         )
+
+
+def check_plain(weights: Mapping[str, Tensor], origin: str) -> None:
+    """Raise ValueError, naming the first tensors, if some are quantised, sparse, complex or without values (meta)."""
+    found = [(name, kind) for name, tensor in weights.items() if (kind := _odd_kind(tensor))]
+    if found:
+        raise ValueError(
+            f"{origin} holds tensors of a kind that is not read: {_some([f'{name} ({kind})' for name, kind in found])}; save "
+            "them again as plain tensors of real numbers"
+        )
+
+
+def _odd_kind(tensor: Tensor) -> str:
+    kinds = {
+        "without values": tensor.is_meta,
+        "quantised": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "sparse or nested": tensor.layout != torch.strided,
+    }
+    return next((kind for kind, holds in kinds.items() if holds), "")
 
 
 def count_not_finite(tensor: Any) -> int:

@@ -8,9 +8,12 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+from typing import IO
 
+PICKLED_BY_TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the number that older torch files begin with
 HEAD = 4096  # bytes that are read to tell the kind
-MAX_HEADER = 100_000_000  # bytes of a safetensors header, the limit of the format's own readers
+MAX_HEADER = 16 << 20  # bytes of a safetensors header; 10,000 tensors take 1 MB
+MAX_DIRECTORY = 8 << 20  # bytes of an archive's directory; 10,000 tensors take 1 MB
 SHOWN = 4  # names listed in an error
 TORCH, SAFETENSORS = "a torch file", "a safetensors file"
 AGAIN = "download it again"
@@ -56,6 +59,24 @@ ZIP_ENTRIES: tuple[tuple[str, str, str], ...] = (
     (r"\[Content_Types\]\.xml", "an Office document", NO_WEIGHTS),
     (r".*\.(pth|pt|ckpt|bin|safetensors)", "a zip archive of other files", UNPACK),
 )
+
+
+class BoundedReads:
+    """File whose single reads are bounded: zipfile reads a whole directory at once."""
+
+    def __init__(self, file: IO[bytes]):
+        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+
+    def read(self, count: int = -1) -> bytes:
+        """Return bytes. Raises ValueError for too many."""
+        data = self._read(count if 0 <= count <= MAX_DIRECTORY else MAX_DIRECTORY + 1)
+        if len(data) > MAX_DIRECTORY:
+            raise ValueError(f"the directory of its archive has more than {MAX_DIRECTORY:,} bytes")
+        return data
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
 
 
 def find_weights(given: Path) -> Path:
@@ -120,8 +141,10 @@ def kind_of(path: Path) -> tuple[str, str]:
             return kind, remedy
     if head.startswith(b"PK"):
         return _zip_kind(path)
-    if head[0] == 0x80 and len(head) > 1 and head[1] <= 5:
-        return TORCH, ""  # a pickle: the format before torch 1.6, or none of torch, which its reader tells
+    if head[0] == 0x80 and len(head) > 1 and head[1] <= 5:  # a pickle
+        if PICKLED_BY_TORCH in head[:40]:
+            return TORCH, ""  # the format before torch 1.6
+        return "a pickle of other Python objects, not of torch.save", "save a dictionary of tensors with torch.save"
     if head[257:262] == b"ustar":
         return "a tar archive", UNPACK
     if head[4:8] == b"TFL3":
@@ -132,9 +155,11 @@ def kind_of(path: Path) -> tuple[str, str]:
 def _zip_kind(path: Path) -> tuple[str, str]:
     """Return the kind of a file that begins as a zip archive does; torch files are zip archives."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(BoundedReads(file)) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError):
+    except OSError:
+        raise
+    except Exception:  # zipfile raises many kinds of errors for damaged archives
         return "damaged: the end of its zip archive is missing, as after a download or copy that stopped", AGAIN
     for pattern, kind, remedy in ZIP_ENTRIES:
         if any(re.fullmatch(pattern, name) for name in names):
@@ -149,7 +174,8 @@ def _safetensors_kind(head: bytes, size: int) -> tuple[str, str] | None:
         return None
     (length,) = struct.unpack("<Q", head[:8])
     if length > MAX_HEADER:
-        return None
+        known = head[9:].lstrip()[:1] == b'"' and length < size
+        return ("damaged: a safetensors file whose header is too large", "use another checkpoint") if known else None
     if 8 + length > size:
         return "damaged: a safetensors file cut off in its header, as after a download or copy that stopped", AGAIN
     return SAFETENSORS, ""

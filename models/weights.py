@@ -10,19 +10,20 @@
 Published names are turned into ours by the model itself (models/published.py), here and in any `load_state_dict`.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .entries import check_finite, clean, is_weights, rewrap, shared_prefix
+from .entries import check_finite, check_names, check_plain, clean, is_weights, rewrap, shared_prefix
 from .file_kinds import find_weights, is_safetensors
+from .metadata import own_metadata, parse_metadata
 from .published import COUNTER, from_published, is_published, to_published
-from .unpickling import read_torch
+from .torch_files import MAX_DIMS, read_torch
 
 EMA_ENTRIES = ("ema", "state_dict_ema", "model_ema")
 RAW_ENTRIES = ("model", "state_dict", "model_state_dict", "module", "net")
@@ -40,10 +41,13 @@ def load_weights(path: Path, which: str = "raw") -> tuple[dict[str, Tensor], dic
     """
     path = find_weights(path)
     entries, metadata = _load_safetensors(path) if is_safetensors(path) else _load_torch(path, which)
+    check_names(entries, str(path))
     weights, notes = clean(entries, unwrap="model" not in metadata)
     if not weights:
-        raise ValueError(f"{path} holds no weights (entries: {', '.join(list(entries)[:8])})")
+        raise ValueError(f"{path} holds no weights (entries: {_some(entries)}); name the file with the weights")
+    check_plain(weights, str(path))
     check_finite(weights, str(path))
+    _check_classes(metadata, weights, path)
     return weights, {**metadata, "notes": notes} if notes else metadata
 
 
@@ -56,19 +60,17 @@ def _load_torch(path: Path, which: str) -> tuple[dict[str, Any], dict[str, Any]]
     if raw is None and ema is None:
         if not is_weights(state):
             raise ValueError(
-                f"{path} holds no weights that are understood (entries: {', '.join(map(str, list(state)[:8]))})"
+                f"{path} holds no weights that are understood (entries: {_some(state)}); name the file with the weights"
             )
         return state, {"layout": "plain", "weights": "raw", "holds": ["raw"]}
-    metadata = state.get("facts", {})
+    metadata = own_metadata(state.get("facts"), str(path))
     if "weights" in metadata:  # of a converted file: it has these only
         which, entry = metadata["weights"], raw
     else:
         entry = raw if which == "raw" else ema
     if entry is None:
         other = "EMA" if which == "ema" else "raw"
-        raise ValueError(
-            f"{path} holds no {other} weights (entries: {', '.join(map(str, state))}); ask for the other ones"
-        )
+        raise ValueError(f"{path} holds no {other} weights (entries: {_some(state)}); ask for the other ones")
     holds = [which] if "weights" in metadata else [kind for kind, key in (("raw", raw), ("ema", ema)) if key]
     return state[entry], {**metadata, "layout": _layout(state), "weights": which, "holds": holds}
 
@@ -96,7 +98,11 @@ def fit(
     ]
     faults = [
         f"{len(found)} {kind}: {', '.join(found[:SHOWN])}{', ...' if len(found) > SHOWN else ''}"
-        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for kind, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
         if found
     ]
     if faults:
@@ -114,8 +120,8 @@ def adapt(model: nn.Module, weights: Mapping[str, Tensor], origin: str, remedy: 
         if is_published(model, weights):
             return from_published(model, weights, strict=False)
         return {name: model.fit_entry(name, tensor) for name, tensor in weights.items()}
-    except ValueError as error:
-        raise ValueError(f"{origin} does not fit {type(model).__name__}: {error}; {remedy}") from error
+    except (ValueError, IndexError, RuntimeError) as error:  # the last two of tensors with too few dimensions
+        raise ValueError(f"{origin} does not fit {type(model).__name__}: {str(error)[:400]}; {remedy}") from error
 
 
 def load_warm_start(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> str:
@@ -136,7 +142,7 @@ def load_warm_start(model: nn.Module, weights: Mapping[str, Tensor], origin: str
     model.load_state_dict(fit(model, weights, origin, heads), strict=False)
     return (
         f"started from {origin}; the classifier stays freshly initialised: "
-        f"it has {adapted[other[0]].shape[0]} classes there, {own[other[0]].shape[0]} here{''.join(resized)}"
+        f"it has {row_count(adapted[other[0]])} classes there, {own[other[0]].shape[0]} here{''.join(resized)}"
     )
 
 
@@ -148,6 +154,11 @@ def _resized(model: Backbone, name: str, adapted: Mapping[str, Tensor], weights:
     return there in weights and weights[there].shape != adapted[name].shape
 
 
+def row_count(tensor: Tensor) -> int:
+    """Return the number of rows of a classifier's weight or bias; 0 for a tensor without dimensions."""
+    return tensor.shape[0] if tensor.ndim else 0
+
+
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Return the module names of a timm model's classifier."""
     names = getattr(model, "default_cfg", {}).get("classifier") or ()
@@ -155,14 +166,38 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights: dict[str, Tensor] = {}
     try:
         with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                if len(shape := file.get_slice(name).get_shape()) > MAX_DIMS:
+                    raise ValueError(f"a tensor has {len(shape)} dimensions")
+                weights[name] = file.get_tensor(name)
             header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from error
-    metadata = {"weights": "raw", **json.loads(header.get("retoken", "{}"))}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); is the file yours, and the disk there?") from error
+    except Exception as error:  # SafetensorError, and torch's for types and shapes that it lacks
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({first[:160]}); use another checkpoint"
+        ) from error
+    metadata = {"weights": "raw", **parse_metadata(header.get("retoken", "{}"), str(path))}
     return weights, {**metadata, "layout": "safetensors", "holds": [metadata["weights"]]}
+
+
+def _check_classes(metadata: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError for a number of classes that no tensor has rows for: a model of that size would be built."""
+    count = metadata.get("num_classes") or 0
+    if count and not any(tensor.ndim and tensor.shape[0] == count and tensor.numel() for tensor in weights.values()):
+        raise ValueError(
+            f"{path} is damaged: its metadata state {count:,} classes, for which none of its tensors has rows; use another file"
+        )
+
+
+def _some(names: Iterable[Any]) -> str:
+    """Return the first names of a file's entries, shortened."""
+    shown = [ascii(name)[1:-1][:40] if isinstance(name, str) else type(name).__name__ for name in islice(names, 8)]
+    return ", ".join(shown)
 
 
 def _layout(state: Mapping[str, Any]) -> str:

@@ -18,17 +18,20 @@ from PIL import Image
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from common.text import shorten
 from config.command_line import Parser, check_which
 from data.augment.transforms import EVAL_MODES, INTERPOLATIONS, EvalTransform
 from data.loaders.decode import UnreadableImageError, decode
+from data.loaders.file_limits import MAX_BYTES, check_file, check_tags
+from data.stores.bounded_files import read_array
 from data.stores.class_labels import class_names, readable_names
 from data.stores.folder import ClassIndexError
 from data.stores.folder_tree import list_images
-from data.stores.image_files import SUFFIXES
+from data.stores.image_files import HEAD, SUFFIXES, format_of
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from models.identify import identify
-from models.weights import classifier_names, fit, load_weights
+from models.weights import classifier_names, fit, load_weights, row_count
 from tools.convert import convert
 
 RANDOM_CLASSES = 1000
@@ -177,11 +180,12 @@ def read_image(path: Path) -> Tensor:
     Training and evaluation ignore the orientation, as torchvision and timm do; photographs of telephones need it.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        data = read_array(path, MAX_BYTES)
     except OSError as error:
         raise UnreadableImageError(str(path), f"cannot be read ({error.strerror})", "check the file") from error
+    image = decode(data, str(path))  # before Pillow opens the file
     turns, mirrored = UPRIGHT.get(_orientation(data), (0, False))
-    image = decode(data, str(path)).rot90(turns, (1, 2))
+    image = image.rot90(turns, (1, 2))
     return (image.flip(2) if mirrored else image).contiguous()
 
 
@@ -189,7 +193,11 @@ def _orientation(data: np.ndarray) -> int:
     """Return the EXIF orientation of a file's bytes, 1 if it has none."""
     with suppress(Exception), warnings.catch_warnings():  # Pillow raises many kinds of errors for damaged files
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data.tobytes())) as image:
+        form = format_of(data[:HEAD].tobytes())
+        check_file(data, form)
+        with Image.open(io.BytesIO(data.data), formats=(form,)) as image:
+            block = image.info.get("exif", b"")[len(b"Exif\0\0") :]
+            check_tags(memoryview(block))
             return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
@@ -231,7 +239,7 @@ def _fit_names(
     )
     if head is None:
         raise ValueError(f"{source} holds no classifier of a {model}; check --model")
-    return tensors, {**metadata, "num_classes": head.shape[0]}
+    return tensors, {**metadata, "num_classes": row_count(head)}
 
 
 def _class_names(metadata: dict[str, Any], class_index: str) -> list[str]:
@@ -281,7 +289,7 @@ def _stated_transform(stated: dict[str, Any], source: str) -> EvalTransform:
     for key, known in (("interpolation", INTERPOLATIONS), ("mode", EVAL_MODES)):
         if key in stated and stated[key] not in known:
             raise ValueError(
-                f"{source} states the evaluation {key} {stated[key]!r}, which is none of {', '.join(known)}; is it of a newer version?"
+                f"{source} states the evaluation {key} {shorten(stated[key])}, which is none of {', '.join(known)}; is it of a newer version?"
             )
     crop, resize = stated["crop"], stated.get("resize", 0)
     if 0 < resize < crop:

@@ -17,11 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from config.command_line import Parser
 from tools.run_comparison import ABSENT, Comparison, compare, format_number, read_run
 from tools.tables import aligned_columns, markdown_table, terminal_table
+from tools.terminal import Screen, say
 
 JSON_KEYS = {
     "divergence": "parting",
@@ -71,27 +70,29 @@ def compare_parser() -> Parser:
 
 def show(found: Sequence[Comparison], markdown: bool) -> None:
     """Print comparisons: tables on a terminal, plain lines or Markdown elsewhere."""
-    screen = Console(highlight=False)
+    screen = Screen()
     for comparison in found:
         for title, header, rows in sections(comparison):
             if markdown:
-                print("\n".join([f"### {title}", "", *markdown_table(header, rows)]), end="\n\n")
+                say(f"### {title}", "", *markdown_table(header, rows), "")
             elif screen.is_terminal:
                 screen.print(terminal_table(header, rows, title))
             else:
                 lines = aligned_columns([header, *rows] if any(header) else rows)
-                print("\n".join([title, *(f"  {line}" for line in lines)]))
+                say(title, *(f"  {line}" for line in lines))
         count = comparison.rows
         compared = (
             f"compared {count['train']} training rows and {count['eval']} evaluations, to update {comparison.through}"
         )
         for note in (compared, *comparison.notes):
-            print(note + "\n" * markdown)
+            say(note, *[""] * markdown)
         summary = f"{comparison.a}, {comparison.b}: {comparison.summary}"
         if screen.is_terminal and not markdown:
-            screen.print(summary, style="bold green" if comparison.same else "bold red", markup=False, soft_wrap=True)
+            screen.print(summary, style="bold green" if comparison.same else "bold red", soft_wrap=True)
+        elif markdown:
+            say(f"**{summary}**", "")
         else:
-            print(f"**{summary}**\n" if markdown else summary)
+            say(summary)
 
 
 def sections(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:

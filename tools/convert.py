@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.atomic_files import write_atomically
+from common.text import shorten
 from config.command_line import Parser
 from engine.checkpoint.files import save_state, save_weights
 from engine.result_files import check_location
@@ -25,6 +26,7 @@ from models.build import check_name, retoken_models
 from models.identify import identify, skeleton
 from models.published import constants, is_published, to_published
 from models.weights import fit, load_weights
+from tools.terminal import say
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 ENTRIES = {"SGFormer": "state_dict"}  # entry with the weights in the authors' layout; the other families: model
@@ -54,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{source} holds {KINDS[metadata['weights']]} weights only; leave --weights out to convert them"
             )
-        print(describe_file(source, metadata))
+        say(describe_file(source, metadata))
         for note in metadata.get("notes", ()):
-            print(note)
+            say(note)
         done = convert(weights, metadata, args.model, args.to == "published", str(source))
-        print(describe_weights(done))
+        say(describe_weights(done))
         write(target, done)
     except (ValueError, OSError) as error:
         parser.fail(error)
-    print(f"{target}: written, {'published' if done.published else 'our'} names, {len(done.tensors)} tensors")
+    say(f"{target}: written, {'published' if done.published else 'our'} names, {len(done.tensors)} tensors")
     return 0
 
 
@@ -105,7 +107,7 @@ def convert(
         model = found.name
     elif model not in retoken_models():
         check_name(model, "--model")
-        raise ValueError(f"--model={model!r} has one naming only; choose one of {', '.join(retoken_models())}")
+        raise ValueError(f"--model={shorten(model)} has one naming only; choose one of {', '.join(retoken_models())}")
     net = skeleton(model, weights, _size(metadata))
     try:
         fitted = fit(net, weights, source, remedy=f"--model is {model}")

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from rich.console import Console
-
 from common.rng import keyed_generator
 from tools.demo_pictures import FORMS, draw
 from tools.progress import with_progress
+from tools.terminal import Screen, say
 
 VERSION = 1  # of the pictures; raise it when they change
 MARKER = "demo.json"
@@ -60,7 +59,7 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
         raise ValueError(f"{out} is a file; name another folder")
     if (out / MARKER).is_file():
         if json.loads((out / MARKER).read_text(encoding="utf-8")) == described and _count(out) == train + val:
-            print(f"{out}: {train} + {val} pictures of {len(FORMS)} classes are there already")
+            say(f"{out}: {train} + {val} pictures of {len(FORMS)} classes are there already")
             return False
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and was not drawn by tools.demo; name another folder or remove it")
@@ -71,14 +70,14 @@ def draw_dataset(out: Path, train: int = 2000, val: int = 500, seed: int = 0, wo
             (partial / split / name).mkdir(parents=True)
     start = time.perf_counter()
     pictures = [(s, i, seed, str(partial)) for s, n in zip(SPLITS, (train, val), strict=True) for i in range(n)]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen(soft_wrap=True)
     line = "drew {count} of {total} pictures"
     for _ in with_progress(_draw_all(pictures, workers), len(pictures), console, title="Drawing pictures", done=line):
         pass
     (partial / MARKER).write_text(json.dumps(described), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
-    print(f"{out}: drew {train} + {val} pictures of {len(FORMS)} classes in {time.perf_counter() - start:.0f} s")
+    say(f"{out}: drew {train} + {val} pictures of {len(FORMS)} classes in {time.perf_counter() - start:.0f} s")
     return True
 
 

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.text import Text
 from yacs.config import CfgNode
 
@@ -23,6 +22,7 @@ from config import command_line
 from config.command_line import KEY_FLAGS, TRAIN_FLAGS, Parser
 from tools import doctor_machine, doctor_run
 from tools.doctor_findings import LEVELS, Finding, guarded
+from tools.terminal import Screen
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 WIDTH = max(len(level) for level in LEVELS)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.fail(error)
     asked = bool(args.cfg or args.data_path or args.opts)
     world = args.processes or max(1, torch.cuda.device_count())
-    screen = Console(highlight=False, soft_wrap=True)
+    screen = Screen(soft_wrap=True)
     findings = []
     for finding in examine(cfg, world, with_run=asked):
         findings.append(finding)
@@ -92,7 +92,7 @@ def examine(cfg: CfgNode, world: int, with_run: bool) -> Iterator[Finding]:
         yield from guarded(subject, findings)
 
 
-def show(screen: Console, finding: Finding) -> None:
+def show(screen: Screen, finding: Finding) -> None:
     """Print a finding, and below it the remedy."""
     line = Text(finding.level.ljust(WIDTH), style=COLOURS[finding.level])
     screen.print(line + Text(f"  {finding.subject}: {finding.text}", style=""))

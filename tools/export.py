@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from common.atomic_files import write_atomically
@@ -31,6 +30,7 @@ from models.inference.fold import fold
 from models.inference.prepare import is_foldable
 from tools.classifier import Classifier, add_checkpoint_options, load_from_args
 from tools.export_formats import imports, write_onnx, write_program, write_published, write_timm
+from tools.terminal import Screen
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "published": ".pth"}
 BATCHES = (1, 3)  # images of the comparisons
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = export_parser()
     args = parser.parse_args(argv)
-    screen = Console(highlight=False, soft_wrap=True)
+    screen = Screen(soft_wrap=True)
     try:
         out = check_out(Path(args.out), args.format)
         check_packages(args.format)
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.opset is not None and args.format != "onnx":
             raise ValueError(f"--opset has no effect with --format {args.format}; leave it out")
         classifier = load_from_args(args)
-        screen.print(classifier.describe(), markup=False)
+        screen.print(classifier.describe())
         for note in classifier.notes:
-            screen.print(f"note: {note}", markup=False)
+            screen.print(f"note: {note}")
         model = fold_and_check(classifier, screen) if args.fold else classifier.model
         export(classifier, model, kind=args.format, out=out, opset=args.opset, screen=screen)
     except (ValueError, OSError) as error:
@@ -106,7 +106,7 @@ def check_packages(kind: str) -> None:
         raise ValueError(f"--format {kind} needs {', '.join(missing)}; run pip install {' '.join(missing)}")
 
 
-def fold_and_check(classifier: Classifier, screen: Console) -> nn.Module:
+def fold_and_check(classifier: Classifier, screen: Screen) -> nn.Module:
     """Return a folded copy of the model. Raises DifferenceError if the two differ in float64 on random images."""
     if not is_foldable(classifier.model):
         raise ValueError(f"--fold: the class of {classifier.name} does not declare `foldable = True`; leave it out")
@@ -117,24 +117,24 @@ def fold_and_check(classifier: Classifier, screen: Console) -> nn.Module:
     with torch.no_grad():
         want, got = plain(images), other(images)
     counts = ", ".join(f"{count} x {name}" for name, count in done.items())
-    screen.print(f"folded {counts}: largest difference in float64 {(got - want).abs().max():.1e}", markup=False)
+    screen.print(f"folded {counts}: largest difference in float64 {(got - want).abs().max():.1e}")
     if difference(got, want) > 1e-9:
         raise DifferenceError(f"the folded model differs by {difference(got, want):.1e} of the logits' norm in float64")
     return other.float()
 
 
 def export(
-    classifier: Classifier, model: nn.Module, *, kind: str, out: Path, opset: int | None, screen: Console
+    classifier: Classifier, model: nn.Module, *, kind: str, out: Path, opset: int | None, screen: Screen
 ) -> None:
     """Write a model, read it back and print the difference. Raises DifferenceError, and leaves no file, above the bound."""
     bound = BOUND
 
     def checked(path: Path, write: Callable[[Path], Callable[[Tensor], Tensor]]) -> None:
         for line in compare(model, write(path), classifier.transform.crop, bound):
-            screen.print(line, markup=False)
+            screen.print(line)
 
     if kind in ("onnx", "torch"):
-        screen.print("exporting: the model is traced, which may take minutes", markup=False)
+        screen.print("exporting: the model is traced, which may take minutes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's exporter
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -152,7 +152,7 @@ def export(
                 shutil.rmtree(out)
                 raise
     for line in usage(classifier, kind, out):
-        screen.print(line, markup=False)
+        screen.print(line)
 
 
 def compare(model: nn.Module, other: Callable[[Tensor], Tensor], size: int, bound: float) -> list[str]:

@@ -13,16 +13,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from config.command_line import Parser
-from data.loaders.brightness import NEARLY_BLACK, darkness, mean_level
+from data.loaders.brightness import darkness, is_dark, mean_level
 from data.loaders.decode import UnreadableImageError
 from data.loaders.image_source import ImageSource, load
 from data.stores.archive_index import NoImagesError
@@ -30,9 +30,10 @@ from data.stores.archive_reader import ArchiveSource
 from data.stores.folder import read_class_index
 from data.stores.image_files import DEFECTS
 from data.stores.layout import NoSplitError
-from data.stores.names import lookalike_notes, printable
-from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, single_class
+from data.stores.names import lookalike_notes, number_gaps
+from data.stores.split import ArchiveSplit, Split, file_sizes, open_split, same_place, single_class
 from tools.progress import with_progress
+from tools.terminal import Screen
 
 SAMPLE = 1000  # images decoded of each split without --full
 CHUNK = 32  # images per task of a process
@@ -45,6 +46,7 @@ class Decoded(NamedTuple):
 
     reason: str = ""
     level: float = 0.0
+    dark: bool = False  # nearly black
 
 
 @dataclass
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = index_parser()
     args = parser.parse_args(argv)
-    screen = Console(highlight=False, soft_wrap=True)
+    screen = Screen(soft_wrap=True)
     try:
         if args.sample < 0 or args.workers < 1:
             raise ValueError(f"--sample {args.sample} and --workers {args.workers} must be at least 0 and 1")
@@ -69,15 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         summaries = []
         if "train" in stores and (problem := single_class(stores["train"], classes)):
             raise ValueError(problem)
+        same = same_place(stores["train"], stores["val"]) if len(stores) == 2 else []
         for split, store in stores.items():
             source = store.source(classes, must_hold_all=False)
             summary = describe(split, store, source, classes)
+            summary.problems += same if split == "val" else []
             indices = np.arange(len(source)) if args.full else spread(len(source), args.sample)
             check(summary, source, indices, args.workers)
             print_summary(summary, screen)
             summaries.append(summary)
     except ValueError as error:
         parser.fail(error)
+    except BrokenProcessPool:
+        parser.fail(
+            ValueError("a decoding process was ended, as for lack of memory: use fewer (--workers 1), or more memory")
+        )
     count = sum(len(summary.problems) for summary in summaries)
     screen.print(f"{count} problems" if count else "no problems")
     return 1 if count else 0
@@ -100,7 +108,7 @@ def index_parser() -> Parser:
     return parser
 
 
-def open_splits(args: object, screen: Console) -> dict[str, Split]:
+def open_splits(args: object, screen: Screen) -> dict[str, Split]:
     """Open the split asked for, or all that exist."""
     path, split, labels = (getattr(args, name) for name in ("path", "split", "val_labels"))
     found: dict[str, Split] = {}
@@ -110,7 +118,7 @@ def open_splits(args: object, screen: Console) -> dict[str, Split]:
         except (NoSplitError, NoImagesError) as error:  # NoImagesError: an archive with one split only
             if split or (name == "val" and not found):
                 raise
-            screen.print(f"{name}: {error}", style="dim", markup=False)
+            screen.print(f"{name}: {error}", style="dim")
     return found
 
 
@@ -119,6 +127,7 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
     summary = SplitSummary(split)
     lines, problems = summary.lines, summary.problems
     lines.append(("store", f"{store.name} ({store.kind})"))
+    lines.extend(("note", remark) for remark in store.remarks)
     if isinstance(store, ArchiveSplit):
         lines.append(("index", str(store.index_file)))
         problems += store.index.metadata["problems"]
@@ -143,7 +152,9 @@ def describe(split: str, store: Split, source: ImageSource, classes: Sequence[st
         )
     )
     missing = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if missing:
+    if missing and isinstance(store, ArchiveSplit) and store.numbers_are(classes):
+        problems.append(number_gaps(store.name, np.flatnonzero(counts).tolist()))
+    elif missing:
         problems.append(f"{len(missing)} of {len(classes)} classes have no image: {', '.join(missing[:5])}")
     sizes = file_sizes(source)
     lines.append(
@@ -173,7 +184,7 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
     results = with_progress(
         decode_all(source, stored.tolist(), workers),
         len(stored),
-        Console(stderr=True, highlight=False, soft_wrap=True),
+        Screen(stderr=True, soft_wrap=True),
         title=f"decoding {summary.split}",
         done=f"decoded {{count}} of {{total}} images of {summary.split}",
         transient=True,
@@ -182,12 +193,12 @@ def check(summary: SplitSummary, source: ImageSource, indices: np.ndarray, worke
     decoded = list(results)
     found = [image.reason for image in decoded if image.reason]
     levels = [image.level for image in decoded if not image.reason]
+    dark = [image.dark for image in decoded if not image.reason]
     share = "all" if len(indices) == len(source) else f"{len(indices)} of {len(source)}"
     summary.lines.append(("decoded", f"{share} images, {len(found)} unreadable"))
     if levels:
-        dark = sum(level < NEARLY_BLACK for level in levels)
-        summary.lines.append(("level", f"{np.mean(levels):.1f} of 255 on average; {dark} images are nearly black"))
-    if warning := darkness(levels, summary.split):
+        summary.lines.append(("level", f"{np.mean(levels):.1f} of 255 on average; {sum(dark)} images are nearly black"))
+    if warning := darkness(dark, summary.split):
         summary.problems.append(warning)
     summary.problems += found[:NAMED]
     if len(found) > NAMED:
@@ -224,19 +235,20 @@ def _check(indices: list[int], source: ImageSource | None = None) -> list[Decode
     decoded = []
     for index in indices:
         try:
-            decoded.append(Decoded(level=mean_level(load(source, index))))
+            image = load(source, index)
+            decoded.append(Decoded(level=mean_level(image), dark=is_dark(image)))
         except UnreadableImageError as error:
             decoded.append(Decoded(f"{error.name} {error.reason}"))
     return decoded
 
 
-def print_summary(summary: SplitSummary, screen: Console) -> None:
+def print_summary(summary: SplitSummary, screen: Screen) -> None:
     """Print the counts of a split, then its problems."""
     screen.print(summary.split, style="bold")
     for name, text in summary.lines:
-        screen.print(f"  {name:<11} {printable(text)}", markup=False)
+        screen.print(f"  {name:<11} {text}")
     for problem in summary.problems:
-        screen.print(f"  problem     {printable(problem)}", style="red", markup=False)
+        screen.print(f"  problem     {problem}", style="red")
 
 
 if __name__ == "__main__":

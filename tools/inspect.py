@@ -21,7 +21,6 @@ from typing import Any
 
 import timm
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +32,7 @@ from engine.memory import estimate
 from models.build import check_name, is_retoken, retoken_models, takes_img_size
 from models.custom_model import import_models
 from tools.tables import aligned_columns, markdown_table, terminal_table
+from tools.terminal import Screen, say
 
 PARTS = ("output", "params M", "GMACs", "activations M")
 BATCH = 64  # images of the training step whose memory is estimated
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_name(name, "NAME")
     except ValueError as error:
         parser.fail(error)
-    screen, progress = Console(highlight=False), Console(stderr=True)
+    screen, progress = Screen(), Screen(stderr=True)
     todo: Iterable[str] = names
     if progress.is_terminal and len(names) > 1:
         todo = track(names, "measuring", console=progress, transient=True)
@@ -120,22 +120,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def print_table(screen: Console, titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
+def print_table(screen: Screen, titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
     """Print rows as Markdown, as a table on a terminal, as aligned columns elsewhere."""
     if markdown:
-        print("\n".join(markdown_table(titles, rows, numeric=True)))
+        say(*markdown_table(titles, rows, numeric=True))
     elif screen.is_terminal:
         screen.print(terminal_table(titles, rows, numeric=True))
     else:
-        print("\n".join(aligned_columns([titles, *rows], numeric=True)))
+        say(*aligned_columns([titles, *rows], numeric=True))
 
 
-def print_legend(screen: Console, text: str) -> None:
+def print_legend(screen: Screen, text: str) -> None:
     """Print the legend, dimmed on a terminal."""
     if screen.is_terminal:
         screen.print(text, style="dim")
     else:
-        print(text)
+        say(text)
 
 
 def inspect_parser() -> Parser:

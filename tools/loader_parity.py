@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from yacs.config import CfgNode
 
 import config
@@ -34,9 +33,10 @@ from engine.build import prepare_model
 from engine.distributed.processes import Processes, init_processes
 from engine.evaluate import evaluate
 from engine.precision import Precision
-from models.build import build_model
+from models.build import announce_custom_model, build_model
 from models.weights import fit, load_weights
 from tools.tables import terminal_table
+from tools.terminal import Screen
 
 LIMIT = 0.2  # levels; photographs at 224 differ by a mean of 0.17 to 0.18 by the rounding of the two resamplings
 LOADERS = ("torch", "dali")
@@ -97,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--batches", type=int, default=8, help="training micro-batches and evaluation batches to compare (default 8)"
     )
     args = parser.parse_args(argv)
-    console = Console()
+    console = Screen()
     try:
-        processes = init_processes(load(args, "torch").DEVICE)
+        cfg = load(args, "torch")
+        announce_custom_model(cfg, console.print)
+        processes = init_processes(cfg.DEVICE)
         found = list(compare(args, processes))
         console.print(terminal_table(HEADER, [differences.cells() for differences in found]))
         if args.checkpoint:

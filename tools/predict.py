@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from engine.result_files import TABLES, check_target, write_table
 from models.inference.prepare import is_foldable, prepare_inference
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
 from tools.device import choose_device
+from tools.terminal import Screen, say
 
 THREADS = 8  # for decoding
 SHOWN = 20  # unreadable files that are listed
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = predict_parser()
     args = parser.parse_args(argv)
-    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    screen = Screen(stderr=True, soft_wrap=True)
     try:
         for flag, number in (("--top", args.top), ("--batch-size", args.batch_size)):
             if number < 1:
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_foldable(classifier.model):
         prepare_inference(classifier.model.to(device))
     top = min(args.top, len(classifier.classes))
-    screen.print(classifier.describe(), markup=False, style="dim")
+    screen.print(classifier.describe(), style="dim")
     for note in classifier.notes:
-        screen.print(f"note: {note}", markup=False)
+        screen.print(f"note: {note}")
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task("images", total=len(images))
         try:
@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.stop(error)
     if table:
         write_table(table, columns(classifier, predictions, top))
-        screen.print(f"{len(predictions.paths)} images: {table}", markup=False)
+        screen.print(f"{len(predictions.paths)} images: {table}")
     else:
         for line in lines(classifier, predictions):
-            print(line)
+            say(line)
     for unreadable in predictions.unreadable[:SHOWN]:
-        screen.print(f"not read: {unreadable.name} {unreadable.reason}", markup=False)
+        screen.print(f"not read: {unreadable.name} {unreadable.reason}")
     if len(predictions.unreadable) > SHOWN:
         screen.print(f"not read: {len(predictions.unreadable) - SHOWN} more")
     return 0 if predictions.paths else 1

@@ -28,5 +28,5 @@ def with_progress(
         return
     for count, item in enumerate(items, 1):
         if total >= fewest and count * 10 // total > (count - 1) * 10 // total:
-            console.print(done.format(count=count, total=total), markup=False)
+            console.print(done.format(count=count, total=total))
         yield item

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from common.atomic_files import write_text_atomically
-from common.text import readable
+from common.text import readable, readable_lines
 from config.command_line import Parser
 from tools.report_pictures import embed_picture
 from tools.report_tables import (
@@ -31,7 +31,10 @@ from tools.report_tables import (
 )
 from tools.run_comparison import ABSENT
 from tools.run_info import HEADLINES, LOG_LINES, RunInfo, format_age, format_rounded_duration
+from tools.run_tree import cell
+from tools.terminal import say
 
+MOST_PICTURES, MOST_STARTS, MOST_EVALS = 40, 200, 2000  # shown, the newest ones
 PAGE = Path(__file__).parent / "page"
 
 
@@ -48,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             page = render(runs)
-            write_text_atomically(out, readable(page))
+            write_text_atomically(out, page)
         except OSError as error:
             raise ValueError(f"{out} cannot be written ({error.strerror}); choose another file with --out") from error
     except ValueError as error:
         parser.fail(error)
-    print(f"{out}  ({out.stat().st_size / 1e6:.1f} MB)")
+    say(f"{out}  ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
@@ -82,7 +85,11 @@ def default_page(paths: Sequence[Path]) -> Path:
 def render(runs: Sequence[RunInfo]) -> str:
     """Return the HTML page about runs."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=_printable,
     )
     names = _names(runs)
     contexts = [{**describe(run), "name": name} for run, name in zip(runs, names, strict=True)]
@@ -105,15 +112,20 @@ def render(runs: Sequence[RunInfo]) -> str:
     )
 
 
+def _printable(value: Any) -> Any:
+    """Return a value of the template with control characters escaped; HTML and line breaks stay."""
+    return value if not isinstance(value, str) or isinstance(value, jinja2.filters.Markup) else readable_lines(value)
+
+
 def describe(run: RunInfo) -> dict[str, Any]:
     """Return the template's variables for a run."""
     pictures = run.pictures()
     epochs = [folder for folder in pictures if folder]
-    shown = [*pictures.get("", []), *(path for folder in epochs[-1:] for path in pictures[folder])]
+    shown = [*pictures.get("", []), *(path for folder in epochs[-1:] for path in pictures[folder])][:MOST_PICTURES]
     older = f"{len(epochs) - 1} earlier sets are in {run.path / 'pictures'}." if len(epochs) > 1 else ""
     drawn = {path: embed_picture(path) for path in shown}
     damaged = [str(path) for path, found in drawn.items() if found is None]
-    notes = [older, f"Damaged: {', '.join(damaged)}." if damaged else ""]
+    notes = [older, f"Not shown, damaged or too large: {', '.join(damaged)}." if damaged else ""]
     return {
         "status": run.status,
         "summary": summary(run),
@@ -126,12 +138,12 @@ def describe(run: RunInfo) -> dict[str, Any]:
         "bad_images": run.bad_images(),
         "diverged": run.diverged(),
         "start_header": START_HEADER,
-        "starts": [start_row(start) for start in run.starts],
+        "starts": [start_row(start) for start in run.starts[-MOST_STARTS:]],
         "metadata": metadata(run),
         "changed": changed_keys(run),
         "config_text": run.config_text(),
         "checkpoints": run.files(),
-        "evaluations": [evaluation_row(row) for _, row in sorted(run.run.evals.items(), reverse=True)],
+        "evaluations": [evaluation_row(row) for _, row in sorted(run.run.evals.items(), reverse=True)[:MOST_EVALS]],
         "log": "\n".join(run.log[-LOG_LINES:]),
         "log_lines": LOG_LINES,
         "log_cut": len(run.log) > LOG_LINES,
@@ -140,14 +152,15 @@ def describe(run: RunInfo) -> dict[str, Any]:
 
 def summary(run: RunInfo) -> str:
     """Return the model, data, batch size and recipe of a run in one line."""
-    data, parameters = run.run.manifest.get("data", {}), run.run.manifest.get("parameters")
+    parameters, classes = (run.run.manifest.get(name) for name in ("parameters", "num_classes"))
+    train, val = run.data.get("train"), run.data.get("val") or 0
     parts = [
-        f"{run.key('MODEL.NAME', ABSENT)}{f', {parameters / 1e6:.1f} million parameters' if parameters else ''}",
-        f"{run.key('DATA.IMG_SIZE', ABSENT)} pixels",
-        f"{data['train']:,} training and {data.get('val', 0):,} validation images" if "train" in data else "",
-        f"{run.run.manifest['num_classes']:,} classes" if "num_classes" in run.run.manifest else "",
-        f"batch {run.key('TRAIN.GLOBAL_BATCH', ABSENT)}",
-        f"recipe {run.key('RECIPE.MODE', ABSENT)}",
+        f"{cell(run.key('MODEL.NAME', ABSENT))}{f', {parameters / 1e6:.1f} million parameters' if parameters else ''}",
+        f"{cell(run.key('DATA.IMG_SIZE', ABSENT))} pixels",
+        f"{train:,} training and {val:,} validation images" if train is not None else "",
+        f"{classes:,} classes" if classes is not None else "",
+        f"batch {cell(run.key('TRAIN.GLOBAL_BATCH', ABSENT))}",
+        f"recipe {cell(run.key('RECIPE.MODE', ABSENT))}",
     ]
     return ", ".join(part for part in parts if part)
 
@@ -170,13 +183,13 @@ def progress(run: RunInfo) -> dict[str, Any]:
 def result(run: RunInfo, which: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the best evaluation of the raw or EMA weights as texts, with the difference to a published top-1."""
     row = run.run.evals[found["update"], which]
-    published = run.published
+    published, (counts, top5) = run.published, evaluation_row(row)[4:6]
     difference = f"{row['top1'] - published:+.2f} to the published {published}" if published else ""
     return {
         "weights": HEADLINES[which],
         "headline": which == run.key("RECIPE.HEADLINE", "raw"),
         "top1": f"{row['top1']:.3f}",
-        "note": f"{row['correct1']:,} of {row['images']:,}, epoch {found['epoch']}; top-5 {row['top5']:.3f}",
+        "note": f"{counts}, epoch {found['epoch']}; top-5 {top5}",
         "published": difference,
     }
 
@@ -189,13 +202,14 @@ def cards(run: RunInfo) -> list[dict[str, str]]:
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
         found.append({"label": "training loss", "number": loss, "note": f"at update {last['update']:,}"})
     if rate := run.rate():
-        waiting = f"; waiting for data {100 * last['data_share']:.0f}%" if last else ""
-        devices = dict.fromkeys(str(start.get("device")) for start in run.starts)
+        share = last.get("data_share") if last else None
+        waiting = "" if share is None else f"; waiting for data {100 * share:.0f}%"
+        devices = dict.fromkeys(cell(start.get("device"), 60) for start in run.starts[-MOST_STARTS:])
         found.append(
             {"label": "images per second", "number": f"{rate:,.0f}", "note": f"median; {', '.join(devices)}{waiting}"}
         )
     if last and last.get("skipped_in_run"):
-        note = f"not finite; {last['overflows_in_run']} of them fp16 overflows"
+        note = f"not finite; {last.get('overflows_in_run') or 0} of them fp16 overflows"
         found.append({"label": "skipped updates", "number": f"{last['skipped_in_run']:,}", "note": note})
     began = run.first_start()
     if began:
@@ -208,7 +222,7 @@ def cards(run: RunInfo) -> list[dict[str, str]]:
 def _names(runs: Sequence[RunInfo]) -> list[str]:
     """Return the runs' names, or their paths where names repeat."""
     names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    return [readable(name) for name in (names if len(set(names)) == len(names) else [str(run.path) for run in runs])]
 
 
 if __name__ == "__main__":

@@ -2,22 +2,32 @@
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from common.regular_files import read_regular
+
 QUALITY = 88  # of pictures as JPEG, where that is smaller
 SIDE = 1600  # pixels of a picture's longer side in the page
+MOST_BYTES = 20 * 2**20  # of a file; those that the trainer writes have at most 2 MB
+MOST_PIXELS = 20_000_000  # decoded; the trainer's have some 5 million at most
 DATA_URI = "data:image/{};base64,{}"
 
 
 def embed_picture(path: Path) -> dict[str, Any] | None:
-    """Return a picture's data URI, caption and size: the file itself, or a JPEG where that is smaller; None if damaged."""
-    stored = path.read_bytes()
+    """Return a picture's data URI, caption and size: the file itself, or a JPEG where that is smaller.
+
+    None for a picture that is damaged, no PNG, or larger than those of the trainer.
+    """
     try:
-        image = Image.open(io.BytesIO(stored)).convert("RGB")
-    except (OSError, SyntaxError):  # which Pillow raises for a truncated PNG and for other files
+        stored = read_regular(path, MOST_BYTES)
+        image = _decode(stored)
+    except Exception:  # Pillow raises errors of many kinds for damaged files
+        return None
+    if image is None:
         return None
     small = max(image.size) <= SIDE
     image.thumbnail((SIDE, SIDE))
@@ -39,3 +49,11 @@ def embed_picture(path: Path) -> dict[str, Any] | None:
         "height": image.height,
         "large": not number.isdecimal(),
     }
+
+
+def _decode(stored: bytes) -> Image.Image | None:
+    """Return a PNG as an RGB image; None for one with too many pixels, before any is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(stored), formats=["PNG"])
+    return image.convert("RGB") if image.width * image.height <= MOST_PIXELS else None

@@ -6,8 +6,10 @@ from typing import Any
 import config
 from tools.run_comparison import ABSENT, describe_commit, manifest_differences
 from tools.run_info import HEADLINES, RunInfo
+from tools.run_tree import CELL, cell, flatten
 
 LISTED = 12  # entries of a list
+MOST_ROWS = 500  # of a table about the config or the manifest
 
 
 START_HEADER = ["started", "at update", "processes", "device", "torch", "commit", "command"]
@@ -16,13 +18,13 @@ START_HEADER = ["started", "at update", "processes", "device", "torch", "commit"
 def start_row(start: Mapping[str, Any]) -> list[str]:
     """Return the cells of a start of the run, as START_HEADER names them."""
     return [
-        str(start.get("time", ABSENT)).replace("T", " ")[:19],
-        f"{start.get('update', 0):,}",
-        str(start.get("processes", ABSENT)),
-        str(start.get("device", ABSENT)),
-        str(start.get("packages", {}).get("torch", ABSENT)),
+        (start.get("time") or ABSENT).replace("T", " ")[:19],
+        f"{start.get('update') or 0:,}",
+        cell(start.get("processes", ABSENT)),
+        cell(start.get("device", ABSENT)),
+        cell((start.get("packages") or {}).get("torch", ABSENT)),
         describe_commit(start),
-        " ".join(map(str, start.get("command", []))),
+        cell(" ".join(map(str, (start.get("command") or [])[:CELL]))),
     ]
 
 
@@ -36,20 +38,21 @@ def metadata(run: RunInfo) -> list[tuple[str, str]]:
             found[name] = value
     for name, value in (run.starts[-1] if run.starts else {}).items():
         if name == "packages":
-            found[name] = ", ".join(f"{package} {version}" for package, version in value.items())
+            found[name] = ", ".join(f"{package} {version}" for package, version in (value or {}).items())
         elif name not in ("config", "command", "time", "update"):
             found[name] = value
-    return [(name.replace("_", " "), _counted(name, _as_text(value))) for name, value in found.items()]
+    rows = list(found.items())[:MOST_ROWS]
+    return [(cell(name.replace("_", " ")), _counted(name, _as_text(value))) for name, value in rows]
 
 
 def evaluation_row(row: Mapping[str, Any]) -> list[str]:
     """Return the cells of an evaluation: epoch, update, weights, top-1, counts, top-5, loss, seconds."""
-    counts = f"{row['correct1']:,} of {row['images']:,}"
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    counts = f"{row['correct1']:,} of {row['images']:,}" if "correct1" in row and "images" in row else ABSENT
+    loss = "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
+    top5 = ABSENT if row.get("top5") is None else f"{row['top5']:.3f}"
     top1 = f"{row['top1']:.3f}{' best' if row.get('best') else ''}"
-    which = HEADLINES.get(row["weights"], row["weights"])
-    seconds = f"{row['seconds']:.1f}" if "seconds" in row else ABSENT
-    return [str(row["epoch"] + 1), f"{row['update']:,}", which, top1, counts, f"{row['top5']:.3f}", loss, seconds]
+    seconds = ABSENT if row.get("seconds") is None else f"{row['seconds']:.1f}"
+    return [str(row["epoch"] + 1), f"{row['update']:,}", HEADLINES[row["weights"]], top1, counts, top5, loss, seconds]
 
 
 def changed_keys(run: RunInfo) -> list[tuple[str, str, str]]:
@@ -57,18 +60,18 @@ def changed_keys(run: RunInfo) -> list[tuple[str, str, str]]:
     defaults = config.defaults()
     known = set(config.keys(defaults))
     found = []
-    for name, value in _flat(run.config).items():
+    for name, value in flatten(run.config).items():
         default = config.get(defaults, name) if name in known else ABSENT
         if value != default and not (name == "PUBLISHED" or name.startswith("PUBLISHED.")):
-            found.append((name, _value(value), _value(default)))
-    return found
+            found.append((cell(name), _value(value), _value(default)))
+    return found[:MOST_ROWS]
 
 
 def side_by_side(runs: Sequence[RunInfo]) -> list[tuple[str, list[str]]]:
     """Return the rows of the table that compares runs: a name, and a value for each run."""
     rows: list[tuple[str, list[str]]] = [
         ("status", [run.status for run in runs]),
-        ("model", [str(run.key("MODEL.NAME", ABSENT)) for run in runs]),
+        ("model", [cell(run.key("MODEL.NAME", ABSENT)) for run in runs]),
         ("epochs", [run.epochs_text() for run in runs]),
     ]
     for which, label in HEADLINES.items():
@@ -92,34 +95,23 @@ def side_by_side(runs: Sequence[RunInfo]) -> list[tuple[str, list[str]]]:
 
 def differing_keys(runs: Sequence[RunInfo]) -> list[list[str]]:
     """List the config keys in which runs differ: the key, then each run's value."""
-    flat = [_flat(run.config) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [[key, *(_value(one.get(key, ABSENT)) for one in flat)] for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested config by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+    rows = [[cell(key), *(_value(one.get(key, ABSENT)) for one in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1][:MOST_ROWS]
 
 
 def _value(value: Any) -> str:
-    return repr(value) if value == "" else str(value)
+    return repr(value) if value == "" else cell(value)
 
 
 def _counted(name: str, text: str) -> str:
     """Return a text with thousands separators if it is a large count; seeds have none."""
-    return f"{int(text):,}" if text.isdecimal() and len(text) > 3 and name != "seed" else text
+    return f"{int(text):,}" if text.isdecimal() and 3 < len(text) < 20 and name != "seed" else text
 
 
 def _as_text(value: Any) -> str:
     """Return a value as text, a list cut after LISTED entries."""
     if not isinstance(value, list):
-        return ABSENT if value is None else str(value)
-    return ", ".join(map(str, value[:LISTED])) + (f", ... ({len(value):,})" if len(value) > LISTED else "")
+        return ABSENT if value is None else cell(value)
+    return cell(", ".join(map(str, value[:LISTED]))) + (f", ... ({len(value):,})" if len(value) > LISTED else "")

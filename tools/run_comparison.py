@@ -1,7 +1,6 @@
 """Comparison of runs, read from their directories: config, manifest, metrics at common updates, best results."""
 
 import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,17 +9,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from config.lookup import config_differences
+from engine.checkpoint.manifest import read_manifest
+from engine.checkpoint.run_files import check_run_files
+from engine.logging.metrics_file import read_rows
+from tools.run_tree import cell, read_config
 
 RATES = ("images_per_s", "data_share", "seconds")  # properties of the machine: not compared
 ROW_KEYS = ("kind", "weights", "epoch", "update", "update_in_epoch", "best")  # identify a row or follow from the others
 SINCE_ROW = ("loss", "grad_norm")  # of training rows: means since the row before
 SINCE_EPOCH = ("epoch_loss",)  # mean since the start of the epoch
 START_KEYS = ("processes", "device", "cuda", "cores", "system", "python", "model_file_sha256")  # and commit, packages
-REQUIRED_KEYS = {"train": ("epoch", "loss"), "eval": ("epoch", "weights", "top1")}  # of a row, by kind
 ABSENT = "-"
+MOST_PACKAGES = 100  # compared; a manifest lists about ten
+MOST_DIFFERENCES = 300  # of configs and of manifests that are listed; both have fewer values
 
 
 @dataclass(frozen=True)
@@ -85,33 +87,24 @@ class Comparison:
 
 
 def read_run(path: Path, may_be_empty: bool = False) -> Run:
-    """Read a run directory. Raises ValueError if it does not exist, or has no rows and `may_be_empty` is false."""
+    """Read a run directory. Raises ValueError if it does not exist, is damaged, or has no rows and `may_be_empty` is false."""
     if not path.is_dir():
         raise ValueError(f"run directory {path} does not exist{_near(path)}")
+    check_run_files(path)
     metrics = path / "metrics.jsonl"
     may_be_empty = may_be_empty and (path / "config.yaml").is_file()
     if not (metrics.is_file() or may_be_empty):
         raise ValueError(f"{path} holds no metrics.jsonl, it is no run directory{_near(path)}")
-    train, evals = {}, {}
-    lines = metrics.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if metrics.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)
-            update = int(row["update"])
-            for name in REQUIRED_KEYS.get(row["kind"], ()):
-                row[name]
-            if row["kind"] == "train":
-                train[update] = row
-            elif row["kind"] == "eval":
-                evals[update, str(row["weights"])] = row
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):  # a crash may cut off the last one
-                raise ValueError(
-                    f"{metrics}, line {number} is no row of metrics: {line[:80]!r}; repair or delete it"
-                ) from error
+    train: dict[int, dict[str, Any]] = {}
+    evals: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in read_rows(metrics):
+        if row["kind"] == "train":
+            train[row["update"]] = row
+        elif row["kind"] == "eval":
+            evals[row["update"], row["weights"]] = row
     if not (train or evals or may_be_empty):
         raise ValueError(f"{metrics} has no rows yet: the run has not reached its first logging step{_near(path)}")
-    return Run(path, _read_tree(path / "config.yaml"), _read_tree(path / "manifest.json"), train, evals)
+    return Run(path, read_config(path / "config.yaml"), read_manifest(path / "manifest.json"), train, evals)
 
 
 def compare(a: Run, b: Run, tolerance: float) -> Comparison:
@@ -131,7 +124,7 @@ def compare(a: Run, b: Run, tolerance: float) -> Comparison:
     return Comparison(
         a=str(a.path),
         b=str(b.path),
-        config=config_differences(a.config, b.config, ()),
+        config=[cell(line) for line in config_differences(a.config, b.config, ())[:MOST_DIFFERENCES]],
         manifest=manifest_differences(a.manifest, b.manifest),
         divergence=divergence,
         largest_loss=max(losses, key=_size, default=None),
@@ -153,7 +146,9 @@ def row_differences(
         x, y = a[name], b[name]
         if x == y or not all(value is None or isinstance(value, int | float) for value in (x, y)):
             continue
-        relative = None if x is None or y is None else abs(x - y) / max(abs(x), abs(y))
+        relative = (
+            None if x is None or y is None else min(abs(x - y) / max(abs(x), abs(y)), 2.0)
+        )  # 2: of opposite signs
         yield Difference(update=int(a["update"]), where=where, name=name, a=x, b=y, relative=relative)
 
 
@@ -161,10 +156,10 @@ def manifest_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tup
     """List the differences in commit, packages, hardware, processes, data, seed and model, as (name, of a, of b)."""
     flat_a, flat_b = _flat_metadata(a), _flat_metadata(b)
     return [
-        (name, _shortened(flat_a.get(name, ABSENT)), _shortened(flat_b.get(name, ABSENT)))
+        (cell(name, 60), _shortened(flat_a.get(name, ABSENT)), _shortened(flat_b.get(name, ABSENT)))
         for name in {**flat_a, **flat_b}
         if flat_a.get(name) != flat_b.get(name)
-    ]
+    ][:MOST_DIFFERENCES]
 
 
 def best(run: Run, which: str) -> dict[str, Any] | None:
@@ -234,12 +229,12 @@ def _notes(a: Run, b: Run, updates: Sequence[int]) -> list[str]:
 def _flat_metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest as one level of names; values that changed from start to start are joined in order."""
     metadata: dict[str, Any] = {}
-    starts = manifest.get("starts", [])
-    packages = sorted({name for start in starts for name in start.get("packages", {})})
+    starts = manifest.get("starts") or []
+    packages = sorted({name for start in starts for name in start.get("packages") or {}})[:MOST_PACKAGES]
     columns = {
         "commit": [describe_commit(start) for start in starts],
         **{name: [start.get(name) for start in starts] for name in START_KEYS},
-        **{name: [start.get("packages", {}).get(name) for start in starts] for name in packages},
+        **{name: [(start.get("packages") or {}).get(name) for start in starts] for name in packages},
     }
     for name, values in columns.items():
         metadata[name] = " then ".join(dict.fromkeys(str(value) for value in values if value is not None)) or ABSENT
@@ -253,27 +248,13 @@ def _flat_metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_commit(start: Mapping[str, Any]) -> str:
     """Return the commit of a start of a run, and the number of files that differed from it."""
-    commit, changed = str(start.get("commit") or "unknown")[:10], start.get("changed_files")
+    commit, changed = (start.get("commit") or "unknown")[:10], start.get("changed_files")
     return f"{commit} + {changed} changed files" if changed else commit
 
 
 def _shortened(value: Any) -> str:
     """Return a value as text of at most 60 characters, a list with its length first."""
-    text = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML or JSON file; an empty dict without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        tree = (json.loads if path.suffix == ".json" else yaml.safe_load)(
-            path.read_text(encoding="utf-8", errors="surrogateescape")
-        )
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); repair or delete it") from error
-    return tree if isinstance(tree, dict) else {}
+    return cell(f"{len(value)}: {', '.join(map(str, value[:60]))}" if isinstance(value, list) else value, 60)
 
 
 def _size(difference: Difference) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config
+from common.text import escape_controls
 from config import command_line
 
 
@@ -18,9 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = command_line.resolve(args, command_line.TRAIN_FLAGS)
+        path = str(Path(cfg.OUTPUT) / config.run_name(cfg))
+        if escape_controls(path) != path:
+            raise ValueError(
+                f"the run directory {path} has control characters in its name; choose another OUTPUT, NAME and TAG"
+            )
     except ValueError as error:
         parser.fail(error)
-    print(Path(cfg.OUTPUT) / config.run_name(cfg))
+    print(path)
     return 0
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from rich.ansi import AnsiDecoder
 from rich.console import Console
 
+from common.text import shorten
+
 PIECE = re.compile(r"(\x1b\[\?[0-9;]*[hl])|\x1b\[(\d*)([AK])|(\r)|(\n)|((?:\x1b\[[0-9;]*m|[^\x1b\r\n])+)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FONT = re.compile(r"@font-face \{[^}]*\}\s*")  # rich's SVGs load a font from a server
@@ -98,5 +100,5 @@ def screen_when(output: str, end: str, wanted: Callable[[str], bool]) -> Recorde
         if wanted("\n".join(screen.plain)):
             return screen
     if not found:
-        raise ValueError(f"the output never shows {end!r}")
+        raise ValueError(f"the output never shows {shorten(end)}")
     return screen

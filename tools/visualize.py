@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -25,7 +24,9 @@ from data.loaders.decode import UnreadableImageError
 from models.attention_maps import BlockIndex, all_blocks, attention_maps, check_blocks, has_maps, last_blocks
 from models.backbone import Backbone
 from tools.classifier import Classifier, add_checkpoint_options, find_images, load_from_args, read_image
+from tools.terminal import Screen, say
 
+SMALLEST = 8  # pixels of a photograph's side
 PAGE = 4  # photographs on a page of the contact sheet
 FORMATS = ("png", "pdf", "svg")
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = visualize_parser()
     args = parser.parse_args(argv)
-    screen = Console(stderr=True, highlight=False, soft_wrap=True)
+    screen = Screen(stderr=True, soft_wrap=True)
     out = Path(args.out)
     try:
         check_matplotlib()
@@ -48,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         blocks = parse_blocks(args.blocks, classifier.model)
         point = parse_point(args.at) if args.at else None
         out.mkdir(parents=True, exist_ok=True)
-        screen.print(classifier.describe(), markup=False, style="dim")
+        screen.print(classifier.describe(), style="dim")
         for note in classifier.notes:
-            screen.print(f"note: {note}", markup=False)
+            screen.print(f"note: {note}")
         todo = track(images, "drawing", console=screen, transient=True, disable=not screen.is_terminal)
         written, unreadable = draw_all(
             classifier, todo, blocks=blocks, point=point, smooth=args.smooth, out=out, formats=args.format
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.fail(error)
     for failed in unreadable:
-        screen.print(f"not read: {failed.name} {failed.reason}", markup=False)
+        screen.print(f"not read: {failed.name} {failed.reason}")
     for path in written:
-        print(path)
+        say(str(path))
     if not written:
         screen.print("nothing was drawn: none of the images can be read")
     return 0 if written else 1
@@ -153,7 +154,7 @@ def draw_all(
     formats: Sequence[str],
 ) -> tuple[list[Path], list[UnreadableImageError]]:
     """Write a folder of figures for each photograph, and contact sheets; return the sheets and the unreadable images."""
-    from trainer.figures.figure import save, sheet, single
+    from trainer.figures.figure import save, sheet
     from trainer.figures.panels import Panel
 
     rows: list[list[Panel]] = []
@@ -161,20 +162,16 @@ def draw_all(
     unreadable = []
     names: set[str] = set()
     for path in images:
+        name = path.stem.lstrip(".") or "image"  # ..jpg has the stem "."
+        name = name if name not in names else path.name.lstrip(".")
+        name = name if name not in names else f"{len(names)}_{name}"
         try:
-            image = read_image(path)
+            panels, caption = draw(classifier, read_image(path), path, blocks=blocks, point=point, smooth=smooth)
+            _save_panels(panels, caption, out / name, formats, path)
         except UnreadableImageError as error:
             unreadable.append(error)
             continue
-        panels, caption = draw(classifier, image, path, blocks=blocks, point=point, smooth=smooth)
-        name = path.stem if path.stem not in names else path.name
-        name = name if name not in names else f"{len(names)}_{name}"
         names.add(name)
-        folder = out / name
-        folder.mkdir(exist_ok=True)
-        for panel in panels:
-            for kind in formats:
-                save(single(panel, caption), folder / f"{panel.name}.{kind}")
         rows.append(panels)
         captions.append(f"{path.name}: {caption}")
     written = []
@@ -184,6 +181,20 @@ def draw_all(
             written.append(out / f"sheet{page}.{kind}")
             save(sheet(rows[start : start + PAGE], captions[start : start + PAGE]), written[-1])
     return written, unreadable
+
+
+def _save_panels(panels: Sequence, caption: str, folder: Path, formats: Sequence[str], path: Path) -> None:
+    """Write a figure for each panel of the photograph `path`; UnreadableImageError for one too large for a figure."""
+    from trainer.figures.figure import save, single
+
+    folder.mkdir(exist_ok=True)
+    try:
+        for panel in panels:
+            for kind in formats:
+                save(single(panel, caption), folder / f"{panel.name}.{kind}")
+    except (ValueError, MemoryError) as error:
+        reason = f"cannot be drawn ({str(error)[:200] or type(error).__name__})"
+        raise UnreadableImageError(str(path), reason, "give a smaller one") from error
 
 
 def draw(
@@ -200,6 +211,8 @@ def draw(
     from trainer.figures.photograph import Photograph
 
     height, width = image.shape[1:]
+    if min(height, width) < SMALLEST:
+        raise UnreadableImageError(str(path), f"cannot be drawn on ({width} x {height} pixels)", "give a larger one")
     photo = Photograph.framed(image.permute(1, 2, 0).numpy(), *classifier.transform.geometry(height, width), path.name)
     mark = at = None
     if point:

@@ -1,10 +1,12 @@
 """Epochs of a run: training with checkpoints, votes and rollback, then evaluation and saving."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from data.loaders.batch import BadImage
 from engine.loop import StepMetrics
 from engine.optim.skipped_updates import DivergedError
 from trainer.rollback import roll_back
@@ -77,5 +79,6 @@ def log_bad_images(s: Session) -> None:
     new = s.data.bad.take_new()
     if not s.processes.sum(torch.tensor(float(len(new)), device=s.processes.device)):
         return
-    for bad in s.data.bad.add(s.processes.from_all(new), s.run.path if s.processes.main else None, s.log.warning):
+    found = [[BadImage(**bad) for bad in own] for own in s.processes.from_all([asdict(bad) for bad in new])]
+    for bad in s.data.bad.add(found, s.run.path if s.processes.main else None, s.log.warning):
         s.log.warning(f"{bad.path} {bad.reason}; training on {bad.replaced_by} instead")

@@ -13,7 +13,7 @@ from data.build import EvalData
 from data.stores.real_labels import RealLabels
 from engine.build import prepare_model
 from engine.distributed.processes import Processes
-from engine.evaluate import Accuracy, NotFiniteError, evaluate
+from engine.evaluate import Accuracy, NotFiniteError, RealAccuracy, evaluate
 from engine.logging.log import Log
 from engine.precision import DTYPES, Precision
 from engine.predictions import Collector, Predictions
@@ -98,7 +98,7 @@ def evaluate_weights(e: Evaluation, weights: Weights, which: str, suffix: str) -
         collector.observe if collector else None,
     )
     predictions = collector.gather() if collector else None
-    real = e.real.count(predictions.ranked) if e.real and predictions else None
+    real = RealAccuracy(*e.real.count(predictions.ranked)) if e.real and predictions else None
     e.log.info(
         f"{which:<3}  {result}{f'  {real}' if real else ''}  {result.images} images in {result.seconds:.1f} s  "
         f"[{which} weights, {describe_protocol(e.cfg, e.data)}]"

@@ -8,8 +8,11 @@ from engine.checkpoint.async_saver import AsyncSaver, load_on_all
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
+from engine.optim.skipped_updates import moments
 from engine.state import TrainState
 from models.entries import check_finite
+from models.metadata import check_metadata
+from models.torch_files import parse_torch
 
 Contents = dict[str, Any]  # of a checkpoint file
 
@@ -29,10 +32,10 @@ def find_checkpoint(
     """
     held: list[Contents] = []
 
-    def find() -> Path | None:
+    def find() -> str | None:
         folder = run.checkpoints
         try:
-            found, contents, damaged = folder.newest_good(accept)
+            found, contents, damaged = folder.newest_good(accept, parse_torch)
             held.append(contents)
             for error in damaged:
                 log.warning(f"{error}; going back to {found}")
@@ -42,10 +45,10 @@ def find_checkpoint(
             raise ValueError(
                 f"{folder.path} cannot be read or changed ({error.strerror}); are the disk there and the files yours?"
             ) from error
-        return found
+        return str(found) if found else None
 
     found = processes.on_main(find)
-    return found, (held[0] if found and held else None)
+    return (Path(found) if found else None), (held[0] if found and held else None)
 
 
 def restore_state(
@@ -59,15 +62,14 @@ def restore_state(
 
     `contents` holds them where the main process has read the file already. `check` is called with the metadata before the
     state is changed, and may raise ValueError. Raises ValueError if the file cannot be read, does not fit the run or holds weights
-    that are not finite.
+    or moments of the optimiser that are not finite.
     """
-    contents = load_on_all(path, processes, contents)
-    for entry in ("model", "ema"):
-        check_finite(
-            contents[entry] or {}, str(path), "continue from an earlier checkpoint, with --tag NEW --resume FILE"
-        )
+    contents = load_on_all(path, processes, contents, parse_torch)
+    check_metadata(contents.get("facts", {}), str(path))
+    for tensors in (contents["model"], contents.get("ema") or {}, moments(contents.get("optimizer", {"state": {}}))):
+        check_finite(tensors, str(path), "continue from an earlier checkpoint, with --tag NEW --resume FILE")
     if check is not None:
-        check(contents["facts"])
+        check(contents.get("facts", {}))
     state.load_state_dict(contents, str(path))
     return contents
 
@@ -87,4 +89,4 @@ def continue_saving(
     """
     saver.continue_from(state, save_again)
     if processes.main and write:
-        saver.restore_best_files(state, contents)
+        saver.restore_best_files(state, contents, parse_torch)

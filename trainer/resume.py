@@ -63,12 +63,12 @@ def check_same_run(cfg: CfgNode, run: RunDirectory, log: Log) -> None:
     """Raise ValueError if the run directory holds checkpoints of a run with another recipe."""
     if not (run.config.is_file() and run.checkpoints.latest()):
         return
-    old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config)), cfg))
+    old, new = (yaml.safe_load(config.dump(c)) for c in (config.load(str(run.config), run_code=False), cfg))
     decoding_keys = () if "synthetic" in (old["DATA"]["LOADER"], cfg.DATA.LOADER) else DECODING_KEYS
     changed = config_differences(old, new, (*CHANGEABLE_KEYS, *decoding_keys))
     if changed:
         raise ValueError(
-            f"{run.path} holds a run with other settings: {'; '.join(changed)}. Set them back to continue it, or start "
+            f"{run.path} holds a run with other settings: {'; '.join(change[:200] for change in changed[:40])}. Set them back to continue it, or start "
             "another run with --tag NAME"
         )
     if old["TRAIN"]["MICRO_BATCH"] != cfg.TRAIN.MICRO_BATCH:
@@ -167,13 +167,14 @@ def restore_checkpoint(
 
 def check_same_data(metadata: Mapping[str, Any], data: Data, path: Path) -> None:
     """Raise ValueError if a checkpoint's classes or data fingerprint are not those of the run's data."""
-    if metadata["classes"] != data.classes:
-        pairs = [f"{a} -> {b}" for a, b in zip_longest(metadata["classes"], data.classes) if a != b]
+    classes, stored = metadata.get("classes", []), metadata.get("data", {})
+    if classes != data.classes:
+        pairs = [f"{str(a)[:80]} -> {str(b)[:80]}" for a, b in zip_longest(classes, data.classes) if a != b]
         raise ValueError(f"{path} was trained on other classes: {', '.join(pairs[:3])}; use its data, or --init")
     changed = [
-        f"{key}: {metadata['data'].get(key)} -> {value}"
+        f"{key}: {str(stored.get(key))[:80]} -> {value}"
         for key, value in data.fingerprint.items()
-        if metadata["data"].get(key) != value
+        if stored.get(key) != value
     ]
     if changed:
         raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from common.text import readable
 from data.augment.device_stage import DeviceStage
 from data.loaders.batch import Batch
 from engine.logging.log import Log
@@ -27,6 +28,7 @@ SAMPLES = 4  # validation images
 FIRST, COLUMNS = 16, 8  # images drawn of the first batch, and in a row
 SIDE = 160, 224  # smallest and largest side of an image in the drawing of the first batch, pixels
 GAP, TEXT = 8, 13  # pixels
+LABEL = 60  # characters of a class's name in a file name
 NOT_IN_FILE_NAMES = re.compile(r"[^\w-]+")
 CAPTION = 2 * (TEXT + 3)
 
@@ -123,8 +125,8 @@ class SampleImages:
         top = weights.topk(min(2, len(weights)))
         mixed = [(self.classes[i], weight) for weight, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
         if mixed[0][1] > 0.995:
-            return mixed[0][0]
-        return "\n".join(f"{100 * weight:.0f}% {name}" for name, weight in mixed if weight > 0.005)
+            return readable(mixed[0][0])
+        return "\n".join(f"{100 * weight:.0f}% {readable(name)}" for name, weight in mixed if weight > 0.005)
 
 
 def draw_attention_maps(
@@ -153,7 +155,10 @@ def draw_attention_maps(
         row = [original(photo), *(panel for one in maps for panel in panels(one, i, photo))]
         caption = f"{label}: {predicted} {100 * float(predictions.values[i]):.1f} %"
         figures.append(
-            (f"{i + 1}_{NOT_IN_FILE_NAMES.sub('_', label)}", Image.fromarray(as_pixels(sheet([row], [caption]))))
+            (
+                f"{i + 1}_{NOT_IN_FILE_NAMES.sub('_', label)[:LABEL]}",
+                Image.fromarray(as_pixels(sheet([row], [caption]))),
+            )
         )
     return figures
 
@@ -178,13 +183,14 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
             image.resize((side, side), Image.Resampling.BICUBIC if side < image.width else Image.Resampling.NEAREST),
             (x, y),
         )
-        for j, line in enumerate(caption.splitlines()[:2]):
+        for j, line in enumerate(caption.split("\n")[:2]):
             draw.text((x, y + side + 2 + j * (TEXT + 2)), shorten(line, font, side), "black", font)
     return sheet
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Shorten a text, with an ellipsis, to fit into `width` pixels."""
+    text = text[:width]  # a character is wider than a pixel
     while text and font.getlength(text) > width:
         text = f"{text.removesuffix('…')[:-1]}…"
     return text

@@ -11,14 +11,14 @@ from torch import nn
 from yacs.config import CfgNode
 
 import config
-from common.rng import seed_default_generators
 from data.build import Data, build_data
 from engine.batch_plan import accumulation_steps
 from engine.build import build_compilation, build_loop, build_plan, build_state, prepare_model, wrap_model
 from engine.checkpoint.async_saver import AsyncSaver
 from engine.checkpoint.manifest import describe_start, read_manifest, record_start
-from engine.checkpoint.run_directory import RunDirectory
+from engine.checkpoint.run_directory import RunDirectory, RunLockedError
 from engine.compilation import Compilation
+from engine.default_generators import seed_default_generators
 from engine.distributed.consensus import Consensus, Vote
 from engine.distributed.processes import Processes
 from engine.distributed.signals import PreemptedError
@@ -28,7 +28,7 @@ from engine.loop import Loop
 from engine.loss import Teacher
 from engine.precision import Precision
 from engine.state import TrainState
-from models.build import build_model, checkpoint_blocks, custom_model_metadata
+from models.build import announce_custom_model, build_model, checkpoint_blocks, custom_model_metadata
 from models.kernels.apex_norm import use_apex_norms
 from trainer.resume import check_same_run, restore
 from trainer.sample_images import SampleImages
@@ -105,6 +105,7 @@ def build_session(
     Raises ValueError for errors that the user can correct.
     """
     check_start(cfg, args, processes, run=run, log=log)
+    announce_custom_model(cfg, log.info)
     data = build_session_data(cfg, args, processes, run=run, log=log)
     plan = build_plan(cfg, processes, data.train.updates_per_epoch)
     precision = Precision(cfg.TRAIN.AMP, processes.device)
@@ -157,7 +158,8 @@ def check_start(cfg: CfgNode, args: argparse.Namespace, processes: Processes, *,
     accumulation_steps(cfg.TRAIN.GLOBAL_BATCH, cfg.TRAIN.MICRO_BATCH, processes.world)
     if args.dry_run and args.eval:
         raise ValueError("--dry-run and --eval exclude each other; give one of them")
-    if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock)):
+    processes.on_main(run.check_files)
+    if not (args.eval or args.dry_run) and (warning := processes.on_main(run.lock, (RunLockedError,))):
         log.warning(warning)
     if not args.eval:
         read_manifest(run.manifest)  # raises now, rather than after minutes, if it is damaged

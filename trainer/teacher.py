@@ -22,7 +22,7 @@ def load_teacher(
     model, description = build_teacher(cfg, data.classes)
     teacher = wrap_teacher(cfg, model, processes)
     if state.update:
-        before = read_manifest(run.manifest).get("teacher", {}).get("digest", teacher.digest)
+        before = (read_manifest(run.manifest).get("teacher") or {}).get("digest", teacher.digest)
         if before != teacher.digest:
             raise ValueError(
                 f"DISTILL.TEACHER_WEIGHTS={cfg.DISTILL.TEACHER_WEIGHTS} has changed since {run.path} began (digest {before} -> "

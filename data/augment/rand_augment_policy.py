@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.text import shorten
+
 LEVEL_MAX = 10.0  # timm's scale: level 10 is full strength
 UNIFORM_ABOVE = 100.0  # timm: mstd above this draws the level uniformly from 0 .. magnitude
 
@@ -75,18 +77,20 @@ def parse_policy(text: str) -> Policy:
     """Parse timm's string, such as "rand-m9-mstd0.5-inc1"; ValueError for an unknown part."""
     head, *parts = text.split("-")
     if head != "rand":
-        raise ValueError(f"AUG.RAND_AUGMENT={text!r} must start with 'rand', e.g. rand-m9-mstd0.5-inc1, or be ''")
+        raise ValueError(
+            f"AUG.RAND_AUGMENT={shorten(text)} must start with 'rand', e.g. rand-m9-mstd0.5-inc1, or be ''"
+        )
     values: dict[str, float] = {}
     for part in parts:
         match = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?)", part)
         if match is None or match[1] in values:
             wrong = "appears twice" if match else "is not one of its parts"
-            raise ValueError(f"AUG.RAND_AUGMENT={text!r}: {part!r} {wrong}; give each once: {_PARTS}")
+            raise ValueError(f"AUG.RAND_AUGMENT={shorten(text)}: {shorten(part)} {wrong}; give each once: {_PARTS}")
         if match[1] in ("m", "n", "mmax", "inc") and "." in match[2]:
-            raise ValueError(f"AUG.RAND_AUGMENT={text!r}: {part!r} must hold a whole number")
+            raise ValueError(f"AUG.RAND_AUGMENT={shorten(text)}: {shorten(part)} must hold a whole number")
         values[match[1]] = float(match[2])
     if values.get("inc", 0) > 1 or values.get("p", 0) > 1:
-        raise ValueError(f"AUG.RAND_AUGMENT={text!r}: inc is 0 or 1, p lies in 0 .. 1")
+        raise ValueError(f"AUG.RAND_AUGMENT={shorten(text)}: inc is 0 or 1, p lies in 0 .. 1")
     return Policy(
         magnitude=int(values.get("m", 10)),
         layers=int(values.get("n", 2)),

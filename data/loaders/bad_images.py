@@ -11,12 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+from common.regular_files import check_kind, read_regular, regular
 from data.loaders.batch import BadImage, Batch
 from data.loaders.decode import UnreadableImageError
 
 T = TypeVar("T")
 NEIGHBOURS = 100  # images tried after an unreadable one before the run is ended
 LIST_FILE = "bad_images.jsonl"
+MOST_BYTES = 64 * 2**20  # of the list
 
 
 class TooManyBadImagesError(UnreadableImageError):
@@ -91,6 +93,8 @@ class BadImages:
                 _append(folder / LIST_FILE, added.values())
             except OSError as error:
                 warn(f"{folder / LIST_FILE} cannot be written ({error.strerror})")
+            except ValueError as error:  # a link, a pipe or a huge file
+                warn(f"the list of unreadable images cannot be written: {error}")
         if len(self.known) > self.allowed:
             listed = f"; {folder / LIST_FILE} lists them" if folder else ""
             bad = next(iter(added.values()), None) or next(iter(self.known.values()))
@@ -105,13 +109,13 @@ class BadImages:
 
 def _append(path: Path, bad_images: Iterable[BadImage]) -> None:
     """Append a row for each file without one; start a new line after a row that a crash cut off."""
-    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    text = read_regular(path, MOST_BYTES).decode("utf-8", "surrogateescape") if check_kind(path) else ""
     listed = set()
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             listed.add(json.loads(line)["path"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     rows = "".join(json.dumps(asdict(bad)) + "\n" for bad in bad_images if bad.path not in listed)
-    with path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, "a", encoding="utf-8", errors="surrogateescape", opener=regular) as file:
         file.write("\n" + rows if text and not text.endswith("\n") else rows)

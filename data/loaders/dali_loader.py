@@ -22,9 +22,10 @@ from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import read_or_replace
 from data.loaders.base import BaseEvalLoader, BaseTrainLoader
 from data.loaders.batch import BadImage, Batch
-from data.loaders.decode import MAX_PIXELS, decode
+from data.loaders.decode import decode
+from data.loaders.file_limits import check_jpeg
 from data.loaders.image_source import ImageSource, read
-from data.loaders.jpeg_header import ordinary_header
+from data.loaders.jpeg_header import FrameHeader, is_ordinary
 from data.loaders.sampler import SampleKey
 from data.loaders.torch_loader import BatchDataset, build_dataloader, iterate_batches
 
@@ -74,13 +75,22 @@ def read_for_dali(source: ImageSource, index: int, decoded: bool = False) -> Fil
     With `decoded` every file is decoded here and handed over as pixels.
     """
     data = read(source, index)
-    header = None if decoded else ordinary_header(data)
-    if header is not None and header.height * header.width <= MAX_PIXELS:
+    header = None if decoded else _ordinary_header(data)
+    if header is not None:
         return data, header.height, header.width
     image = decode(data, source.name(index))
     height, width = image.shape[-2:]
     pixels = image.permute(1, 2, 0).contiguous().numpy().tobytes()
     return np.frombuffer(b"P6\n%d %d\n255\n" % (width, height) + pixels, dtype=np.uint8), height, width
+
+
+def _ordinary_header(data: np.ndarray) -> FrameHeader | None:
+    """Return the header of a JPEG that any decoder accepts, within the limits on files; None for others."""
+    try:
+        header = check_jpeg(data)
+    except ValueError:
+        return None
+    return header if is_ordinary(header, data) else None
 
 
 class EncodedTrainDataset(BatchDataset[SampleKey, TrainTransform, EncodedBatch]):

@@ -26,9 +26,10 @@ def read(source: ImageSource, index: int) -> np.ndarray:
     """Return the bytes of an image's file, uint8 (n,); UnreadableImageError names it."""
     try:
         return source.read(index)
-    except OSError as error:
+    except Exception as error:  # of any store: it is this image that cannot be read
+        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise UnreadableImageError(
-            source.name(index), f"cannot be read ({error})", "see whether the storage is still there"
+            source.name(index), f"cannot be read ({reason})", "see whether the storage is still there"
         ) from error
 
 

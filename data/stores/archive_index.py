@@ -6,13 +6,9 @@ process builds it under a lock file; the others wait for it.
 """
 
 import hashlib
-import io
-import json
 import os
 import sys
-import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,39 +16,18 @@ from typing import Any
 import numpy as np
 
 from common.atomic_files import write_atomically
+from common.text import readable
 from data.stores.archive_listing import ArchiveListing, Progress, assign_classes, list_images
 from data.stores.build_once import build_once
 from data.stores.image_files import SUFFIXES, PassedOver
+from data.stores.index_file import FORMAT, ArchiveIndex, load_index, save_index
 from data.stores.label_files import inputs_of
 from data.stores.layout import Sample, SplitLocation
-from data.stores.names import decode, encode
-
-FORMAT = 2  # increased when the contents of an index, or the way it is built, change
+from data.stores.names import encode
 
 
 class NoImagesError(ValueError):
     """Archives without an image of the split."""
-
-
-@dataclass(frozen=True)
-class ArchiveIndex:
-    """Locations of a split's images in its archives, sorted by class, folder and file name as torchvision sorts a folder."""
-
-    metadata: dict[str, Any]  # kind, classes (None if they are numbers), problems, passed over, duplicates, inputs
-    archive: np.ndarray  # int32 (n,)
-    offset: np.ndarray  # int64 (n,)
-    size: np.ndarray  # int64 (n,)
-    label: np.ndarray  # int32 (n,), into the classes
-    names: np.ndarray  # uint8, the concatenated paths in the archives
-    ends: np.ndarray  # int64 (n,), the end of each path in names
-
-    def __len__(self) -> int:
-        return len(self.offset)
-
-    def path(self, index: int) -> str:
-        """Return the path of an image in its archive."""
-        start = int(self.ends[index - 1]) if index else 0
-        return decode(self.names[start : int(self.ends[index])].tobytes())
 
 
 def open_index(location: SplitLocation, val_labels: str, progress: Progress | None) -> tuple[ArchiveIndex, Path]:
@@ -63,21 +38,22 @@ def open_index(location: SplitLocation, val_labels: str, progress: Progress | No
     """
     log = progress or _to_stderr
     files = index_files(location)
-    states: dict[str, Any] = {}
+    states: dict[str, str] = {}  # of outdated files
 
     def read(file: Path) -> ArchiveIndex | None:
-        index = _load(file)
+        index = load_index(file, location)
+        if os.path.lexists(file):
+            states[str(file)] = "the old one cannot be used" if index is None else "its files have changed"
         if index is None:
             return None
-        states[str(file)] = index.metadata["inputs"]
         current = inputs(location, index.metadata["label_inputs"], val_labels)
         return index if index.metadata["inputs"] == current else None
 
     def build(file: Path) -> None:
-        again = " again: its files have changed" if str(file) in states else ""
+        again = f" again: {states[str(file)]}" if str(file) in states else ""
         log(f"indexing {location.split} of {location.root} ({len(location.archives)} archives){again}")
         index = build_index(location, val_labels, log)
-        write_atomically(file, lambda temporary: _save(index, temporary), shared=True)
+        write_atomically(file, lambda temporary: save_index(index, temporary))
         away = "" if file == files[0] else f" because {files[0].parent} cannot be written"
         log(f"indexed {len(index)} images; the index is kept in {file}{away}")
 
@@ -187,26 +163,8 @@ def _wordnet_ids(rows: list[tuple[Sample, ArchiveListing]]) -> list[str] | None:
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(readable(text), file=sys.stderr, flush=True)
 
 
 def _to_nowhere(text: str) -> None:
     pass
-
-
-def _save(index: ArchiveIndex, file: Path) -> None:
-    metadata = np.frombuffer(json.dumps(index.metadata).encode(), dtype=np.uint8)
-    arrays = {name: getattr(index, name) for name in ("archive", "offset", "size", "label", "names", "ends")}
-    with file.open("wb") as stream:
-        np.savez(stream, facts=metadata, **arrays)
-
-
-def _load(file: Path) -> ArchiveIndex | None:
-    """Read an index file; None if it is missing, damaged or of another format."""
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            metadata = json.loads(arrays["facts"].tobytes())
-            found = {name: arrays[name] for name in arrays.files if name != "facts"}
-        return ArchiveIndex(metadata=metadata, **found) if metadata["inputs"][0] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None

@@ -1,16 +1,19 @@
 """Images of a split in its archives, and the classes that folders, labels in shards or a label file give them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+from common.text import for_system
 from data.stores.archive_members import TAR, Contents, Member, list_archive
+from data.stores.bounded_files import open_file
 from data.stores.image_files import LINKS, PassedOver
-from data.stores.label_files import find_label_file, read_labels
+from data.stores.label_files import ID_FILES, KNOWN, Labels, find_label_file, read_labels, search_label_file
 from data.stores.layout import (
     LABEL_BYTES,
     Sample,
@@ -23,11 +26,14 @@ from data.stores.layout import (
     shard_labels,
     without_shared_folder,
 )
+from data.stores.names import shown
 
 NO_CLASSES = ("images", "image", "imgs", "img", "val", "validation", "data")  # names of folders of flat images
+LABEL_FILES = 20  # in an archive, at most
 MANY = 100  # from so many archives on, progress is logged
 THREADS = 16  # archives listed in parallel; bound by the latency of network file systems
 Progress = Callable[[str], None]  # called with lines about the building of an index
+LABEL_FILE_BYTES = 64 << 20  # of a label file in an archive at most; the largest known one has 2 MB
 T = TypeVar("T")
 
 
@@ -41,6 +47,7 @@ class ArchiveListing:
     samples: list[Sample]
     problems: list[str]
     passed: PassedOver
+    label_files: dict[str, bytes] = field(default_factory=dict)  # contents of those of validation images, by path
 
 
 def list_images(location: SplitLocation, progress: Progress) -> list[ArchiveListing]:
@@ -94,16 +101,29 @@ def _listing(
 
         def read(member: Member, count: int) -> bytes:
             if not files:
-                files.append(os.open(path, os.O_RDONLY))
+                files.append(open_file(path))
                 stack.callback(os.close, files[0])
             return os.pread(files[0], min(member.size, count), member.offset)
 
         images = images_of(entries, read, passed)
         for key, member in shard_labels(entries, images, name).items():
             labels[key] = parse_label(read(member, LABEL_BYTES), member.path, name)
+        label_members = [member for member in contents.members if _is_label_file(member, location.split)]
+        if len(label_members) > LABEL_FILES:
+            raise ValueError(
+                f"{name} holds {len(label_members)} files of labels, {shown(label_members[0].path)} the first"
+            )
+        label_files = {member.path: read(member, member.size) for member in label_members}
     samples = samples_of(images, labels, name)
     kind = "shards" if labels else "empty" if not samples else "flat" if samples[0].label is None else "folders"
-    return ArchiveListing(number, inner, kind, samples, contents.problems, passed), entries
+    return ArchiveListing(number, inner, kind, samples, contents.problems, passed, label_files), entries
+
+
+def _is_label_file(member: Member, split: str) -> bool:
+    """Return True for a file that may tell the classes of validation images, by its name."""
+    parts = PurePosixPath(member.path).parts
+    named = bool(parts) and parts[-1] in (*KNOWN, *ID_FILES) and "train" not in parts[:-1] and ".." not in parts
+    return named and split == "val" and member.size <= LABEL_FILE_BYTES
 
 
 def assign_classes(
@@ -128,8 +148,9 @@ def assign_classes(
         below = without_shared_folder([sample for own in samples for sample in own])
         rest = iter(below)
         samples = [[next(rest) for _ in own] for own in samples]
-        file = _label_file_of_one_folder(location, below, val_labels)
-        return ("flat", _labelled(samples, file), file) if file else (kind, samples, None)
+        if not _in_one_folder(location, below):
+            return kind, samples, None
+        return ("flat", *_labelled(location, listings, samples, val_labels))
     if kind != "flat":
         return kind, samples, None
     stems = [
@@ -148,19 +169,47 @@ def assign_classes(
         raise ValueError(
             f"{location.name} holds images without classes; expected <class>/<image> or KEY.jpg with KEY.cls in it"
         )
-    file = find_label_file(location.index_folder, val_labels)
-    return kind, _labelled(samples, file), file
+    return kind, *_labelled(location, listings, samples, val_labels)
 
 
-def _label_file_of_one_folder(location: SplitLocation, samples: Sequence[Sample], val_labels: str) -> Path | None:
-    """Return the label file of validation images that all lie in one folder that is no class, as in val/images/."""
+def _in_one_folder(location: SplitLocation, samples: Sequence[Sample]) -> bool:
+    """Return True for validation images that all lie in one folder that is no class, as in val/images/."""
     names = {sample.label for sample in samples}
-    if location.split != "val" or len(names) != 1 or str(names.pop()).lower() not in NO_CLASSES:
-        return None
-    return find_label_file(location.index_folder, val_labels)
+    return location.split == "val" and len(names) == 1 and str(names.pop()).lower() in NO_CLASSES
 
 
-def _labelled(samples: Sequence[Sequence[Sample]], file: Path) -> list[list[Sample]]:
-    """Return samples with their classes from a label file."""
-    labels = read_labels(file, [sample.path for own in samples for sample in own])
-    return [[Sample(labels[sample.path], sample.path, sample.member) for sample in own] for own in samples]
+def _labelled(
+    location: SplitLocation, listings: Sequence[ArchiveListing], samples: Sequence[Sequence[Sample]], val_labels: str
+) -> tuple[list[list[Sample]], Path]:
+    """Return samples with their classes from a label file, and that file, or the archive that holds it.
+
+    It is DATA.VAL_LABELS, else the one in the archive, else the one beside it.
+    """
+    images = [sample.path for own in samples for sample in own]
+    holder = next((listing for listing in listings if listing.label_files), None)
+    labels, file = None, location.archives[holder.archive] if holder else Path()
+    if holder and not val_labels:
+        labels = _labels_inside(file, holder.label_files, images)
+    if labels is None:
+        file = find_label_file(location.index_folder, val_labels)
+        labels = read_labels(file, images)
+    return [[Sample(labels[sample.path], sample.path, sample.member) for sample in own] for own in samples], file
+
+
+def _labels_inside(archive: Path, files: Mapping[str, bytes], images: Sequence[str]) -> Labels | None:
+    """Return the class of each image from the label files of an archive, read as from a folder: the one deepest inside."""
+    with TemporaryDirectory() as name:
+        top = Path(name)
+        for path, data in files.items():
+            try:
+                copy = top / for_system(path.lstrip("/"))
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(data)
+            except (OSError, ValueError) as error:  # no name of a file, or also one of a folder
+                raise ValueError(f"{archive}:{shown(path)} cannot be read ({shown(str(error))}); rename it") from error
+        folders = sorted((path for path in (top, *top.rglob("*")) if path.is_dir()), key=lambda path: -len(path.parts))
+        try:
+            file = search_label_file(folders, "")
+            return read_labels(file, images) if file else None
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{top}/", f"{archive}:").replace(str(top), str(archive))) from error

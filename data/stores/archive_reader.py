@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from data.loaders.file_limits import MAX_BYTES
 from data.loaders.sampler import WINDOW_BLOCKS
 from data.stores.archive_index import ArchiveIndex
+from data.stores.bounded_files import open_file, read_piece
 from data.stores.layout import SplitLocation
 
 MAX_OPEN_FILES = 1 << 16  # the soft limit of open files is raised to this at most
@@ -38,17 +40,12 @@ class ArchiveSource:
 
     def read(self, index: int) -> np.ndarray:
         """Return the bytes of an image's file, uint8 (n,). OSError if the archive ends within it."""
-        data = np.empty(int(self._size[index]), dtype=np.uint8)
-        fd = self._open.file(int(self._archive[index]))
-        offset, view, done = int(self._offset[index]), data.data, 0
+        number = int(self._archive[index])
+        fd = self._open.file(number)
         if self._ahead:
             self._ahead.touch(index, fd)
-        while done < len(data):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"the archive ends within it, at byte {offset + done}")
-            done += count
-        return data
+        offset, size = int(self._offset[index]), int(self._size[index])
+        return read_piece(fd, offset, size, MAX_BYTES, str(self.archives[number]))
 
     @property
     def sizes(self) -> np.ndarray:
@@ -118,7 +115,7 @@ class _OpenFiles:
         else:
             if len(own.open) >= self.most:
                 os.close(own.open.popitem(last=False)[1])
-            own.open[number] = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            own.open[number] = open_file(self.paths[number])
         return own.open[number]
 
     def __reduce__(self) -> tuple[Any, ...]:

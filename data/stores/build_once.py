@@ -1,7 +1,8 @@
 """Build a file once for several processes, on local disks and on network file systems.
 
 The lock is a file created with O_EXCL, which NFS and Lustre support. Its owner updates its time while it works; a lock not
-updated for STALE_S is removed and taken over. Building a file twice is harmless, since it is written atomically.
+updated for STALE_S is removed and taken over. Building a file twice is harmless, since it is written atomically. A link,
+pipe or device in place of the lock is refused.
 """
 
 import errno
@@ -15,7 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from common.regular_files import read_regular
+
 T = TypeVar("T")
+OWNER_BYTES = 1000  # of a lock file: host and process
 TOUCH_S, STALE_S, POLL_S = 5.0, 60.0, 0.2
 
 
@@ -47,8 +51,8 @@ def build_once(
             except FileExistsError:
                 wait.once()
                 now = _time(file)
-                if now != seen or not lock.exists():  # read without the lock: the waiting processes read in parallel
-                    seen = now
+                if now != seen or not os.path.lexists(lock):
+                    seen = now  # read without the lock: the waiting processes read in parallel
                     if (found := read(file)) is not None:
                         return found, file
                 continue
@@ -63,7 +67,7 @@ def build_once(
 
 def _time(file: Path) -> int:
     try:
-        return file.stat().st_mtime_ns
+        return file.lstat().st_mtime_ns
     except OSError:
         return 0
 
@@ -73,7 +77,7 @@ def _lockable(lock: Path) -> bool:
     probe = lock.with_name(f".{lock.name}.{uuid.uuid4().hex}.probe")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -103,7 +107,7 @@ class _Lock:
     def _touch(self) -> None:
         while not self.done.wait(TOUCH_S):
             with suppress(OSError):
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
 
 
 class _LockWait:
@@ -118,8 +122,8 @@ class _LockWait:
         """Wait for POLL_S; remove the lock instead if its owner has ended or it is stale."""
         try:
             owner, touched = (
-                self.lock.read_text(encoding="utf-8", errors="replace").split(),
-                self.lock.stat().st_mtime_ns,
+                read_regular(self.lock, OWNER_BYTES).decode("utf-8", "replace").split(),
+                self.lock.lstat().st_mtime_ns,
             )
         except OSError:
             return  # released in the meantime
@@ -143,6 +147,6 @@ def _gone(owner: Sequence[str]) -> bool:
         os.kill(int(owner[1]), 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return False
     return False

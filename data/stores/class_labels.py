@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from timm.data import ImageNetInfo
 
+from common.text import shorten
 from data.stores.folder import ClassIndexError, read_class_index
 from data.stores.names import look
 
@@ -104,10 +105,12 @@ def _by_number(folders: Sequence[str], num_classes: int, path: str) -> dict[str,
     outside = [name for name, label in labels.items() if label >= num_classes]
     if outside:
         raise ValueError(
-            f"--val-path {path}: folder {outside[0]!r} is no class number of a model with {num_classes} classes, which go "
+            f"--val-path {path}: folder {shorten(outside[0])} is no class number of a model with {num_classes} classes, which go "
             f"from 0 to {num_classes - 1}; rename folders that count from 1, or evaluate a model of these classes"
         )
     if len(set(labels.values())) < len(labels):
         name = next(name for name, label in labels.items() if str(label) != name and str(label) in labels)
-        raise ValueError(f"--val-path {path}: folders {name!r} and {labels[name]} are the same class; merge them")
+        raise ValueError(
+            f"--val-path {path}: folders {shorten(name)} and {labels[name]} are the same class; merge them"
+        )
     return labels

@@ -80,7 +80,7 @@ def find_class_root(folder: Path, known: Collection[str], label_file: LabelSearc
     for level in levels:
         root.passed.merge(level.passed)
         for name, kind in level.others:
-            if name not in (*KNOWN, *ID_FILES):
+            if name not in (*KNOWN, *ID_FILES, root.label_file and root.label_file.name):
                 root.passed.add(kind, from_system(name))
     for name in [] if root.flat else levels[-1].images:
         root.passed.add(BESIDE, from_system(name))

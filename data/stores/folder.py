@@ -4,20 +4,27 @@ A `FolderSource` gives loaders the labels and, by index, the bytes and the name 
 bytes object: of 1.28 million Python strings, reference counting would copy every page into every forked worker.
 """
 
-import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from common.text import for_system
+from common.text import for_system, shorten
+from data.loaders.file_limits import MAX_BYTES
+from data.stores.bounded_files import read_array
 from data.stores.folder_tree import BrokenLinks, check_link, list_folder, list_images, listing, system_errors
 from data.stores.image_files import SUFFIXES, PassedOver
-from data.stores.names import check_classes, from_system, read_text, some
+from data.stores.names import MAX_CLASSES, check_classes, class_number, from_system, parse_json, read_text, shown, some
 
 SCAN_THREADS = 16  # class folders listed in parallel; bound by the latency of network file systems
+MAX_LINES = 10 * MAX_CLASSES  # of a list of classes; JSON may take several for a class
+OTHER_NAMES = {  # of the folder of a split, in lower case
+    "train": ("train", "training", "train_images", "trn"),
+    "val": ("val", "valid", "validation", "eval", "dev", "test", "testing"),
+}
 INNER_LEVELS, INNER_FOLDERS = 3, 50  # of a search for the folder that was meant
 
 
@@ -58,7 +65,7 @@ class FolderSource:
 
     def read(self, index: int) -> np.ndarray:
         """Return the bytes of an image's file, uint8 (n,)."""
-        return np.fromfile(self.name(index), dtype=np.uint8)
+        return read_array(self.name(index), MAX_BYTES)
 
 
 def read_class_index(path: str | Path) -> list[str]:
@@ -75,15 +82,19 @@ def read_class_index(path: str | Path) -> list[str]:
     except ValueError as error:
         raise ClassIndexError(repr(str(path)), str(error).removeprefix(f"{path} ")) from error
     try:
-        names = _names_of_json(json.loads(text)) if text.lstrip()[:1] in ("{", "[") else text.splitlines()
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+        if text.count("\n") > MAX_LINES:
+            raise ValueError(f"it has more than {MAX_LINES} lines")
+        names = _names_of_json(parse_json(text)) if text.lstrip()[:1] in ("{", "[") else text.splitlines()
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"{len(names)} classes are more than {MAX_CLASSES}")
+    except ValueError as error:
         raise ClassIndexError(
             repr(str(path)),
-            f"is not understood ({error}); it must be JSON such as "
+            f"is not understood ({shown(str(error))}); it must be JSON such as "
             '{"0": ["n01440764", "tench"], ...}, ["cat", "dog"] or {"cat": 0, "dog": 1}, or text with a name a line',
         ) from error
     names = [name.strip() for name in names if name.strip()]
-    doubles = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    doubles = sorted(name for name, count in Counter(names).items() if count > 1)
     if doubles or not names:
         what = f"names {some(doubles)} more than once" if doubles else "holds no class"
         raise ClassIndexError(repr(str(path)), f"{what}; each class must stand in it exactly once")
@@ -95,12 +106,15 @@ def _names_of_json(tree: object) -> list[str]:
     if isinstance(tree, dict) and tree and all(isinstance(value, int) for value in tree.values()):
         by_index = {value: key for key, value in tree.items()}
     elif isinstance(tree, dict):
-        by_index = {int(key): value if isinstance(value, str) else value[0] for key, value in tree.items()}
+        first = {key: value[0] if isinstance(value, list) and value else value for key, value in tree.items()}
+        by_index = {class_number(key): value for key, value in first.items()}
     elif isinstance(tree, list) and all(isinstance(value, str) for value in tree):
         by_index = dict(enumerate(tree))
     else:
         raise ValueError("neither an object nor a list of names")
-    if sorted(by_index) != list(range(len(tree))):
+    if not all(isinstance(name, str) for name in by_index.values()):
+        raise ValueError("not all of its names are texts")
+    if len(by_index) < len(tree) or set(by_index) != set(range(len(tree))):
         raise ValueError(f"its indices are not 0 .. {len(tree) - 1}, each once")
     return [by_index[i] for i in range(len(by_index))]
 
@@ -113,13 +127,18 @@ def split_folder(root: str | Path, split: str) -> Path:
     with system_errors(root):
         check_link(root)
         if not root.is_dir():
-            raise ValueError(f"DATA.PATH={str(root)!r} is not a folder; {_nearest(root)}")
+            raise ValueError(f"DATA.PATH={shorten(str(root))} is not a folder; {_nearest(root)}")
         check_link(root / split)
         if (root / split).is_dir():
             return root / split
-        meant = _meant(root, split)
-    hint = f"did you mean DATA.PATH={str(meant)!r}?" if meant else "give the folder that holds train/ and val/"
-    raise ValueError(f"DATA.PATH={str(root)!r} has no folder {split}/, it holds {listing(root)}; {hint}")
+        meant, other = _meant(root, split), _other_name(root, split)
+    if other and not meant:
+        raise ValueError(
+            f"DATA.PATH={shorten(str(root))} has no folder {split}/, it holds {listing(root)}; did you mean {other}/? Rename it to "
+            f"{split}/ (ln -s works, too)"
+        )
+    hint = f"did you mean DATA.PATH={shorten(str(meant))}?" if meant else "give the folder that holds train/ and val/"
+    raise ValueError(f"DATA.PATH={shorten(str(root))} has no folder {split}/, it holds {listing(root)}; {hint}")
 
 
 def _nearest(path: Path) -> str:
@@ -141,6 +160,12 @@ def _meant(root: Path, split: str) -> Path | None:
     return None
 
 
+def _other_name(root: Path, split: str) -> str:
+    """Return the folder in DATA.PATH with another common name of the split, or one that differs in case; "" for none."""
+    names = {name.lower(): name for name in list_folder(root).folders}
+    return next((names[name] for name in OTHER_NAMES[split] if name in names), "")
+
+
 def val_folder(path: str) -> Path:
     """Return the folder of --val-path; ValueError if it is none, with the contents of the nearest one."""
     folder = Path(path).expanduser()
@@ -148,7 +173,7 @@ def val_folder(path: str) -> Path:
         check_link(folder)
         if not folder.is_dir():
             raise ValueError(
-                f"--val-path {path!r} is not a folder; {_nearest(folder)}; give one that holds a folder per class"
+                f"--val-path {shorten(path)} is not a folder; {_nearest(folder)}; give one that holds a folder per class"
             )
     return folder
 

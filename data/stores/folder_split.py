@@ -1,17 +1,18 @@
 """Splits that are folders of files, and the folder of --val-path."""
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from common.text import for_system
+from common.text import for_system, shorten
 from data.stores.class_labels import label_folders
 from data.stores.class_root import ClassRoot, find_class_root, label_search, refuse_unlabelled
 from data.stores.folder import FolderSource, scan, scan_labelled, val_folder
 from data.stores.folder_tree import list_folder, system_errors
 from data.stores.image_files import PassedOver
 from data.stores.layout import SplitLocation
-from data.stores.names import check_classes, check_numbers, lookalike_notes
+from data.stores.names import check_classes, check_numbers, from_system, lookalike_notes, shown, some
 
 
 class FolderSplit:
@@ -21,9 +22,10 @@ class FolderSplit:
         assert location.folder is not None
         self.location, self.folder, self.name, self.kind = location, location.folder, location.name, "folder"
         self.val_labels, self.passed, self.notes = val_labels, PassedOver(), list(location.notes)
+        self.remarks = list(location.notes)  # those of the notes that tell how the folder is read
         if val_labels and not self._root(()).flat:
             raise ValueError(
-                f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} is a folder of class folders; set it to ''"
+                f"DATA.VAL_LABELS={shorten(val_labels)} has no effect: {location.name} is a folder of class folders; set it to ''"
             )
 
     def classes(self) -> list[str]:
@@ -41,7 +43,10 @@ class FolderSplit:
                     refuse_unlabelled(root, classes)
                 source = scan(root.folder, classes, must_hold_all)
         self.passed, over = _passed_over(root, source)
-        self.notes = [*self.location.notes, *root.notes, *over, *lookalike_notes(self.name, _held(source, classes))]
+        held = _held(source, classes)
+        shared = [] if root.flat else _shared_folders(root.folder, held)
+        self.remarks = [*self.location.notes, *root.notes, *shared]
+        self.notes = [*self.remarks, *over, *lookalike_notes(self.name, held)]
         return source
 
     def folders_in(self, name: str) -> list[str]:
@@ -76,6 +81,22 @@ def open_val_folder(path: str, lists: Mapping[str, list[str]], val_labels: str) 
             source = root.flat_source(labels) if root.flat else scan_labelled(root.folder, labels)
             what = f"{len(labels)} {f'classes of {root.label_file}' if root.flat else 'folders'} {how}"
     return source, f"{root.folder}, {what}", [*root.notes, *_passed_over(root, source)[1]]
+
+
+def _shared_folders(folder: Path, classes: Sequence[str]) -> list[str]:
+    """Return a warning if all class folders hold the same folders and no images: these may be the classes."""
+    shared: list[str] | None = None
+    for name in classes:
+        entries = list_folder(folder / for_system(name))
+        if entries.images or len(entries.folders) < 2 or shared not in (None, entries.folders):
+            return []
+        shared = entries.folders
+    if shared is None or len(classes) < 2:
+        return []
+    return [
+        f"all {len(classes)} class folders of {folder} ({some(classes)}) hold the same folders and no images beside them: "
+        f"{some(list(map(from_system, shared)))}; if these are the classes, did you mean {folder}/{shown(classes[0])}?"
+    ]
 
 
 def _held(source: FolderSource, classes: Sequence[str]) -> list[str]:

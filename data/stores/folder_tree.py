@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from data.stores.bounded_files import open_file
 from data.stores.image_files import HEAD, IMAGE, SPECIAL, SUFFIXES, PassedOver, ignored, kind_of_file
 from data.stores.names import from_system, remedy_of, shown, some
 
@@ -172,8 +173,11 @@ def _trail(path: Path, trail: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _head(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  of a str
-        return file.read(HEAD)
+    fd = open_file(path)
+    try:
+        return os.read(fd, HEAD)
+    finally:
+        os.close(fd)
 
 
 def listing(folder: Path) -> str:

@@ -52,10 +52,31 @@ SYSTEM_NAMES = frozenset(
 )
 SYSTEM_PREFIXES = ("._", ".trash-", ".nfs", ".fuse_hidden", ".smbdelete")
 COPY_SUFFIXES = ("~", ".bak", ".orig", ".old", ".tmp", ".part", ".partial", ".crdownload", ".download", ".filepart")
+FOREIGN_SUFFIXES = (".tga", ".icns", ".dcm", ".svgz")  # of formats whose first bytes do not tell them
 RAW_SUFFIXES = (".cr2", ".nef", ".nrw", ".arw", ".dng", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".iiq")  # begin as TIFF
 BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths
+BEGINNINGS = {  # of Pillow's formats
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
 PNM = re.compile(rb"P[1-6]\s+[\d#]")
-UNREAD_HEADS = (b"8BPS", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ", b"\xff\x0a", b"\xff\x4f\xff\x51", b"\x76\x2f\x31\x01")
+UNREAD_HEADS = (
+    *(b"8BPS", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ", b"\xff\x0a", b"\xff\x4f\xff\x51", b"\x76\x2f\x31\x01"),
+    *(
+        b"II\xbc\x01",
+        b"BPG\xfb",
+        b"qoif",
+        b"DDS ",
+        b"\0\0\1\0",
+        b"\0\0\2\0",
+        b"\x0a\x05\x01\x08",
+        b"SIMPLE  =",
+        b"#?RADIANCE",
+    ),
+    *(b"%!PS-Adobe", b"<svg", b"PF\n", b"Pf\n"),
+)
 
 
 def ignored(lowered: str) -> str | None:
@@ -74,6 +95,8 @@ def kind_of_file(lowered: str, head: Callable[[], bytes]) -> str:
         return IMAGE
     if lowered.endswith(OTHER_SUFFIXES):
         return OTHER
+    if lowered.endswith(FOREIGN_SUFFIXES):
+        return UNREAD
     try:
         first = head()
     except OSError:
@@ -84,16 +107,29 @@ def kind_of_file(lowered: str, head: Callable[[], bytes]) -> str:
     return COPIES if kind == IMAGE and lowered.endswith(COPY_SUFFIXES) else kind
 
 
-def _kind_of_bytes(head: bytes) -> str:
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")):
-        return IMAGE
-    if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or PNM.match(head):
-        return IMAGE
+def format_of(head: bytes) -> str:
+    """Return Pillow's name of the format of a file of images, known by its first bytes; "" for any format that is not read."""
+    for form, beginnings in BEGINNINGS.items():
+        if head.startswith(beginnings):
+            return form
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if PNM.match(head):
+        return "PPM"
     if head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in BMP_HEADERS:
-        return IMAGE
+        return "BMP"
+    return ""
+
+
+def is_unread(head: bytes) -> bool:
+    """Return True for the first bytes of an image in a format that is not read."""
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis", b"crx "):
-        return UNREAD
-    return UNREAD if head.startswith(UNREAD_HEADS) else OTHER
+        return True
+    return head.startswith(UNREAD_HEADS)
+
+
+def _kind_of_bytes(head: bytes) -> str:
+    return IMAGE if format_of(head) else UNREAD if is_unread(head) else OTHER
 
 
 class PassedOver:

@@ -12,13 +12,17 @@ the kit's meta.mat (or map_clsloc.txt), which is read from beside the file or fr
 refused.
 """
 
+import gzip
+import io
 import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from common.text import shorten
+from data.stores.bounded_files import read_file
 from data.stores.matlab import synset_ids
-from data.stores.names import read_text
+from data.stores.names import class_number, decode, read_text, remedy_of, shown, some
 
 KEY = "DATA.VAL_LABELS"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -38,6 +42,8 @@ LABELS_REMEDY = (
     f"put the file that tells them there or into DATA.PATH ({', '.join((KITS[0], *KNOWN[2:]))}), name it with {KEY}, or "
     "move each image into a folder of its class"
 )
+MAX_LABELS, MAX_LINES, MAX_LINE = 1 << 28, 5_000_000, 1 << 16  # bytes, lines, and characters of one, in a label file
+MAX_KIT = 1 << 26  # bytes of an unpacked development kit; ImageNet's has 3 million
 Labels = dict[str, str] | dict[str, int]
 
 
@@ -61,7 +67,7 @@ def search_label_file(folders: Sequence[Path], given: str) -> Path | None:
         path = Path(given).expanduser()
         if not path.exists():
             raise ValueError(
-                f"{KEY}={given!r} does not exist; give a file that tells the class of each validation image"
+                f"{KEY}={shorten(given)} does not exist; give a file that tells the class of each validation image"
             )
         return path
     for folder in folders:
@@ -91,13 +97,20 @@ def read_labels(path: Path, images: Sequence[str]) -> Labels:
 
     ValueError if the file lacks one of them, or is ambiguous.
     """
-    files = {p.name: p.read_bytes() for p in inputs_of(path)} if path.is_dir() or path.name == GROUND_TRUTH else None
+    files = None
+    if path.is_dir() or path.name == GROUND_TRUTH:
+        files = {p.name: _read(p) for p in inputs_of(path)}
     if "".join(path.suffixes[-2:]) in (".tar.gz", ".tgz") or path.suffix in (".tgz", ".tar"):
         files = _unpacked(path)
     if files is not None:
         return _kit_labels(files, images, path)
-    text = read_text(path)
-    rows = [fields for line in text.splitlines() if (fields := _fields(line))]
+    text = read_text(path, MAX_LABELS)
+    if text.count("\n") > MAX_LINES:
+        raise ValueError(f"{path} has more than {MAX_LINES} lines; is it the right file?")
+    lines = text.splitlines()
+    if (longest := max(map(len, lines), default=0)) > MAX_LINE:
+        raise ValueError(f"{path} has a line of {longest} characters, more than {MAX_LINE}; is it the right file?")
+    rows = [fields for line in lines if (fields := _fields(line))]
     if rows and all(len(row) == 1 for row in rows):
         values = [row[0] for row in rows]
         if all(value.isdecimal() for value in values):
@@ -128,17 +141,19 @@ def _per_image(rows: list[list[str]], images: Sequence[str], path: Path) -> Labe
     odd = next((row for row in rows if len(row) != 2), None)
     if odd or not rows:
         raise ValueError(
-            f"{path} is not understood{f' ({odd[:4]})' if odd else ', it is empty'}; expected lines: IMAGE CLASS"
+            f"{path} is not understood{f' ({shown(str(odd[:4]))})' if odd else ', it is empty'}; expected lines: IMAGE CLASS"
         )
     table: dict[str, str] = {}
     for name, value in rows:
         stem = _stem(name)
         if table.setdefault(stem, value) != value:
-            raise ValueError(f"{path} gives {name} two classes, {table[stem]} and {value}; correct it")
+            raise ValueError(
+                f"{path} gives {shown(name)} two classes, {shown(table[stem])} and {shown(value)}; correct it"
+            )
     missing = [image for image in images if _stem(image) not in table]
     if missing:
         raise ValueError(
-            f"{path} has no class for {len(missing)} of {len(images)} images: {', '.join(missing[:3])}; is it the right file?"
+            f"{path} has no class for {len(missing)} of {len(images)} images: {some(missing)}; is it the right file?"
         )
     found = {image: table[_stem(image)] for image in images}
     numbers = {value for value in table.values() if value.isdecimal()}
@@ -146,12 +161,20 @@ def _per_image(rows: list[list[str]], images: Sequence[str], path: Path) -> Labe
         return found
     if len(numbers) < len(set(table.values())):
         raise ValueError(f"{path} mixes numbers and names of classes; use one of them")
-    if min(map(int, numbers)) == 1 and max(map(int, numbers)) == len(numbers):
+    found_numbers = [_number(value, path) for value in numbers]
+    if min(found_numbers) == 1 and max(found_numbers) == len(numbers):
         raise ValueError(
             f"{path} numbers the classes 1 .. {len(numbers)}: these could be ILSVRC2012_IDs, which are not in the order of the sorted "
             "classes; give a file with class names, or 0-based numbers of the sorted classes"
         )
     return {image: int(value) for image, value in found.items()}
+
+
+def _number(value: str, path: Path) -> int:
+    try:
+        return class_number(value)
+    except ValueError as error:
+        raise ValueError(f"{path} is not understood: {error}; is it the right file?") from error
 
 
 def _by_position(values: Sequence[str], images: Sequence[str], path: Path) -> dict[str, str]:
@@ -178,32 +201,57 @@ def _kit_labels(files: dict[str, bytes], images: Sequence[str], path: Path) -> d
         except ValueError as error:
             raise ValueError(f"meta.mat of {path} cannot be read: {error}; copy it again") from error
     elif "map_clsloc.txt" in files:
-        rows = [line.split() for line in files["map_clsloc.txt"].decode().splitlines() if line.strip()]
-        names = {int(row[1]): row[0] for row in rows}
+        names = _table(files["map_clsloc.txt"], path)
     else:
         raise ValueError(
             f"{path} numbers classes by ILSVRC2012_ID, which is not the order of the sorted classes; put meta.mat of the "
             f"development kit (data/meta.mat in {KITS[0]}) beside it"
         )
-    ids = [int(value) for value in files[GROUND_TRUTH].split()]
+    ids = [_number(decode(value), path) for value in files[GROUND_TRUTH].split()]
     unknown = sorted(set(ids) - set(names))
     if unknown:
         raise ValueError(f"{path} has ILSVRC2012_IDs that its table lacks: {unknown[:5]}; use both files of one kit")
     return _by_position([names[i] for i in ids], images, path)
 
 
-def _unpacked(kit: Path) -> dict[str, bytes]:
-    """Read the label files of a development kit's archive, by name."""
-    found: dict[str, bytes] = {}
+def _table(data: bytes, path: Path) -> dict[int, str]:
+    """Return {ILSVRC2012_ID: WordNet id} from the bytes of a map_clsloc.txt."""
+    names: dict[int, str] = {}
+    for line in decode(data).splitlines():
+        match line.split():
+            case [wnid, number, *_]:
+                names[_number(number, path)] = wnid
+            case [_, *_]:
+                raise ValueError(f"map_clsloc.txt of {path} is not understood ({shown(line)}); copy it again")
+    return names
+
+
+def _read(path: Path, limit: int = MAX_LABELS) -> bytes:
     try:
-        with tarfile.open(kit) as tar:
-            for info in tar:
+        return read_file(path, limit)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy_of(error)}") from error
+
+
+def _unpacked(kit: Path) -> dict[str, bytes]:
+    """Read the label files of a development kit's archive, by name: a tar, or one compressed by gzip."""
+    found: dict[str, bytes] = {}
+    data = _read(kit, MAX_KIT)
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(MAX_KIT + 1)
+            if len(data) > MAX_KIT:
+                raise ValueError(f"it unpacks to more than {MAX_KIT:,} bytes")
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            before = -1
+            while (info := tar.next()) is not None and tar.offset > before:
+                before = tar.offset
                 name = PurePosixPath(info.name).name
-                file = tar.extractfile(info) if name in (GROUND_TRUTH, *ID_FILES) and info.isfile() else None
-                if file:
-                    found[name] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{kit} cannot be read ({error}); copy it again") from error
+                if name in (GROUND_TRUTH, *ID_FILES) and info.isreg() and not info.issparse():
+                    found[name] = data[info.offset_data : info.offset_data + info.size]
+    except Exception as error:  # tarfile and zlib raise many kinds of errors for damaged files
+        raise ValueError(f"{kit} cannot be read ({shown(str(error))}); copy it again") from error
     return found
 
 

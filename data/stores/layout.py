@@ -15,7 +15,6 @@ Archives hold one of four layouts:
     flat       files only, with their classes in another file (label_files.py), as for ILSVRC2012_img_val.tar
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -24,11 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from common.text import shorten
 from data.stores.archive_members import COMPRESSED, TAR, ZIP, Member
 from data.stores.folder import split_folder
 from data.stores.folder_tree import check_link, list_folder, listing, system_errors
 from data.stores.image_files import HEAD, IMAGE, OTHER, PassedOver, ignored, kind_of_file
-from data.stores.names import decode_text
+from data.stores.label_files import ID_FILES, KNOWN
+from data.stores.names import class_number, decode_text, parse_json, shown
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 JSON_KEYS = ("label", "cls", "class", "target", "wnid")
@@ -94,7 +95,7 @@ def _find(root: str | Path, split: str) -> SplitLocation:
     check_link(root)
     if root.is_file():
         if not _is_archive(root.name):
-            raise ValueError(f"DATA.PATH={str(root)!r} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
+            raise ValueError(f"DATA.PATH={shorten(str(root))} is a file but no {TAR} or {ZIP}; {_remedy(root.name)}")
         return SplitLocation(split, root, None, (root,))
     if not root.is_dir():
         split_folder(root, split)  # raises: no folder
@@ -114,7 +115,7 @@ def _find(root: str | Path, split: str) -> SplitLocation:
         return SplitLocation(split, root, None if inner else folder, inner, tuple(notes))
     if len(beside) > 1:
         kinds = ", ".join(group[0] for group in beside)
-        raise ValueError(f"DATA.PATH={str(root)!r} holds {split} more than once: {kinds}; move all but one away")
+        raise ValueError(f"DATA.PATH={shorten(str(root))} holds {split} more than once: {kinds}; move all but one away")
     if beside:
         return SplitLocation(split, root, None, tuple(root / name for name in beside[0]))
     raise NoSplitError(_nothing_found(root, split, names))
@@ -155,14 +156,16 @@ def _nothing_found(root: Path, split: str, names: Sequence[str]) -> str:
     """Return the message of NoSplitError."""
     packed = [name for name in names if name.lower().endswith(COMPRESSED) and split in name]
     if packed:
-        return f"DATA.PATH={str(root)!r} holds {packed[0]}; {_remedy(packed[0])}"
+        return f"DATA.PATH={shorten(str(root))} holds {packed[0]}; {_remedy(packed[0])}"
     try:
         split_folder(root, split)
     except ValueError as error:
         if "did you mean" in str(error):
             return str(error)
+        if "give the folder" not in str(error):
+            raise  # a folder that cannot be read
         return f"{error}, or archives: expected one of {EXPECTED} (docs/data.md)"
-    return f"DATA.PATH={str(root)!r} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
+    return f"DATA.PATH={shorten(str(root))} holds {listing(root)}; expected one of {EXPECTED} (docs/data.md)"
 
 
 def _remedy(name: str) -> str:
@@ -218,7 +221,8 @@ def images_of(
             others.append(path)
     keys = {_key(path) for path, _ in images}
     for path in others:
-        if not (path.lower().endswith(LABEL_SUFFIXES) and _key(path) in keys):
+        known = path.rpartition("/")[2] in (*KNOWN, *ID_FILES)  # label files, as in a folder
+        if not known and not (path.lower().endswith(LABEL_SUFFIXES) and _key(path) in keys):
             passed.add(OTHER, path)
     return images
 
@@ -253,22 +257,18 @@ def parse_label(data: bytes, member: str, name: str) -> str | int:
     value: object = text
     if member.lower().endswith(".json"):
         try:
-            tree = json.loads(text)
+            tree = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"{name}: {member} is no JSON ({error}); write the shard again") from error
+            raise ValueError(f"{name}: {member} is no JSON ({shown(str(error))}); write the shard again") from error
         value = next((tree[key] for key in JSON_KEYS if key in tree), None) if isinstance(tree, dict) else tree
-    if isinstance(value, str) and re.fullmatch(r"\d+", value):
-        value = int(value)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int)
-        or value == ""
-        or (isinstance(value, int) and value < 0)
-    ):
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise ValueError(
             f"{name}: {member} tells no class; it must be a number or a name, in JSON under one of {', '.join(JSON_KEYS)}"
         )
-    return value
+    try:
+        return class_number(value) if isinstance(value, int) or re.fullmatch(r"\d+", value) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {member} tells no class: {error}; write the shard again") from error
 
 
 def samples_of(images: Sequence[tuple[str, Member]], labels: dict[str, str | int], name: str) -> list[Sample]:

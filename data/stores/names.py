@@ -5,12 +5,18 @@ hashed, stored and turned back into its bytes.
 """
 
 import codecs
+import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.stores.bounded_files import read_file
+
 NAMED = 5  # names listed in an error
+SHOWN = 200  # characters of a name in an error
+MAX_TEXT = 1 << 26  # bytes of a list of classes
+MAX_CLASSES = 1_000_000
 INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad\u200e\u200f"))
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -36,13 +42,13 @@ def from_system(name: str) -> str:
     return decode(os.fsencode(name))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     """Read a text file in UTF-8, with a byte order mark also in UTF-16 or UTF-32; other bytes become surrogates.
 
-    ValueError for a file that cannot be read or is no text; its message begins with the path.
+    ValueError for a file that cannot be read, is no text or has more than `limit` bytes; its message begins with the path.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, limit)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}); {remedy_of(error)}") from error
     return decode_text(data, str(path))
@@ -68,8 +74,26 @@ def remedy_of(error: OSError) -> str:
     return "see whether the storage is still there and whole"
 
 
+def parse_json(text: str) -> object:
+    """Return the value of a JSON text. ValueError for another text, or one nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def class_number(text: str | int) -> int:
+    """Return the number of a class. ValueError unless it lies between 0 and MAX_CLASSES - 1."""
+    number = int(text) if len(str(text)) < 20 else MAX_CLASSES
+    if not 0 <= number < MAX_CLASSES:
+        raise ValueError(f"{shown(str(text))} is no class number: these go from 0 to {MAX_CLASSES - 1}")
+    return number
+
+
 def shown(name: str) -> str:
-    """Return a name for a message: as it is if a terminal shows all of it, else escaped and quoted."""
+    """Return a name for a message: as it is if a terminal shows all of it, else escaped and quoted; cut if it is long."""
+    if len(name) > SHOWN:
+        return f"{shown(name[:SHOWN])}... ({len(name)} characters)"
     return name if name.isprintable() and name == name.strip() and name else ascii(name)
 
 
@@ -79,14 +103,18 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:NAMED])) + more
 
 
-def printable(text: str) -> str:
-    """Return a text for a terminal, in which bytes that are not UTF-8 are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def look(name: str) -> str:
-    """Return a form that is equal for names that look alike: composed, without invisible characters and outer spaces."""
-    return unicodedata.normalize("NFC", name.translate(INVISIBLE)).strip()
+    """Return a form that is equal for names that look alike: of one form of each character, width and space, without
+    invisible characters and outer spaces.
+    """
+    return unicodedata.normalize("NFKC", name.translate(INVISIBLE)).strip()
+
+
+def _same_but_foreign(name: str, other: str) -> bool:
+    """Return True for names that differ only where one has a character beyond ASCII, as a Cyrillic a or a typographic hyphen."""
+    pairs = list(zip(look(name).casefold(), look(other).casefold(), strict=False))
+    same = [a == b for a, b in pairs]
+    return len(look(name)) == len(look(other)) and any(same) and all(not (a + b).isascii() for a, b in pairs if a != b)
 
 
 def lookalikes(names: Iterable[str]) -> list[list[str]]:
@@ -134,6 +162,8 @@ def _near(names: Sequence[str], others: Sequence[str]) -> str:
     alike = {look(other): other for other in others}
     folded = {look(other).casefold(): other for other in others}
     near = {name: alike.get(look(name)) or folded.get(look(name).casefold()) for name in names}
+    for name in [name for name in names if near[name] is None][:NAMED]:
+        near[name] = next((other for other in others if _same_but_foreign(name, other)), None)
     first = sorted(names, key=lambda name: near[name] is None)[:NAMED]
     parts = [f"{name!a} (there is {near[name]!a})" if near[name] else shown(name) for name in first]
     return ", ".join(parts) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
@@ -142,7 +172,24 @@ def _near(names: Sequence[str], others: Sequence[str]) -> str:
 def check_numbers(name: str | Path, found: Sequence[int], classes: Sequence[str]) -> None:
     """Raise ValueError for class numbers that are not those of `classes`."""
     if max(found) >= len(classes):
+        hint = f"; they begin at {min(found)}: write them again from 0" if min(found) else ""
         raise ValueError(
-            f"{name} has images of class number {max(found)}, but there are {len(classes)} classes (from 0); "
+            f"{name} has images of class number {max(found)}, but there are {len(classes)} classes (from 0){hint}; "
             "see whether DATA.CLASS_INDEX, or the numbers with the images, are those of another data set"
         )
+
+
+def number_gaps(name: str | Path, found: Sequence[int]) -> str:
+    """Return the message for class numbers, without names, that are not 0, 1, ... without a gap; "" if they are."""
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if not missing:
+        return ""
+    if len(missing) == min(found):
+        return (
+            f"{name}: its class numbers begin at {min(found)}, but labels begin at 0; write the shards again with numbers "
+            "from 0"
+        )
+    return (
+        f"{name} has no image of {len(missing)} of the class numbers 0 .. {max(found)}: {some(list(map(str, missing)))}; "
+        "write the shards again with numbers without gaps, or set DATA.CLASS_INDEX to the names of all classes"
+    )

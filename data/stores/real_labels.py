@@ -4,7 +4,6 @@ The file is a JSON list: entry i holds the correct class numbers of ILSVRC2012_v
 no class. A prediction is correct if it is among them; images without labels do not count.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.accuracy import TopKCounts
+from common.text import shorten
 from data.stores.class_labels import IMAGENET, imagenet_wnids
-from data.stores.names import read_text
+from data.stores.names import parse_json, read_text
 
 _NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
-
-
-@dataclass(frozen=True)
-class RealAccuracy(TopKCounts):
-    """Top-1 and top-5 counts over the images that have labels."""
-
-    def __str__(self) -> str:
-        return f"ReaL {super().__str__()}"
 
 
 @dataclass(frozen=True)
@@ -33,12 +24,15 @@ class RealLabels:
 
     right: list[frozenset[int]]
 
-    def count(self, ranked: np.ndarray) -> RealAccuracy:
-        """Return the accuracy of ranked predictions, int64 (n, k), best first, k at most 5; row i is image i."""
+    def count(self, ranked: np.ndarray) -> tuple[int, int, int]:
+        """Count ranked predictions, int64 (n, k), best first, k at most 5, row i of image i.
+
+        Returns the images whose first answer, and of which any answer, is right, and all images that have labels.
+        """
         rows = [(labels, row) for labels, row in zip(self.right, ranked.tolist(), strict=True) if labels]
         correct1 = sum(row[0] in labels for labels, row in rows)
         correct5 = sum(not labels.isdisjoint(row) for labels, row in rows)
-        return RealAccuracy(correct1, correct5, len(rows))
+        return correct1, correct5, len(rows)
 
 
 def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) -> RealLabels:
@@ -54,7 +48,7 @@ def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) ->
         match = _NUMBER.fullmatch(Path(file).name)
         if not match or not 0 < int(match[1]) <= len(table):
             raise ValueError(
-                f"--real-labels {path} holds the labels of ILSVRC2012_val_00000001.JPEG to _{len(table):08d}.JPEG; {file!r} is "
+                f"--real-labels {path} holds the labels of ILSVRC2012_val_00000001.JPEG to _{len(table):08d}.JPEG; {shorten(file)} is "
                 "none of them; evaluate ImageNet's validation images under their original names, or leave the flag out"
             )
         right.append(frozenset(to_model[n] for n in table[int(match[1]) - 1] if n in to_model))
@@ -68,17 +62,17 @@ def read_real_labels(path: str, files: Sequence[str], classes: Sequence[str]) ->
 def _read(path: str) -> list[list[int]]:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"--real-labels {path!r} is not a file; give the path of real.json")
+        raise ValueError(f"--real-labels {shorten(path)} is not a file; give the path of real.json")
     try:
-        table = json.loads(read_text(file))
+        table = parse_json(read_text(file))
     except ValueError as error:
-        raise ValueError(f"--real-labels {path!r} is not JSON ({error}); give the path of real.json") from error
+        raise ValueError(f"--real-labels {shorten(path)} is not JSON ({error}); give the path of real.json") from error
     if not isinstance(table, list) or not all(isinstance(entry, list) for entry in table):
-        raise ValueError(f"--real-labels {path!r} must be a list of lists of class numbers, one for each image")
+        raise ValueError(f"--real-labels {shorten(path)} must be a list of lists of class numbers, one for each image")
     wrong = [n for entry in table for n in entry if type(n) is not int or not 0 <= n < IMAGENET]
     if wrong:
         raise ValueError(
-            f"--real-labels {path!r} holds {wrong[0]!r}, which is no class number between 0 and {IMAGENET - 1}"
+            f"--real-labels {shorten(path)} holds {shorten(wrong[0])}, which is no class number between 0 and {IMAGENET - 1}"
         )
     return table
 

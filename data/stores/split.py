@@ -7,20 +7,22 @@
 The order of the images is the same in every store of the same files: by class, then folder, then file name.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.text import shorten
 from data.stores.archive_index import ArchiveIndex, open_index
 from data.stores.archive_listing import Progress
 from data.stores.archive_reader import ArchiveSource
 from data.stores.folder_split import FolderSplit
-from data.stores.folder_tree import system_errors
+from data.stores.folder_tree import list_folder, system_errors
 from data.stores.image_files import PassedOver
 from data.stores.layout import SplitLocation, find_split
-from data.stores.names import check_classes, check_numbers, lookalike_notes, shown, some
+from data.stores.names import check_classes, check_numbers, lookalike_notes, number_gaps, shown, some
 
 if TYPE_CHECKING:
     from data.loaders.torch_loader import ImageSource
@@ -33,7 +35,8 @@ class ArchiveSplit:
         self.location, self.index, self.index_file = location, index, index_file
         self.name, self.kind = location.name, str(index.metadata["kind"])
         self.passed = PassedOver(index.metadata["passed_over"])
-        self.notes = [*location.notes, *index.metadata["problems"]]
+        self.remarks = list(location.notes)  # those of the notes that tell how the archives are read
+        self.notes = [*self.remarks, *index.metadata["problems"]]
         if index.metadata["duplicates"]:
             first = index.metadata["duplicate_names"][0]
             self.notes.append(f"{self.name} holds {index.metadata['duplicates']} images twice, {first} the first")
@@ -54,6 +57,8 @@ class ArchiveSplit:
         found, names = np.unique(self.index.label).tolist(), self.index.metadata["classes"]
         if self.index.metadata["numbered"]:
             self._check_numbers(found, classes, names)
+            if must_hold_all and self.numbers_are(classes) and (problem := number_gaps(self.name, found)):
+                raise ValueError(problem)
             labels = np.arange(max(found) + 1)
             present = [classes[label] for label in found]
         else:
@@ -62,6 +67,10 @@ class ArchiveSplit:
             labels = np.array([label_of.get(name, 0) for name in names])
         check_classes(self.name, "classes", present, classes, must_hold_all)
         return ArchiveSource(self.location, self.index, labels[self.index.label])
+
+    def numbers_are(self, classes: Sequence[str]) -> bool:
+        """Return True if `classes` are the numbers of this split, which holds no class names."""
+        return bool(self.index.metadata["numbered"]) and list(classes) == list(map(str, range(len(classes))))
 
     def _check_numbers(self, found: Sequence[int], classes: Sequence[str], names: Sequence[str] | None) -> None:
         check_numbers(self.name, found, classes)
@@ -89,7 +98,7 @@ def open_split(root: str | Path, split: str, val_labels: str = "", progress: Pro
         index, file = open_index(location, labelled, progress)
     if labelled and not index.metadata["label_inputs"]:
         raise ValueError(
-            f"DATA.VAL_LABELS={val_labels!r} has no effect: {location.name} tells the classes itself; set it to ''"
+            f"DATA.VAL_LABELS={shorten(val_labels)} has no effect: {location.name} tells the classes itself; set it to ''"
         )
     return ArchiveSplit(location, index, file)
 
@@ -104,6 +113,25 @@ def single_class(split: Split, classes: Sequence[str]) -> str:
         f"{split.name} holds one class only, {shown(classes[0])}, and from one class nothing can be learned; expected "
         f"<class>/<image> for each of two or more classes (MODEL.NUM_CLASSES){hint}"
     )
+
+
+def same_place(train: Split, val: Split) -> list[str]:
+    """Return a warning if validation images lie in a folder or archive of training images, as with a link from val/ to train/."""
+    own = _places(train)
+    shared = [place for place in _places(val) if any(f"{place}/".startswith(f"{other}/") for other in own)]
+    if val.location.inside or not shared:
+        return []
+    where = "is the same place as" if len(shared) == 1 else f"has {len(shared)} links into"
+    return [f"{val.name} {where} {train.name}: the same images are trained on and evaluated"]
+
+
+def _places(split: Split) -> list[str]:
+    """Return the real paths of a split: its archives, or its folder and the class folders that are links."""
+    folder = split.location.folder
+    paths = (
+        split.location.archives if folder is None else (folder, *(folder / own for own in list_folder(folder).links))
+    )
+    return sorted({os.path.realpath(path) for path in paths})
 
 
 def file_sizes(source: "ImageSource", indices: np.ndarray | None = None) -> np.ndarray:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint.disk_space import WriteFailure, describe_failure
-from engine.checkpoint.files import load_state, read_checksum, read_metadata, save_weights
+from engine.checkpoint.files import (
+    DamagedError,
+    Reader,
+    load_state,
+    read_checksum,
+    read_metadata,
+    read_trusted,
+    save_weights,
+)
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
 from engine.logging.log import Log
@@ -186,10 +194,10 @@ class AsyncSaver:
         found = " and ".join(f"{name} (of update {update})" for name, update in newer.items())
         return f". The best weights are there: {found}; copy them first, the next start may replace them"
 
-    def restore_best_files(self, state: TrainState, stored: Mapping[str, Any]) -> None:
+    def restore_best_files(self, state: TrainState, stored: Mapping[str, Any], read: Reader = read_trusted) -> None:
         """Write the files of best weights that are missing or outdated, from the checkpoints that hold these weights.
 
-        `stored` is the checkpoint that `state` was loaded from.
+        `stored` is the checkpoint that `state` was loaded from; `read` reads the others, as in `load_state`.
         """
         for which, entry in state.best.items():
             path = self.run.best(which)
@@ -198,7 +206,7 @@ class AsyncSaver:
                 continue
             checkpoint = self.run.checkpoints.path_of(entry["update"])
             try:
-                holder = stored if entry["update"] == state.update else load_state(checkpoint)
+                holder = stored if entry["update"] == state.update else load_state(checkpoint, read=read)
             except ValueError:
                 problem = "is missing" if found is None else f"is of update {found}"
                 self.log.warning(
@@ -249,8 +257,11 @@ class AsyncSaver:
         return True
 
 
-def load_on_all(path: Path, processes: Processes, stored: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Load a checkpoint on all processes; return its content. `stored` is the content if the main process has read it already.
+def load_on_all(
+    path: Path, processes: Processes, stored: dict[str, Any] | None = None, read: Reader = read_trusted
+) -> dict[str, Any]:
+    """Load a checkpoint on all processes; return its content. `stored` is the content if the main process has read it already;
+    `read` reads the file, as in `load_state`.
 
     Only the main process verifies the checksum against the content, so that a thousand processes do not read the file twice;
     the others wait until their file shows the same checksum. Raises ValueError on all processes if the main one cannot read
@@ -258,19 +269,19 @@ def load_on_all(path: Path, processes: Processes, stored: dict[str, Any] | None 
     """
     loaded = [stored] if stored else []
 
-    def read() -> bytes:
+    def load() -> str:
         if not loaded:
-            loaded.append(load_state(path))
-        return read_checksum(path)
+            loaded.append(load_state(path, read=read))
+        return read_checksum(path).hex()
 
-    checksum = processes.on_main(read)
+    checksum = processes.on_main(load, (DamagedError,))
     if processes.main:
         return loaded[0]
     deadline = time.monotonic() + VISIBLE_S
-    while not (same := path.exists() and read_checksum(path) == checksum) and time.monotonic() < deadline:
+    while not (same := path.exists() and read_checksum(path).hex() == checksum) and time.monotonic() < deadline:
         time.sleep(0.2)
     try:
-        state = load_state(path, verify=False)
+        state = load_state(path, verify=False, read=read)
         if not same:
             raise ValueError(f"{path} has another checksum here")
         return state

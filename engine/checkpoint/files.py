@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,12 +21,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from common.atomic_files import remove_temporary, write_atomically
+from common.regular_files import check_kind
+from engine.checkpoint.contents import find_fault
 
 FORMAT = 2  # increased when old code cannot read a new checkpoint; format 1 had no checksum
 _NAME = re.compile(r"update-(\d{8,})\.pt")
 _PREFIX = b"retoken sha256 "  # of the checksum, followed by 64 hexadecimal digits
 _CHECKSUM_LENGTH = len(_PREFIX) + 64
+MAX_HEADER = 16 << 20  # bytes of a safetensors header
 _NO_COMMENT = bytes(2)  # a zip archive ends with the length of its comment, and the comment
+
+
+Reader = Callable[[Path], Any]  # of a torch file; trainer/restore.py passes that of models/torch_files.py
 
 
 class DamagedError(ValueError):
@@ -49,16 +56,22 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
+def read_trusted(path: Path) -> Any:
+    """Read a torch file that this program has written, by torch's own restricted reader."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_state(path: Path, verify: bool = True, read: Reader = read_trusted) -> dict[str, Any]:
     """Read a state written by `save_state`, on the CPU; `verify` compares its checksum, which reads the file once more.
 
-    Raises DamagedError for a file that differs from what was written or is no checkpoint at all; ValueError for a missing,
-    unreadable, foreign or newer one.
+    Where the file may come from somebody else, `read` must be a reader that bounds memory and builds nothing but tensors and
+    plain values. Raises DamagedError for a file that differs from what was written, is no checkpoint at all or holds other
+    values than one; ValueError for a missing, unreadable, foreign or newer one.
     """
     has_checksum = False
     try:
         has_checksum = _has_checksum(path, verify)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path} does not exist") from error
     except DamagedError:
@@ -76,6 +89,8 @@ def load_state(path: Path, verify: bool = True) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read, it is damaged or no checkpoint ({first[:160]})") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of a run; to start from its weights use --init")
+    if fault := find_fault(state):
+        raise DamagedError(f"{path} is damaged or no checkpoint: {fault}")
     if state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update Retoken")
     if state["format"] > 1 and not has_checksum:
@@ -99,11 +114,16 @@ def _write(file: Path, content: bytes) -> None:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata in the header of a file of `save_weights`; empty for a missing or damaged file."""
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            return {}
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("retoken", "{}"))
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, SafetensorError, RecursionError):
         return {}
-    return metadata if isinstance(metadata, dict) else {}
+    known = isinstance(metadata, dict) and isinstance(metadata.get("update", 0), int)
+    return metadata if known else {}
 
 
 class CheckpointFolder:
@@ -121,14 +141,14 @@ class CheckpointFolder:
         """Return the number of the newest checkpoint's update; None if there is none or the folder cannot be read."""
         try:
             found = self.latest()
-        except OSError:
+        except (OSError, ValueError):
             return None
         match = _NAME.fullmatch(found.name) if found else None
         return int(match[1]) if match else None
 
     def numbered(self) -> list[Path]:
         """Return all checkpoints, oldest first."""
-        if not self.path.is_dir():
+        if not check_kind(self.path, stat.S_IFDIR):  # not a link: what lies elsewhere is neither read nor pruned
             return []
         named = [(int(match[1]), path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(named)]
@@ -138,7 +158,7 @@ class CheckpointFolder:
         return self.path / f"update-{update:08d}.pt"
 
     def newest_good(
-        self, accept: Callable[[dict[str, Any]], bool] = lambda state: True
+        self, accept: Callable[[dict[str, Any]], bool] = lambda state: True, read: Reader = read_trusted
     ) -> tuple[Path | None, dict[str, Any], list[DamagedError]]:
         """Return the newest intact checkpoint whose state is accepted, its state, and the errors of damaged newer ones.
 
@@ -148,7 +168,7 @@ class CheckpointFolder:
         found = self.numbered()
         for path in reversed(found):
             try:
-                state = load_state(path)
+                state = load_state(path, read=read)
             except DamagedError as error:
                 damaged.append(error)
                 continue
@@ -169,7 +189,8 @@ class CheckpointFolder:
 
     def save(self, update: int, state: Mapping[str, Any], prune: bool = True) -> Path:
         """Write the state after `update` updates; then, with `prune`, remove all but the newest `keep` checkpoints."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not check_kind(self.path, stat.S_IFDIR):
+            self.path.mkdir(parents=True, exist_ok=True)
         remove_temporary(self.path)
         path = self.path_of(update)
         save_state(path, state)

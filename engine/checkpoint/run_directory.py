@@ -11,6 +11,8 @@ output/<name>/
     done                             after the last epoch
     .lock                            while a process trains in it
     logs/  requeues                  of the batch scripts: output of each node; number of requeues without a newer checkpoint
+
+The directory itself may be a link to another disk; nothing in it may be one (run_files.py).
 """
 
 import contextlib
@@ -21,7 +23,9 @@ import time
 from pathlib import Path
 
 from common.atomic_files import remove_temporary, write_text_atomically
+from common.regular_files import regular
 from engine.checkpoint.files import CheckpointFolder
+from engine.checkpoint.run_files import check_run_files
 
 LOCK_ATTEMPTS = 10  # one per second
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -46,6 +50,10 @@ class RunDirectory:
         """Return the path of the best raw or EMA weights."""
         return self.path / f"best_{which}.safetensors"
 
+    def check_files(self) -> None:
+        """Raise ValueError for links and other kinds of files where the run has its own."""
+        check_run_files(self.path)
+
     def stored_bytes(self) -> int:
         """Return the size of the checkpoints and best weights that lie in the folder."""
         files = *self.checkpoints.numbered(), *(self.best(which) for which in ("raw", "ema"))
@@ -53,6 +61,7 @@ class RunDirectory:
 
     def write_marker(self, marker: Path, text: str) -> None:
         """Write the marker file `preempted` or `done`, which launch scripts check: the time and a text."""
+        self._remove_temporary()
         write_text_atomically(marker, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
 
     def lock(self) -> str:
@@ -66,7 +75,7 @@ class RunDirectory:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 # For writing: NFS locks no other files.
-                self._descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
+                self._descriptor = regular(self._lock, os.O_RDWR | os.O_CREAT)
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(self._lock.stat(), os.fstat(self._descriptor)):
                     return ""
@@ -97,8 +106,8 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Return True if a process trains in the folder; always False where the file system does not support locks."""
         try:
-            handle = os.open(self._lock, os.O_RDONLY)
-        except OSError:
+            handle = regular(self._lock)
+        except (OSError, ValueError):
             return False
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -120,11 +129,14 @@ class RunDirectory:
         try:
             for marker in (self.preempted, self.done):
                 marker.unlink(missing_ok=True)
-            for folder in (self.path, self.checkpoints.path):
-                remove_temporary(folder)
+            self._remove_temporary()
             write_text_atomically(self.config, config)
         except OSError as error:
             raise self.write_error(error) from error
+
+    def _remove_temporary(self) -> None:
+        for folder in (self.path, self.checkpoints.path):
+            remove_temporary(folder)
 
     def write_error(self, error: OSError) -> ValueError:
         """Return the error to raise when files of the run cannot be written."""

@@ -96,6 +96,7 @@ class Elastic:
 def prevent_restarts(environ: Mapping[str, str] = os.environ) -> None:
     """Close torchrun's rendezvous, so that no node restarts a run that would fail again. Called before a process fails.
 
+    Its message must have been printed: torchrun may kill the processes as soon as the rendezvous is closed.
     $RETOKEN_MEETING, from launch_scripts/elastic.sh, is the address of the rendezvous; without it torchrun tries all restarts.
     """
     address, _, port = environ.get("RETOKEN_MEETING", "").rpartition(":")

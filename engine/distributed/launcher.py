@@ -19,6 +19,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from common.text import shorten
+
 FIRST_PORT, PORTS = 20_000, 10_000  # port of a SLURM job: FIRST_PORT + job id % PORTS
 GRACE_S = 15.0  # that the other processes wait for the list of missing ranks after the timeout
 
@@ -70,7 +72,7 @@ def _number(env: Mapping[str, str], key: str) -> int:
         return int(env[key])
     except (KeyError, ValueError):
         raise ValueError(
-            f"{key}={env.get(key)!r} must be a number; the launcher sets it, or unset the others"
+            f"{key}={shorten(env.get(key))} must be a number; the launcher sets it, or unset the others"
         ) from None
 
 
@@ -93,7 +95,7 @@ def _first_host(env: Mapping[str, str]) -> str:
         return found.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise ValueError(
-            f"SLURM_JOB_NODELIST={nodes!r}: scontrol did not tell its first host ({error}); set MASTER_ADDR to it"
+            f"SLURM_JOB_NODELIST={shorten(nodes)}: scontrol did not tell its first host ({error}); set MASTER_ADDR to it"
         ) from error
 
 

@@ -4,21 +4,20 @@ import faulthandler
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.distributed.launcher import LaunchInfo, find_launch, rendezvous
+from engine.distributed.messages import broadcast, decode, encode, gather
 from engine.malloc import keep_freed_memory
 
-# On a timeout, end the process with the name and number of the collective instead of hanging, and compare ranks.
-NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_NCCL_DESYNC_DEBUG": "1"}
 T = TypeVar("T")
 
 
@@ -57,36 +56,37 @@ class Processes:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host_group)
         return int(largest)
 
-    def from_main(self, value: object) -> object:
-        """Broadcast a small picklable object from the main process; return it on every process."""
-        if self.world == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.host_group)
-        return values[0]
+    def from_main(self, value: Any) -> Any:
+        """Broadcast a small value of JSON's types from the main process; return it on every process."""
+        return broadcast(value, self.main, self.host_group) if self.world > 1 else decode(encode(value))
 
-    def on_main(self, function: Callable[[], T]) -> T:
-        """Call a function on the main process only; return its small picklable result, or raise its ValueError, on all."""
+    def on_main(self, function: Callable[[], T], errors: Sequence[type[ValueError]] = ()) -> T:
+        """Call a function on the main process only; return its small result, of JSON's types, or raise its ValueError, on all.
+
+        errors: subclasses of ValueError, made of a message, that keep their type on the other processes.
+        """
         if self.world == 1:
-            return function()
-        result: Any = None
+            return cast("T", decode(encode(function())))
+        sent: dict[str, Any] = {}
+        failure: ValueError | None = None
         if self.main:
             try:
-                result = function()
+                sent = {"result": function()}
             except ValueError as error:
-                result = error
-        result = self.from_main(result)
-        if isinstance(result, ValueError):
-            raise result
-        return result
+                failure = error
+                sent = {
+                    "error": str(error),
+                    "type": next((i for i, t in enumerate(errors) if isinstance(error, t)), None),
+                }
+        received = self.from_main(sent)
+        if "error" in received:
+            kept = ValueError if received["type"] is None else errors[received["type"]]
+            raise failure or kept(received["error"])
+        return cast("T", received["result"])
 
     def from_all(self, value: T) -> list[T]:
-        """Gather a small picklable object of every process; return the list, in order of rank, on every process."""
-        if self.world == 1:
-            return [value]
-        values = [value] * self.world
-        dist.all_gather_object(values, value, group=self.host_group)
-        return values
+        """Gather a small value of JSON's types of every process; return the list, in order of rank, on every process."""
+        return gather(value, self.world, self.host_group) if self.world > 1 else [decode(encode(value))]
 
 
 def init_processes(device: str, start_timeout_s: float = 300.0, timeout_s: float = 1800.0) -> Processes:
@@ -110,8 +110,6 @@ def init_processes(device: str, start_timeout_s: float = 300.0, timeout_s: float
     host_group = None
     if launch.address:
         faulthandler.enable()  # an abort by NCCL prints the Python stack
-        for key, value in NCCL.items():
-            os.environ.setdefault(key, value)
         backend = "nccl" if cuda else "gloo"
         host_group = _connect(launch, backend, timedelta(seconds=start_timeout_s), timedelta(seconds=timeout_s))
     return Processes(

@@ -21,6 +21,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
+from common.text import readable
 from engine.logging.live_widgets import (
     BAD,
     CURVE,
@@ -100,7 +101,7 @@ class LiveView:
     """Live view of a run. Updated by the training process; a thread redraws it a few times per second."""
 
     def __init__(self, console: Console, name: str, now: Callable[[], float] = time.monotonic):
-        self.console, self.name, self.now = console, name, now
+        self.console, self.name, self.now = console, readable(name), now
         self.timing = TimeEstimator(now)
         self.step: StepMetrics | None = None
         self.losses: list[float] = []

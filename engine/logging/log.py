@@ -15,10 +15,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common.atomic_files import write_text_atomically
-from common.text import allow_any_text, readable
+from common.atomic_files import write_atomically, write_text_atomically
+from common.regular_files import check_kind, regular
+from common.text import allow_any_text, escape_controls, readable
 from engine.evaluate import Accuracy
 from engine.logging.live_view import LiveView
+from engine.logging.metrics_file import Row, parse_row, read_lines
 from engine.logging.trackers import TensorBoardTracker, Tracker, WandbTracker
 from engine.loop import StepMetrics
 
@@ -62,22 +64,22 @@ class Log:
 
         Rows of metrics.jsonl after that position belong to updates that will be repeated, and are dropped; so are
         evaluations after update `closed` (by default `update`). `wandb` is a project of Weights & Biases, "" for none; raises
-        ValueError if it does not start. `config` is logged to the trackers as a text.
+        ValueError if it does not start, or for a link or pipe in place of a file. `config` is logged to the trackers as a text.
         """
         if not self.main:
             return
         self.folder = folder
-        self.file = (folder / "log.txt").open("a", buffering=1, encoding="utf-8", errors="surrogateescape")
+        self.file = _open_to_append(folder / "log.txt")
         self.file.writelines(self.early)
         self.early.clear()
         path = folder / "metrics.jsonl"
-        rows: list[str] = []
-        if path.exists():
+        rows: list[Row] = []
+        if check_kind(path):
             limits = {"eval": update if closed is None else closed}
-            text = path.read_text(encoding="utf-8", errors="surrogateescape")
-            rows = [line for line in text.splitlines() if _is_kept(line, update, limits)]
-            write_text_atomically(path, "".join(f"{row}\n" for row in rows))
-        self.metrics = path.open("a", buffering=1, encoding="utf-8", errors="surrogateescape")
+            kept = [(line, row) for line in read_lines(path) if (row := _kept_row(line, update, limits))]
+            rows = [row for _, row in kept]
+            write_text_atomically(path, "".join(f"{line}\n" for line, _ in kept))
+        self.metrics = _open_to_append(path)
         if tensorboard:
             self.trackers.append(TensorBoardTracker(folder, update))
         if wandb:
@@ -87,8 +89,8 @@ class Log:
                 with self._ignore_write_errors(tracker.name):
                     tracker.text("config", json.dumps(config, indent=2), update)
         if self.console.is_interactive:
-            self.view = LiveView(self.console, readable(folder.name))
-            self.view.replay(map(json.loads, rows))
+            self.view = LiveView(self.console, folder.name)
+            self.view.replay(rows)
 
     def reopen(self, folder: Path, open_files: Callable[[], None]) -> None:
         """Close the files and open them again after a rollback to a checkpoint; a failure only loses lines."""
@@ -117,7 +119,7 @@ class Log:
             self.console.print(shown, style=style, markup=False, soft_wrap=True)
         else:
             self.console.print(f"{stamp} {shown}", markup=False, soft_wrap=True)
-        self._write_line(f"{stamp} {text}")
+        self._write_line(f"{stamp} {escape_controls(text)}")
 
     def warning(self, text: str) -> None:
         """Print a warning and write it to log.txt."""
@@ -208,10 +210,10 @@ class Log:
         path = self.folder / PICTURES / f"{name}.png"
         with self._ignore_write_errors(str(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
+            write_atomically(path, lambda file: image.save(file, "PNG"))
         for tracker in self.trackers:
             with self._ignore_write_errors(tracker.name):
-                tracker.picture(f"pictures/{path.stem}", np.asarray(image.convert("RGB")), update)
+                tracker.picture(readable(f"pictures/{path.stem}"), np.asarray(image.convert("RGB")), update)
 
     def _row(
         self, row: dict[str, Any], update: int, prefix: str = "train", scalars: dict[str, float] | None = None
@@ -242,15 +244,19 @@ class Log:
         except OSError as error:
             if not self.lost:
                 self.lost = True
-                self.console.print(
-                    f"warning: {name} cannot be written ({error.strerror}); rows are lost", markup=False, soft_wrap=True
-                )
+                text = readable(f"warning: {name} cannot be written ({error.strerror}); rows are lost")
+                self.console.print(text, markup=False, soft_wrap=True)
 
 
-def _is_kept(line: str, last: int, last_of_kind: dict[str, int]) -> bool:
-    """Return True if a row of metrics belongs to an update up to the last of its kind; False for one cut off by a crash."""
+def _open_to_append(path: Path) -> IO[str]:
+    """Open a text file of a run directory to append lines. Raises ValueError for a link, pipe or device."""
+    return open(path, "a", buffering=1, encoding="utf-8", errors="surrogateescape", opener=regular)
+
+
+def _kept_row(line: str, last: int, last_of_kind: dict[str, int]) -> Row | None:
+    """Return the row of metrics in a line; None for an update after the last of its kind, or if a crash has cut it off."""
     try:
-        row = json.loads(line)
-        return bool(row["update"] <= last_of_kind.get(row["kind"], last))
-    except (ValueError, KeyError, TypeError):
-        return False
+        row = parse_row(line)
+    except ValueError:
+        return None
+    return row if row["update"] <= last_of_kind.get(row["kind"], last) else None

@@ -1,6 +1,8 @@
 """Trackers, which show a run's scalars and pictures: TensorBoard, Weights & Biases."""
 
 import os
+import re
+import stat
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -10,13 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.atomic_files import write_text_atomically
-from common.text import readable
+from common.regular_files import check_kind, read_regular
+from common.text import readable, shorten
 
 CHARTS = {  # scalars that the tab "Custom scalars" of TensorBoard draws into one chart
     "top-1": ("eval_raw/top1", "eval_ema/top1"),
     "top-5": ("eval_raw/top5", "eval_ema/top5"),
     "loss": ("train/loss", "eval_raw/loss", "eval_ema/loss"),
 }
+RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 WANDB_ID = "wandb_id"  # file of a run directory with the id of its Weights & Biases run
 
 
@@ -46,7 +50,8 @@ class TensorBoardTracker:
 
         self.name = "tensorboard"
         own = folder / "tensorboard"
-        own.mkdir(exist_ok=True)
+        if not check_kind(own, stat.S_IFDIR):
+            own.mkdir(exist_ok=True)
         self._folder = None if _is_valid(str(own)) else os.open(own, os.O_RDONLY)
         path = str(own) if self._folder is None else f"/proc/self/fd/{self._folder}"
         self._writer = SummaryWriter(path, purge_step=update + 1)
@@ -56,15 +61,15 @@ class TensorBoardTracker:
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         """Log scalars."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, update)
+            self._writer.add_scalar(readable(name), value, update)
 
     def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
         """Log a picture."""
-        self._writer.add_image(name, pixels, update, dataformats="HWC")
+        self._writer.add_image(readable(name), pixels, update, dataformats="HWC")
 
     def text(self, name: str, text: str, update: int) -> None:
         """Log a text, indented so that Markdown shows it as it is."""
-        self._writer.add_text(name, "".join(f"    {line}\n" for line in readable(text).splitlines()), update)
+        self._writer.add_text(name, "".join(f"    {readable(line)}\n" for line in text.split("\n")), update)
 
     def close(self) -> None:
         """Close the event file."""
@@ -91,7 +96,7 @@ class WandbTracker:
         import wandb
 
         self.name, self._wandb, id_file = "wandb", wandb, folder / WANDB_ID
-        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        run_id = read_run_id(id_file)
         try:
             self._run = wandb.init(
                 project=project,
@@ -103,7 +108,7 @@ class WandbTracker:
             )
         except Exception as error:  # wandb's exceptions have no common base: no login, no network, no such project
             raise ValueError(
-                f"LOG.WANDB={project!r}: wandb does not start ({type(error).__name__}: {error}); log in with `wandb login`, "
+                f"LOG.WANDB={shorten(project)}: wandb does not start ({type(error).__name__}: {error}); log in with `wandb login`, "
                 "set WANDB_MODE=offline, or LOG.WANDB to ''"
             ) from error
         if run_id is None:
@@ -127,9 +132,19 @@ class WandbTracker:
         self._run.finish()
 
 
+def read_run_id(path: Path) -> str | None:
+    """Return the id of a run in its file, None without the file. Raises ValueError if the file holds no id."""
+    if not check_kind(path):
+        return None
+    text = read_regular(path, 1000).decode("utf-8", "replace").strip()
+    if not RUN_ID.fullmatch(text):
+        raise ValueError(f"{path} holds {text[:40]!a}, which is no id of a Weights & Biases run; remove it")
+    return text
+
+
 def check_wandb(project: str) -> None:
     """Raise ValueError if a project of Weights & Biases is configured but its package is missing."""
     if project and "wandb" not in sys.modules and find_spec("wandb") is None:
         raise ValueError(
-            f"LOG.WANDB={project!r} needs the package wandb: pip install wandb; or set LOG.WANDB to '' to do without"
+            f"LOG.WANDB={shorten(project)} needs the package wandb: pip install wandb; or set LOG.WANDB to '' to do without"
         )

@@ -80,7 +80,8 @@ class ConsecutiveSkips:
             return int(skips.consecutive)
         before = 0
         if self._pinned is None or self._copied is None:
-            self._pinned, self._copied = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+            self._pinned = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._copied = torch.cuda.Event(blocking=True)  # sleeps: a spinning wait takes a core from the loader
         else:
             self._copied.synchronize()
             before = int(self._pinned)
@@ -95,9 +96,17 @@ def gradient_seed(loss: Tensor) -> Tensor:
 
 
 def is_rollback_target(stored: Mapping[str, Any]) -> bool:
-    """Return True if a run can go back to a stored state: no update skipped just before it, all weights finite."""
+    """Return True if a run can go back to a stored state: no update skipped just before it, all weights and moments finite."""
     consecutive = int(SkipCounts(stored["skips"]).consecutive) if "skips" in stored else 0
-    return not consecutive and all(bool(w.isfinite().all()) for w in stored["model"].values() if w.is_floating_point())
+    parts = (stored["model"], stored.get("ema") or {}, moments(stored.get("optimizer") or {}))
+    tensors = (value for part in parts for value in part.values() if isinstance(value, Tensor))
+    return not consecutive and all(bool(w.isfinite().all()) for w in tensors if w.is_floating_point())
+
+
+def moments(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors and numbers of an optimiser's state dict, by a name for messages."""
+    state = optimizer.get("state", {})
+    return {f"optimiser {name} of parameter {key}": value for key, own in state.items() for name, value in own.items()}
 
 
 def tensor_norms(weights: Mapping[str, Tensor]) -> dict[str, float | str]:

@@ -33,7 +33,9 @@ def _scatter(x: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, 0, 0, 1, 1, 1, 1))
     # Value 3 * i + j of a cell is for the cell i - 1 rows below and j - 1 columns to the right.
     parts = [padded[:, 2 - i : 2 - i + h, 2 - j : 2 - j + w, 3 * i + j] for i in range(3) for j in range(3)]
-    return sum(parts[1:], parts[0].to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    total = sum(parts[1:], parts[0].to(torch.promote_types(x.dtype, torch.float32)))
+    # Not a cast in all cases: compiled by torch 2.11, a Function whose forward ends with one that does nothing has no gradient.
+    return total if total.dtype == x.dtype else total.to(x.dtype)
 
 
 class _Neighborhood(torch.autograd.Function):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.atomic_files import write_text_atomically
-from common.text import allow_any_text, readable
+from common.text import allow_any_text, escape_controls, readable, readable_lines
 
 ROOT = Path(__file__).parents[2]
 NAMES = {  # bytes, and the readable form
@@ -32,6 +32,59 @@ def test_readable_form_is_valid_and_independent_of_the_locale(name, encoding):
 def test_bytes_survive_in_a_file(name, encoding, tmp_path):
     write_text_atomically(tmp_path / "file", name.decode(encoding, "surrogateescape"))
     assert (tmp_path / "file").read_bytes() == name
+
+
+CONTROLS = {  # and their escaped forms
+    **{chr(code): f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))},
+    **{"\t": "\\t", "\n": "\\n", "\r": "\\r"},
+    **{chr(code): f"\\u{code:04x}" for code in (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))},
+    **{character: f"\\u{ord(character):04x}" for character in "\ud800\udbff\udc00\udc7f\udd00\udfff"},
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_control_characters_are_escaped(encoding):
+    for character, escaped in CONTROLS.items():
+        text = f"a{character}猫"
+        if not "\ud800" <= character <= "\udfff":
+            text = text.encode().decode(encoding, "surrogateescape")  # as a file's name in a C locale
+        assert readable(text) == f"a{escaped}猫"
+        assert escape_controls(text) == f"a{escaped}猫"
+
+
+def test_bytes_stay_where_controls_are_escaped():
+    assert escape_controls("a\udc9b\x9b\x1b") == "a\udc9b\\x9b\\x1b"
+    assert readable("a\udc9b\x9b\x1b") == "a\\x9b\\x9b\\x1b"
+    assert readable_lines("a\x1b\nb\r\n") == "a\\x1b\nb\\r\n"
+    assert readable("👩‍👩‍👧 é שלום") == "👩‍👩‍👧 é שלום"
+
+
+def test_everything_that_is_printed_is_escaped():
+    """Hold the ways to a terminal: `print` of constants, of `readable` text, of JSON; consoles of the log and of Screen."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *(p for name in PROGRAM for p in (ROOT / name).rglob("*.py"))]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("print", "Console", "sys.stderr.write"):
+                safe = call.args and all(is_escaped(argument) for argument in call.args)
+                if not safe and (path.name, ast.unparse(call.func)) not in EXCEPTIONS:
+                    found.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]}")
+    assert found == []
+
+
+PROGRAM = ("common", "config", "data", "engine", "models", "tools", "trainer")
+EXCEPTIONS = {
+    ("log.py", "Console"),  # Log.info prints `readable` text
+    ("screenshots.py", "Console"),  # of the project's own runs
+    ("terminal_recorder.py", "Console"),
+    ("screenshots.py", "print"),
+    ("run_dir.py", "print"),  # exact, for scripts; refuses control characters
+}
+
+
+def is_escaped(argument):
+    """Return True for a constant, JSON, or text that `readable` returns."""
+    called = ast.unparse(argument.func) if isinstance(argument, ast.Call) else ""
+    return isinstance(argument, ast.Constant) or called in ("json.dumps", "readable")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "gbk"])

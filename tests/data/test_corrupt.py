@@ -12,7 +12,7 @@ from data.augment.rand_augment_policy import parse_policy
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.loaders.bad_images import NEIGHBOURS, BadImage, BadImages, TooManyBadImagesError, read_or_replace
 from data.loaders.decode import UnreadableImageError, decode
-from data.loaders.jpeg_header import stated_size
+from data.loaders.jpeg_header import frame_header
 from data.loaders.sampler import Sampler
 from data.loaders.torch_loader import EvalLoader, TrainLoader
 from data.stores.folder import scan
@@ -46,9 +46,9 @@ def test_unreadable_file_is_named_with_the_reason(kind):
         ("empty", "0 bytes; the file is empty"),
         ("zeros", "3000 bytes; all bytes are zero"),
         ("html", "a web page, not an image"),
-        ("garbage", "no image format that Pillow knows"),
+        ("garbage", "no image format that is read"),
         ("jpeg bomb", "65500 x 65500 pixels are more than the 178956970 that are decoded"),
-        ("png bomb", r"3600000000 pixels.*178956970"),
+        ("png bomb", "60000 x 60000 pixels are more than the 178956970"),
     ],
 )
 def test_reason_describes_the_file(kind, reason):
@@ -88,14 +88,15 @@ def test_exif_rotation_is_not_applied():
     ("kind", "size"), [("1 x 700", (700, 1)), ("progressive", (47, 61)), ("cmyk", (47, 61)), ("huge", (3000, 4000))]
 )
 def test_jpeg_size_is_read_from_the_header(kind, size):
-    assert stated_size(as_array(READABLE[kind])) == size
+    assert frame_header(as_array(READABLE[kind]))[:2] == size
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xd8", JPEG[:30], b"\xff\xd8" + b"\xff" * 50, b"\xff\xd8\xff\xe0\x00\x00" * 9]
 )
 def test_jpeg_without_a_frame_has_no_size(data):
-    assert stated_size(as_array(data)) is None
+    with pytest.raises(ValueError, match=r"damaged|cut off|begin"):
+        frame_header(as_array(data))
 
 
 @pytest.fixture(scope="module")

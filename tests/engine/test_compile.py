@@ -14,12 +14,12 @@ from torch._dynamo.utils import counters
 
 import config
 import train as train_script
-from common.rng import seed_default_generators
 from engine import compilation
 from engine.batch_plan import BatchPlan
 from engine.build import build_compilation, build_plan, build_state, prepare_model
 from engine.checkpoint.files import load_state
 from engine.compilation import Compilation
+from engine.default_generators import seed_default_generators
 from engine.distributed.processes import Processes
 from engine.drop_path import VaryingDropPath
 from engine.precision import Precision

@@ -44,6 +44,9 @@ def test_help_is_printed(script, flag):
     assert done.returncode == 0, done.stderr
     assert f"launch_scripts/{script}" in done.stdout
     assert "Usage:" in done.stdout
+    if script != "stage.sh":  # it opens no port
+        assert "Trusted network only" in done.stdout
+        assert "docs/clusters.md, Networks" in done.stdout
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "stage.sh"])

@@ -1,16 +1,19 @@
 """MODEL.MODULE: custom models from files and modules outside the repository."""
 
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import timm
 from torch import nn
 
 import config
+import eval as eval_script
 import train as train_script
 from models.backbone import Backbone
 from models.build import build_model
-from models.custom_model import import_models
+from models.custom_model import describe_module, digest, import_models
 from tools.compare import main as compare
 
 NET = """
@@ -126,3 +129,67 @@ def test_mistake_in_a_file_is_shown_where_it_is(tmp_path, small_cfg, capsys):
 def test_backbone_of_other_than_four_stages_is_refused():
     with pytest.raises(ValueError, match=r"Backbone has 1 stages and 2 dims; a Backbone has 4 of each"):
         Backbone(nn.Identity(), [nn.Identity()], nn.Identity(), (8, 8), 8)
+
+
+SPY = """
+print("the program runs")
+"""
+
+
+def named_by(tmp_path, small_cfg, marker):
+    """Write a program, and a config that names it in a folder with the marker file of a run directory; return both."""
+    folder = tmp_path / "received"
+    folder.mkdir()
+    program = Path(write(folder / "net.py", "own_received"))
+    program.write_text(SPY + program.read_text())
+    if marker == "PUBLISHED":
+        text = config.dump(config.load(str(small_cfg), ["MODEL.MODULE", str(program), "MODEL.NAME", "own_received"]))
+    else:
+        text = f"BASE: {small_cfg}\nMODEL: {{MODULE: {program}, NAME: own_received, DROP_PATH_RATE: 0}}\n"
+        (folder / marker).write_text("")
+    (folder / "config.yaml").write_text(text)
+    return folder / "config.yaml", program
+
+
+@pytest.mark.parametrize("marker", ["manifest.json", "metrics.jsonl", "best_raw.safetensors", "PUBLISHED"])
+def test_program_named_by_a_run_directory_runs_only_if_the_command_names_it(tmp_path, small_cfg, marker):
+    received, program = named_by(tmp_path, small_cfg, marker)
+    own = tmp_path / "own.yaml"
+    own.write_text(f"BASE: {received}\n")
+    for file in (received, own):
+        with pytest.raises(ValueError, match=rf"MODEL\.MODULE='{program}' in {received}: .* --opts MODEL\.MODULE FILE"):
+            config.load(str(file))
+        for given in (str(program), ""):
+            assert given == config.load(str(file), ["MODEL.MODULE", given]).MODEL.MODULE
+        assert str(program) == config.load(str(file), run_code=False).MODEL.MODULE
+    own.write_text(f"BASE: {received}\nMODEL: {{MODULE: mine/net.py}}\n")
+    assert config.load(str(own)).MODEL.MODULE == "mine/net.py"
+
+
+def test_refused_program_does_not_run_and_an_accepted_one_is_announced_before(tmp_path, small_cfg, capsys):
+    received, program = named_by(tmp_path, small_cfg, "manifest.json")
+    evaluate = ["--checkpoint", str(tmp_path / "none.pt")]
+    for script, more in ((train_script, ["--dry-run"]), (eval_script, evaluate)):
+        argv = ["--cfg", str(received), *more]
+        with pytest.raises(SystemExit):
+            script.main(argv)
+        shown = capsys.readouterr()
+        assert "names a program, which would run with your rights" in shown.err
+        assert "the program runs" not in shown.out
+        with contextlib.suppress(SystemExit):
+            script.main([*argv, "--opts", "MODEL.MODULE", str(program)])
+        announced = shown = capsys.readouterr().out
+        assert f"MODEL.MODULE: running {program} (SHA-256 {digest(str(program))})" in " ".join(shown.split())
+        if script is train_script:
+            assert announced.index("MODEL.MODULE: running") < announced.index("the program runs")
+
+
+def test_description_of_a_module_imports_nothing(tmp_path, monkeypatch):
+    package = tmp_path / "spied_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemError")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert describe_module("spied_package.net") == f"the module spied_package.net of {package / '__init__.py'}"
+    assert describe_module("no_such_package.net") == "the module no_such_package.net"
+    assert describe_module("__main__").startswith("the module __main__")
+    assert describe_module(str(tmp_path / "none.py")) == str(tmp_path / "none.py")

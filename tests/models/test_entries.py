@@ -1,7 +1,10 @@
 """Entries of weights: prefixes of wrappers, counts of tools and plain values among them; values that are not finite."""
 
+import json
+import pickle
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +18,7 @@ from yacs.config import CfgNode
 
 import models  # noqa: F401  registers the families
 from models.entries import check_finite, clean, count_not_finite
+from models.file_kinds import TORCH, kind_of
 from models.published import to_published
 from models.weights import fit, load_weights
 from tools.convert import convert
@@ -139,3 +143,68 @@ def test_published_file_is_read_by_timm_after_import_models_alone(tmp_path, vari
     argv = [sys.executable, "-c", code, variant, str(tmp_path / "a.pth")]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_value_that_is_not_finite_is_refused_through_timm(tmp_path, value, suffix):
+    own = timm.create_model("groupmixformer_mobile", num_classes=3).state_dict()
+    name, path = next(key for key in own if key.endswith("running_var")), tmp_path / f"w{suffix}"
+    own[name][0] = value
+    save_file(own, path) if suffix == ".safetensors" else torch.save({"model": own}, path)
+    with pytest.raises(ValueError, match=rf"{name} \(1 of"):
+        timm.create_model("groupmixformer_mobile", num_classes=3, checkpoint_path=str(path))
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (lambda: torch.eye(4).to_sparse(), "sparse or nested"),
+        (lambda: torch.eye(4).to_sparse_csr(), "sparse or nested"),
+        (quantised, "quantised"),
+        (lambda: torch.ones(4, dtype=torch.complex64), "complex"),
+        (lambda: torch.ones(4, device="meta"), "without values"),
+    ],
+)
+def test_tensors_of_a_kind_that_is_not_read_are_named(tmp_path, tensor, kind):
+    torch.save({"model": {**WEIGHTS, "odd": tensor()}}, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=rf"w.pth .*holds tensors of a kind that is not read: .*{kind}.*; save them again"
+    ):
+        load_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("facts", ["a text", [1, 2], 3, {"weights": "both"}, {"weights": ["raw"]}])
+def test_metadata_of_another_program_are_left_out(tmp_path, facts):
+    torch.save({"model": WEIGHTS, "facts": facts}, tmp_path / "w.pth")
+    save_file(WEIGHTS, tmp_path / "w.safetensors", {"retoken": json.dumps(facts)})
+    for name in ("w.pth", "w.safetensors"):
+        weights, metadata = load_weights(tmp_path / name)
+        assert sorted(weights) == sorted(WEIGHTS)
+        assert (metadata["weights"], metadata["holds"]) == ("raw", ["raw"])
+
+
+def test_header_that_is_no_json_is_named(tmp_path):
+    save_file(WEIGHTS, tmp_path / "w.safetensors", {"retoken": "{not json"})
+    with pytest.raises(ValueError, match=r"w.safetensors is damaged: its header is no JSON"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_are_told_from_older_torch_files(tmp_path, protocol):
+    path = tmp_path / "w.pth"
+    path.write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
+    with pytest.raises(ValueError, match="a pickle of other Python objects"):
+        load_weights(path)
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    if protocol == 2:  # torch.save's own; its restricted reader warns of others
+        assert sorted(load_weights(path)[0]) == sorted(WEIGHTS)
+    else:
+        assert kind_of(path)[0] == TORCH

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import yaml
-from rich.console import Console
 
 import train as train_script
 from tools import compare
 from tools.compare import main
+from tools.terminal import Screen
 
 START = {
     "commit": "a" * 40,
@@ -198,7 +198,7 @@ def test_markdown_is_tables(a, tmp_path, capsys):
 
 def test_terminal_gets_tables_and_colour(a, tmp_path, capsys, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(compare, "Console", lambda **k: Console(file=screen, force_terminal=True, width=120, **k))
+    monkeypatch.setattr(compare, "Screen", lambda **k: Screen(file=screen, force_terminal=True, width=120, **k))
     assert main([a, write(tmp_path / "b", rows(), CONFIG | {"TAG": "[bold]"})]) == 0
     assert "━" in screen.getvalue()
     assert "[bold]" in screen.getvalue()

@@ -85,7 +85,7 @@ def test_many_unreadable_files_are_summed_up(tmp_path, capsys):
     assert sum(line.startswith("problem") for line in lines) == 21
 
 
-@pytest.mark.parametrize("level", [0, 255, 511])  # of 16 bits; of 65535 the darkest that is not nearly black is 512
+@pytest.mark.parametrize("level", [0, 255, 4095])  # of 16 bits; 12 bits end at 4095
 @pytest.mark.parametrize("workers", [1, 2])
 def test_split_of_nearly_black_images_is_a_problem(folder, tmp_path, capsys, level, workers):
     copy = tmp_path / "copy"

@@ -201,7 +201,7 @@ def test_damaged_picture_is_named_and_the_others_are_shown(tmp_path, trained):
         (run / "pictures" / f"{name}.png").write_bytes(content)
     page = written(run)
     assert page.count("<figure") == 1
-    assert f"Damaged: {run}/pictures/1_cut.png, {run}/pictures/2_empty.png." in page
+    assert f"Not shown, damaged or too large: {run}/pictures/1_cut.png, {run}/pictures/2_empty.png." in page
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,20 @@ def test_resume_refuses_the_checkpoint(small_cfg, spoiled, tmp_path, capsys):
     assert "continue from an earlier checkpoint" in text
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["ema", "optimizer"])
+def test_resume_refuses_averages_and_moments_that_are_not_finite(
+    small_cfg, uninterrupted, tmp_path, capsys, part, value
+):
+    state = load_state(uninterrupted / LAST)
+    tensors = state["ema"] if part == "ema" else state["optimizer"]["state"][3]
+    name = NAME if part == "ema" else "exp_avg_sq"
+    tensors[name].view(-1)[0] = value
+    save_state(tmp_path / "w.pt", {key: value for key, value in state.items() if key != "format"})
+    text = fails(lambda: train(small_cfg, tmp_path, "--resume", tmp_path / "w.pt"), capsys)
+    assert (TENSOR if part == "ema" else "optimiser exp_avg_sq of parameter 3 (1 of") in text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"<html></html>", "HTML"), (b"", "empty"), (b"\x1f\x8b\x08", "gzip"), (b"PK\x03\x04ab", "damaged")],

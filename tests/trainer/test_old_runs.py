@@ -15,6 +15,7 @@ from tools.report import main as report
 
 FIXTURE = ROOT / "tests/fixtures/run_before_rooms"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
+OWN = ("MODEL.MODULE", "tests/fixtures/run_before_rooms/net.py")  # the config's, which has to be named again
 CHECKPOINT = "checkpoints/update-00000010.pt"
 # Sums here have fewer than 1000 terms, each rounded by 6e-8 of its size: 6e-5 at worst. The 8 updates that are done again differ by
 # 2e-6 between CPU instruction sets, as measured when the run was made.
@@ -30,7 +31,7 @@ def old(tmp_path, monkeypatch):
 
 def go_on(run):
     """Train the run to its end, by its own config."""
-    assert run_here(run / "config.yaml", run.parent) == 0
+    assert run_here(run / "config.yaml", run.parent, *OWN) == 0
 
 
 def assert_rows_as_expected(found):
@@ -87,7 +88,7 @@ def test_old_run_continues_to_the_same_end(old, capsys, form):
 
 
 def test_old_weights_start_another_run(old, tmp_path, capsys):
-    asked = ("MODEL.INIT", old / "best_ema.safetensors", "TRAIN.EPOCHS", 1, "TAG", "new")
+    asked = ("MODEL.INIT", old / "best_ema.safetensors", "TRAIN.EPOCHS", 1, "TAG", "new", *OWN)
     assert run_here(old / "config.yaml", tmp_path, *asked) == 0
     assert "(ema weights)" in capsys.readouterr().out
     assert rows(tmp_path / "old-new")[-1]["update"] == 6
@@ -98,7 +99,7 @@ def test_old_weights_start_another_run(old, tmp_path, capsys):
 def test_old_weights_evaluate_to_what_their_rows_say(old, tmp_path, which, file):
     shutil.copy(FIXTURE / "format_1.pt", tmp_path)
     out, path = tmp_path / "numbers.json", old / file.format(which)
-    asked = ("--cfg", old / "config.yaml", "--checkpoint", path, "--weights", which, "--json", out)
+    asked = ("--cfg", old / "config.yaml", "--checkpoint", path, "--weights", which, "--json", out, "--opts", *OWN)
     assert eval_script.main([str(part) for part in asked]) == 0
     found = json.loads(out.read_text())["results"][which]
     assert found["images"] == 60
@@ -122,10 +123,11 @@ def test_old_run_is_compared_and_reported(old, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_commands_take_the_old_run(old, tmp_path, run_script):
-    train = run_script("train.py", "--cfg", str(old / "config.yaml"), "--output", str(old.parent))
+    train = run_script("train.py", "--cfg", str(old / "config.yaml"), "--output", str(old.parent), "--opts", *OWN)
     assert "done: best" in train.stdout
     best = str(old / "best_raw.safetensors")
-    assert "/60" in run_script("eval.py", "--cfg", str(old / "config.yaml"), "--checkpoint", best).stdout
+    evaluation = run_script("eval.py", "--cfg", str(old / "config.yaml"), "--checkpoint", best, "--opts", *OWN)
+    assert "/60" in evaluation.stdout
     assert run_script("-m", "tools.compare", str(old), str(old)).returncode == 0
     run_script("-m", "tools.report", str(old))
     assert (old / "report.html").is_file()

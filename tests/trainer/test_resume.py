@@ -16,7 +16,7 @@ from engine.checkpoint.files import load_state
 from engine.checkpoint.run_directory import RunDirectory
 from engine.logging.log import Log
 from tests.conftest import ROOT, draw_folder
-from tests.helpers.small_runs import LAST, assert_same_state, fails, rows, train
+from tests.helpers.small_runs import LAST, PATIENCE_S, assert_same_state, fails, rows, train
 
 
 @pytest.mark.parametrize("stop_at", [3, 8])
@@ -49,7 +49,7 @@ def test_kill_in_the_middle_of_an_epoch_loses_nothing(small_cfg, uninterrupted, 
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number may sum in another order
     process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "small/metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (metrics.exists() and '"update": 10,' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

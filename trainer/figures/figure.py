@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from common.text import readable
 from trainer.figures.panels import Panel
 
 FORMATS = ("png", "pdf", "svg")
@@ -32,6 +33,7 @@ TALL = 1.5  # height by width of a panel on a sheet, at most
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,  # a name with $ is no formula
     "svg.fonttype": "none",  # text stays text
     "pdf.fonttype": 42,
     "axes.linewidth": 0.5,
@@ -86,7 +88,7 @@ def _grid(lines: Sequence[Sequence[Panel | None]], captions: Sequence[str], dpi:
         y = total
         for line, caption, head, (height, strip) in zip(lines, captions, heads, sizes, strict=True):
             if caption:
-                text = figure.text(MARGIN / across, (y - 0.22) / down, caption, weight="bold", size=CAPTION)
+                text = figure.text(MARGIN / across, (y - 0.22) / down, readable(caption), weight="bold", size=CAPTION)
                 room = (across - 2 * MARGIN) * dpi / text.get_window_extent().width
                 text.set_fontsize(CAPTION * min(1.0, 0.95 * room))  # hinted letters do not shrink evenly
             y -= head + HEAD + height
@@ -113,7 +115,7 @@ def draw(axes: Axes, panel: Panel) -> None:
     height, width = panel.pixels.shape[:2]
     axes.imshow(panel.pixels, extent=(0, width, height, 0), interpolation="auto", aspect="equal")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-    axes.set_title(panel.title, size=9, pad=4)
+    axes.set_title(readable(panel.title), size=9, pad=4)
     for side in axes.spines.values():
         side.set_visible(False)
     left, top, right, bottom = panel.seen

@@ -74,14 +74,15 @@ def test_palette_with_transparency_gives_its_colours():
 
 def test_torchvision_decodes_jpeg(monkeypatch):
     """Pillow is the fallback: the fast path must not be lost silently."""
-    monkeypatch.setattr("data.loaders.decode._decode_pillow", None)
+    monkeypatch.setattr("data.loaders.decode._read_pixels", None)
     assert decode(encoded(RGB, "JPEG"), "x").shape == (3, 47, 61)
 
 
 def test_without_the_operator_pillow_decodes_jpeg(monkeypatch):
     monkeypatch.setattr("data.loaders.decode.HAS_JPEG_OPERATOR", False)
-    monkeypatch.setattr("data.loaders.decode._decode_pillow", lambda data: "by Pillow")
-    assert decode(encoded(RGB, "JPEG"), "x") == "by Pillow"
+    by_pillow = torch.full((3, 47, 61), 9, dtype=torch.uint8)
+    monkeypatch.setattr("data.loaders.decode._read_pixels", lambda data, form: by_pillow)
+    assert decode(encoded(RGB, "JPEG"), "x") is by_pillow
 
 
 @pytest.mark.parametrize(

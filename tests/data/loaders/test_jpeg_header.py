@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from data.loaders.jpeg_header import frame_header, ordinary_header
+from data.loaders.jpeg_header import frame_header, is_ordinary
 from tests.helpers.data_doubles import picture
 
 
@@ -23,6 +23,8 @@ def test_jpeg_header_gives_the_decoded_size(mode, options):
     assert (found.width, found.height) == (131, 157)
     assert found.components == {"RGB": 3, "L": 1, "CMYK": 4}[mode]
     assert found.process == (2 if options.get("progressive") else 0)
-    assert (ordinary_header(data) is None) == (mode == "CMYK")
-    assert ordinary_header(data[:-1]) is None
-    assert all(frame_header(data[:end]) is None for end in range(0, 20))
+    assert is_ordinary(found, data) == (mode != "CMYK")
+    assert not is_ordinary(found, data[:-1])
+    for end in range(0, 20):
+        with pytest.raises(ValueError, match=r"damaged|cut off|begin"):
+            frame_header(data[:end])

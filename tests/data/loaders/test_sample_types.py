@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.loaders.brightness import darkness, sample_darkness
+from data.loaders.brightness import darkness, is_dark, sample_darkness
 from data.loaders.decode import UnreadableImageError, decode
 from tests.helpers.data_doubles import picture
 
@@ -53,14 +53,14 @@ def packed_png(levels, bits):
     return png(rows, bits, 0)
 
 
-def tiff(strip, bits, sample_format=1, byte_order="<"):
+def tiff(strip, bits, sample_format=1, byte_order="<", photometric=1):
     """Return a grey TIFF of raw samples."""
     tags = {
         256: SIDE,
         257: SIDE,
         258: bits,
         259: 1,
-        262: 1,
+        262: photometric,
         273: 0,
         277: 1,
         278: SIDE,
@@ -88,7 +88,6 @@ GREY_16 = {
     "tiff, big-endian": lambda grey: tiff(grey.astype(">u2").tobytes(), 16, byte_order=">"),
     "tiff, deflated": lambda grey: encoded(Image.fromarray(grey), "TIFF", compression="tiff_adobe_deflate"),
     "pgm": lambda grey: encoded(Image.fromarray(grey), "PPM"),
-    "jpeg 2000": lambda grey: encoded(Image.fromarray(grey), "JPEG2000", irreversible=False),
     "rgb png": lambda grey: png16(np.stack([grey] * 3, -1), 2),
     "rgba png": lambda grey: png16(np.stack([grey] * 3 + [grey // 2], -1), 6),
     "grey with alpha png": lambda grey: png16(np.stack([grey, grey // 2], -1), 4),
@@ -133,7 +132,6 @@ UNDEFINED = {
         Image.fromarray(np.random.RandomState(0).rand(SIDE, SIDE).astype(np.float32)), "TIFF"
     ),
     "float tiff of 0..255": encoded(Image.fromarray(RAMP.astype(np.float32) / 257), "TIFF"),
-    "float pfm": encoded(Image.fromarray(RAMP.astype(np.float32) / 65535), "PPM"),
     "32-bit tiff": encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
     "32-bit tiff of one level": encoded(Image.new("I", (SIDE, SIDE), 200), "TIFF"),
     "signed 16-bit tiff": tiff((RAMP >> 1).astype("<i2").tobytes(), 16, sample_format=2),
@@ -199,7 +197,7 @@ DARK = encoded(Image.fromarray(RAMP >> 8), "PNG")  # 8 bits in 16
         ([DARK, b"", b""], 1),
         ([DARK, BRIGHT], 0),
         ([BRIGHT] * 3, 0),
-        ([encoded(Image.new("L", (9, 9), 2), "PNG")], 0),
+        ([encoded(Image.new("L", (9, 9), 16), "PNG")], 0),
         ([b""], 0),
     ],
 )
@@ -211,3 +209,32 @@ def test_warning_if_most_images_are_nearly_black(files, dark):
 
 def test_no_images_are_not_dark():
     assert darkness([], "x") == ""
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_whose_zero_is_white_is_inverted(bits):
+    samples = RAMP >> (16 - bits)
+    image = decode(as_array(tiff(samples.astype(f"<u{bits // 8}").tobytes(), bits, photometric=0)), "x")
+    assert torch.equal(image, torch.from_numpy(255 - (RAMP >> 8).astype(np.uint8)).expand(3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "i1"), (16, "i2"), (32, "i4")])
+def test_signed_tiff_is_refused(bits, kind):
+    data = tiff(np.full((SIDE, SIDE), 100, f"<{kind}").tobytes(), bits, sample_format=2)
+    with pytest.raises(UnreadableImageError, match="no defined brightest value"):
+        decode(as_array(data), "x")
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(16, "f2"), (64, "f8")])
+def test_tiff_of_samples_that_are_not_read_is_named(bits, kind):
+    data = tiff(np.full((SIDE, SIDE), 0.5, f"<{kind}").tobytes(), bits, sample_format=3)
+    with pytest.raises(UnreadableImageError, match="of a type of samples that is not read"):
+        decode(as_array(data), "x")
+
+
+@pytest.mark.parametrize(
+    ("brightest", "dark"), [(65535, False), (16383, False), (4095, True), (1023, True), (255, True)]
+)
+def test_12_bits_in_16_are_dark_however_bright_they_are(brightest, dark):
+    bright = np.full((SIDE, SIDE), brightest, np.uint16)  # white where the file had that many bits
+    assert is_dark(decode(as_array(encoded(Image.fromarray(bright), "PNG")), "x")) == dark

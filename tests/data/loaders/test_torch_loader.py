@@ -204,7 +204,7 @@ def test_folder_without_a_readable_file_is_an_error_that_names_one(tmp_path, wor
         path.write_bytes(b"\xff\xd8 not a picture")
     source = scan(folder, ["cat"], must_hold_all=True)
     first = Sampler(16, 1, MICRO * PER_UPDATE, MICRO).order(0)[0]
-    reason = "cannot be decoded (16 bytes; no image format that Pillow knows)"
+    reason = "cannot be decoded (16 bytes; no image format that is read)"
     found = error_of(loader(source, workers=workers).epoch(0))  # and no traceback of another process
     assert found.startswith(f"{source.name(first)}: {reason}, and neither can the 15 images after it be read")
     found = error_of(EvalLoader(source, EvalTransform(24, 28), 8, workers=workers))

@@ -204,3 +204,62 @@ def refused_everywhere_suffix(root, capsys):
         train(root)
     assert run_index(root, capsys)[0] == 2
     return str(caught.value).split("; ")[-1]
+
+
+@pytest.mark.parametrize("outer", [("images", "masks"), ("day", "night", "rain")])
+def test_folders_that_all_class_folders_share_are_noted(tmp_path, capsys, outer):
+    root = write(
+        tmp_path,
+        *(f"{s}/{a}/{b}/{i}.jpg" for s in ("train", "val") for a in outer for b in ("cat", "dog") for i in "12"),
+    )
+    note = f"did you mean {root}/train/{outer[0]}?"
+    assert [note in text for text in train(root).notes] == [True, False]
+    assert note in run_index(root, capsys)[1]
+
+
+@pytest.mark.parametrize(
+    "paths", [("a/x/1.jpg", "b/y/1.jpg"), ("a/images/1.jpg", "b/images/1.jpg"), ("a/1.jpg", "a/x/1.jpg", "b/x/1.jpg")]
+)
+def test_folders_in_class_folders_are_not_noted_otherwise(tmp_path, paths):
+    root = write(tmp_path, *(f"{split}/{path}" for split in ("train", "val") for path in paths))
+    write(root, *(f"train/{path}".replace("1.jpg", f"{i}.jpg") for path in paths for i in "234"))
+    assert train(root).notes == []
+
+
+@pytest.mark.parametrize("kind", ["link", "link of each class", "archive"])
+def test_validation_images_that_are_the_training_images_are_noted(tmp_path, capsys, kind):
+    root = two_classes(tmp_path / "root", val="train")
+    if kind == "archive":
+        (root / "train").rename(tmp_path / "away")
+        write_tar(root / "train.tar", [(f"{name}/{i}.jpg", PICTURE) for name in ("cat", "dog") for i in range(4)])
+        (root / "val.tar").symlink_to("train.tar")
+    elif kind == "link":
+        (root / "val").symlink_to("train")
+    else:
+        (root / "val").mkdir()
+        for name in ("cat", "dog"):
+            (root / "val" / name).symlink_to(f"../train/{name}")
+    text = "has 2 links into" if kind == "link of each class" else "is the same place as"
+    assert text in "".join(train(root).notes)
+    status, printed = run_index(root, capsys)
+    assert (status, text in printed) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("split", "name"), [("train", "Train"), ("train", "training"), ("val", "valid"), ("val", "VAL"), ("val", "test")]
+)
+def test_split_of_another_name_is_named(tmp_path, split, name):
+    root = two_classes(tmp_path)
+    (root / split).rename(root / name)
+    with pytest.raises(ValueError, match=rf"did you mean {name}/\? Rename it to {split}/"):
+        train(root)
+
+
+def test_given_label_file_beside_the_images_is_not_passed_over(tmp_path):
+    root = write(
+        tmp_path, *(f"train/{name}/{i}.jpg" for name in ("cat", "dog") for i in "12"), "val/1.jpg", "val/2.jpg"
+    )
+    write(root, "val/my.csv", data=lines("1.jpg,cat", "2.jpg,dog"))
+    write(root, "val/other.csv", data=b"x")
+    data = train(root, "DATA.VAL_LABELS", f"{root}/val/my.csv")
+    assert data.notes == [f"{root}/val: passed over 1 file that is no image (other.csv)"]

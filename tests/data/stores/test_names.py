@@ -10,7 +10,7 @@ import pytest
 
 from data.build import ValFolder
 from data.stores.folder import read_class_index
-from data.stores.names import decode, encode, lookalikes, shown
+from data.stores.names import check_classes, decode, encode, lookalikes, shown
 from tests.helpers.archives import write_tar
 from tests.helpers.data_doors import PICTURE, evaluate, run_index, train, two_classes, write
 
@@ -76,7 +76,7 @@ def test_name_that_is_not_utf8_keeps_its_bytes(tmp_path, capsys, store):
     assert evaluate(root).classes == data.classes
     status, printed = run_index(root, capsys)
     assert status == 0
-    assert "\\udce9" in printed
+    assert "\\xe9" in printed
 
 
 def test_class_index_of_names_that_are_not_utf8_is_read(tmp_path):
@@ -140,3 +140,28 @@ def test_names_in_messages_are_escaped_only_if_a_terminal_hides_a_part():
     assert shown("\ufeffcat") == "'\\ufeffcat'"
     assert shown("") == "''"
     assert lookalikes(["a", "b", "a ", "c", "b\u200b"]) == [["a", "a "], ["b", "b\u200b"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("c\u0430t", "cat"),  # a Cyrillic a
+        ("two\xa0words", "two words"),
+        ("\uff43\uff41\uff54", "cat"),  # full width
+        ("pit\u2010bull", "pit-bull"),
+        ("o\ufb03ce", "office"),  # a ligature
+        ("D\u043eG", "dog"),
+    ],
+)
+def test_names_that_differ_in_foreign_characters_are_named_with_the_near_one(name, other):
+    with pytest.raises(ValueError, match=r".") as caught:
+        check_classes("val", "class folders", [name], [other, "zebra"], False)
+    assert f"{name!a} (there is {other!a})" in str(caught.value)
+    assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("name", ["dot", "n01443538", "\u732b", "caf\xe9s"])
+def test_other_names_have_no_near_one(name):
+    with pytest.raises(ValueError, match=r".") as caught:
+        check_classes("val", "class folders", [name], ["dog", "n01443537", "caf\xe9"], False)
+    assert "there is" not in str(caught.value)

@@ -23,6 +23,7 @@ IMAGES = {  # each format by its first bytes alone, under names that do not tell
     "6.x": picture("BMP"),
     "7.x": picture("WEBP"),
     "8.x": picture("TIFF"),
+    "8": picture("TIFF", big_tiff=True),
     "9.pnm": picture("PPM"),
     "n01440764.0123": picture(),
 }
@@ -32,6 +33,23 @@ LOST = {
     "a.avif": (b"\0\0\0\x1cftypavif" + bytes(20), "image in a format that is not read"),
     "a.jxl": (b"\0\0\0\x0cJXL \r\n\x87\n", "image in a format that is not read"),
     "a.nef": (picture("TIFF"), "image in a format that is not read"),
+    **{
+        name: (data, "image in a format that is not read")
+        for name, data in {
+            "a.ico": b"\0\0\1\0\1\0" + bytes(20),
+            "a.dds": b"DDS |" + bytes(20),
+            "a.eps": b"%!PS-Adobe-3.0 EPSF-3.0",
+            "a.pcx": b"\x0a\x05\x01\x08" + bytes(20),
+            "a.svg": b"<svg xmlns='x'/>",
+            "a.qoi": b"qoif" + bytes(20),
+            "a.pfm": b"Pf\n1 1\n-1.0\n" + bytes(4),
+            "a.hdr": b"#?RADIANCE\n",
+            "a.fits": b"SIMPLE  =                    T",
+            "a.jp2": b"\0\0\0\x0cjP  \r\n\x87\n",
+            "a.tga": bytes(20),
+            "a.DCM": bytes(20),
+        }.items()
+    },
     "a.jpg.part": (PICTURE, "backup or unfinished download"),
     "a.jpg~": (PICTURE, "backup or unfinished download"),
 }

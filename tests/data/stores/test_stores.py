@@ -188,7 +188,7 @@ def test_archive_cut_off_while_training_is_an_unreadable_image(folder, tmp_path)
     source = open_split(root, "train", progress=quiet).source(WNIDS, True)
     os.truncate(root / "train.tar", 5000)
     last = int(source.storage_order()[-1])
-    with pytest.raises(OSError, match="the archive ends within it, at byte"):
+    with pytest.raises(OSError, match=r"the file ends at byte .*, within it"):
         source.read(last)
 
 

@@ -36,7 +36,13 @@ def state_of(update, value, closed=None):
     closed = update if closed is None else closed
     weight = torch.full((50_000,), float(value))
     entry = {"update": update}
-    tree = {"model": {"w": weight}, "ema": None, "optimizer": {}, "best": {"raw": entry}, "skips": [0, 0, 0]}
+    tree = {
+        "model": {"w": weight},
+        "ema": None,
+        "optimizer": {},
+        "best": {"raw": entry},
+        "skips": torch.zeros(3, dtype=torch.int64),
+    }
     plan = SimpleNamespace(updates_per_epoch=10)
     state = SimpleNamespace(
         update=update, closed=closed, complete=False, plan=plan, best=tree["best"], state_dict=lambda _: tree

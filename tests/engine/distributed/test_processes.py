@@ -16,6 +16,7 @@ from engine.distributed.launcher import LaunchInfo, find_launch
 from engine.distributed.processes import init_processes, is_lost_connection
 from tests.conftest import ROOT
 from tests.engine.distributed.test_signals import start, wait_for
+from tests.helpers.small_runs import PATIENCE_S
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 BATCH = {
@@ -96,7 +97,7 @@ def launch(code, envs, *more):
         )
         for env in envs
     ]
-    texts = [process.communicate(timeout=120) for process in started]
+    texts = [process.communicate(timeout=PATIENCE_S) for process in started]
     return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
 
 
@@ -286,7 +287,7 @@ def test_loss_of_a_process_is_reported_with_rank_and_position(small_cfg, tmp_pat
             lambda: (run / "metrics.jsonl").exists() and '"update": 3,' in (run / "metrics.jsonl").read_text(), ranks[0]
         )
         ranks[1].send_signal(number)
-        out, err = ranks[0].communicate(timeout=60)
+        out, err = ranks[0].communicate(timeout=PATIENCE_S)
         assert ranks[0].returncode == 1, out + err
         assert "stopped: process 0: lost the others in update" in err
         assert ("imed out" in err) == (number == signal.SIGSTOP)
@@ -333,7 +334,7 @@ def test_ctrl_c_ends_an_evaluation_without_a_traceback(world):
             assert process.stdout.readline() == "evaluating\n"
         for process in started:
             process.send_signal(signal.SIGINT)
-        errors = [process.communicate(timeout=60)[1] for process in started]
+        errors = [process.communicate(timeout=PATIENCE_S)[1] for process in started]
     finally:
         for process in started:
             process.kill()

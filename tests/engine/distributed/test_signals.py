@@ -17,7 +17,7 @@ from engine.distributed.processes import Processes
 from engine.distributed.signals import StopSignals
 from engine.logging.log import Log
 from tests.conftest import ROOT
-from tests.helpers.small_runs import rows, run_here
+from tests.helpers.small_runs import PATIENCE_S, rows, run_here
 
 LAST = "checkpoints/update-00000018.pt"
 
@@ -32,7 +32,7 @@ def start(cfg, output, *opts, processes=0, env=None, **how):
     return subprocess.Popen([str(a) for a in argv], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, **how)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -75,7 +75,7 @@ def test_signal_saves_and_the_run_continues_to_the_same_result(small_cfg, uninte
         lambda: (run / "metrics.jsonl").exists() and '"update": 2,' in (run / "metrics.jsonl").read_text(), process
     )
     os.killpg(process.pid, number)  # the loader's workers receive it too, as from a terminal or from SLURM
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == os.EX_TEMPFAIL, out + err
     assert number.name in (run / "preempted").read_text()
     assert f"stopped by {number.name} after update" in out
@@ -98,7 +98,7 @@ def test_two_processes_stop_at_the_same_update_after_a_signal_to_one(small_cfg, 
     )
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGUSR1)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, out + err  # the status of torchrun; the marker shows the preemption
     assert "stopped by" in out
     assert (run / "preempted").exists()
@@ -117,7 +117,7 @@ def test_loader_workers_end_with_their_parent(small_cfg, pictures, tmp_path, end
         metrics = tmp_path / "small/metrics.jsonl"
         wait_for(lambda: metrics.exists() and '"update": 2,' in metrics.read_text(), process)
         process.kill()
-    assert process.wait(60) == (-signal.SIGKILL if end == "kill" else 1)
+    assert process.wait(PATIENCE_S) == (-signal.SIGKILL if end == "kill" else 1)
     deadline = time.monotonic() + 30
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
         assert time.monotonic() < deadline, "workers are still running"

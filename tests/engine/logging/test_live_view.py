@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import sys
+import termios
 import time
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from engine.logging.live_widgets import duration, sparkline
 from engine.logging.log import Log
 from engine.loop import StepMetrics
 from tests.conftest import ROOT
+from tests.helpers.small_runs import PATIENCE_S
 from tools.terminal_recorder import RecordedScreen
 
 STEP = StepMetrics(2, 250, 50, 2.3456, 2.4, 1.23, 9.1e-4, 2510.2, 0.25)
@@ -183,8 +185,14 @@ def run_in_terminal(cfg, output, *opts):
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
+        settings = termios.tcgetattr(0)
+        # At Ctrl-C a terminal discards output that has not been read, and writes ^C wherever the program is: parts of drawings
+        # and of control codes would be missing if the reader is slow.
+        settings[3] = settings[3] & ~termios.ECHO | termios.NOFLSH
+        termios.tcsetattr(0, termios.TCSANOW, settings)
         os.execve(sys.executable, argv, env | {"COLUMNS": "80", "LINES": "30"})
-    written, pressed, deadline = b"", False, time.monotonic() + 120
+    written, pressed = b"", False
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
