@@ -61,7 +61,8 @@ def kind_of(name: str) -> str:
 
 def rounds_of(name: str, constants: Sequence[Any]) -> int:
     """Return how often an operator of ours moves its operands: with GELU after the convolution, its gradient takes two kernels."""
-    return 2 if "gelu_depthwise_backward" in name and False in constants else 1
+    gelu_after = any(constant is False for constant in constants)
+    return 2 if "gelu_depthwise_backward" in name and gelu_after else 1
 
 
 def tensor_bytes(shape: Sizes, stride: Sizes, itemsize: int) -> int:

@@ -1,5 +1,6 @@
 """The counter of kernels and bytes: its walk through the graph, single kernels, bounds for each family, its command."""
 
+import importlib.util
 import json
 
 import pytest
@@ -12,6 +13,8 @@ from benchmarks.described_gpu import described_gpu, gradients, is_channels_last
 from benchmarks.kernel_counts import hidden_copies
 from engine.build import prepare_model
 from engine.distributed.processes import Processes
+from models.kernels.switch import use_kernels
+from models.layers import GeluDepthwiseConv
 from models.registry import retoken_models
 from tests.helpers.small_models import SMALLEST, images, scrambled, shrunken
 
@@ -53,6 +56,21 @@ class Images(nn.Module):
 
     def forward(self, x):
         return self.layer(x.permute(0, 2, 3, 1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(("before", "passes"), [(True, [2, 3]), (False, [2, 6])])
+def test_triton_kernels_are_counted_by_their_passes_over_the_map(before, passes):
+    layer = GeluDepthwiseConv(16, before)
+    use_kernels(layer)
+    for count in (
+        traffic.eager_kernels(Images(layer), (2, 16, 32, 32), torch.bfloat16).kernels,
+        traffic.planned_kernels(Images(layer), (2, 16, 32, 32), torch.bfloat16, {})[0],
+    ):
+        moved = {k.phase: 0 for k in count}
+        for kernel in count:
+            moved[kernel.phase] += kernel.moved if kernel.kind == "our kernels" else 0
+        assert [round(moved[phase] / (2 * 16 * 32 * 32 * 2), 1) for phase in ("forward", "backward")] == passes
 
 
 def test_compiled_pointwise_operations_are_one_kernel_without_the_maps_between():
