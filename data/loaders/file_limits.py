@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from common.text import shorten
 from data.loaders.jpeg_header import FrameHeader, check_coding, frame_header
 
 MAX_PIXELS = 178_956_970  # of an image; Pillow has the same limit
@@ -140,7 +141,7 @@ def _check_webp(view: memoryview) -> None:
     elif name == b"VP8X":
         width, height = _pair_of_24(view, at + 4)
     else:
-        raise ValueError(f"its first chunk is {name!r}")
+        raise ValueError(f"its first chunk is {shorten(name)}")
     check_pixels(height, width)
     if name != b"VP8X":
         return

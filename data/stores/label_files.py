@@ -239,7 +239,7 @@ def _unpacked(kit: Path) -> dict[str, bytes]:
     data = _read(kit, MAX_KIT)
     try:
         if data.startswith(b"\x1f\x8b"):
-            with gzip.open(io.BytesIO(data)) as unpacked:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
                 data = unpacked.read(MAX_KIT + 1)
             if len(data) > MAX_KIT:
                 raise ValueError(f"it unpacks to more than {MAX_KIT:,} bytes")

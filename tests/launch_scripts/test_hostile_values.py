@@ -187,6 +187,12 @@ def test_arithmetic_is_on_values_that_were_matched():
         *("$((OPTIND - 1))", "$((gpus > 0 ? gpus : 1))"),  # of getopts, of wc
         *("$((20000 + SLURM_JOB_ID % 10000))", "$((count + 1))", "$((SLURM_GPUS_ON_NODE * SLURM_NNODES))"),  # is_number
         *(f"$(({start}0000 + $1 % 10000))" for start in (2, 3, 4, 5)),
-        *("$(($1 % 10000))", "$((pictures * 4))", "$(($2 * scale))", "$(($(date +%s)"),
+        *("$(($1 % 10000))", "$((pictures * 4))", "$(($1 * scale))", "$(($2 * scale))", "$(($(date +%s)"),
+        *(
+            "$((4 * seconds))",
+            "$((start - began + 20))",
+            "$((seconds - start + began))",
+        ),  # digits of --seconds, of date
+        *("$((45 * count))", "$((60 * shorter))", "$((30 * shorter))"),  # of grep -c
     }
     assert found - known == set()
