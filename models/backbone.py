@@ -81,6 +81,7 @@ class Backbone(nn.Module):
     # operations than by default, so that normalised float32 maps are computed where they are used, not written to memory.
     inductor_options: ClassVar[Mapping[str, Any]] = {
         "layout_optimization": False,
+        "comprehensive_padding": False,  # padded strides are copied again before operators and products
         "realize_reads_threshold": 12,
         "realize_opcount_threshold": 200,
     }

@@ -145,10 +145,12 @@ def test_kernel_refuses_a_second_derivative(before):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch itself
+@pytest.mark.parametrize("shifted", [False, True])
 @ORDERS
-def test_kernel_is_a_sound_operator(before):
+def test_kernel_is_a_sound_operator(before, shifted):
     conv, x = layer(4, before, torch.float32), images(1, 1, 2, 4).requires_grad_()
-    results = torch.library.opcheck(torch.ops.retoken.gelu_depthwise, (x, conv.weight, conv.bias, before))
+    shift = images(4, seed=4).requires_grad_() if shifted else None
+    results = torch.library.opcheck(torch.ops.retoken.gelu_depthwise, (x, conv.weight, conv.bias, shift, before))
     assert set(results.values()) == {"SUCCESS"}
 
 

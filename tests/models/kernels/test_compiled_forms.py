@@ -57,14 +57,15 @@ def test_permuted_rows_equal_index_select():
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_bias_of_the_hidden_convolution_is_equal_before_and_after_fc2():
+def test_bias_of_the_hidden_convolution_is_equal_before_and_after_fc2(monkeypatch):
     mlp, x = scrambled(ConvMlp(6, 24)).double(), images(2, 5, 4, 6, dtype=torch.float64)
 
-    def plain(x, *parameters):
+    def plain(x):
         return nn.Sequential(mlp.fc1, mlp.conv, mlp.fc2)(x)
 
     found = []
-    for function in (lambda x: mlp(x), plain):
+    for function, compiled in ((lambda x: mlp(x), True), (plain, False)):
+        monkeypatch.setattr(layers, "has_operator", lambda x, on=compiled: on)
         inputs = [x.clone().requires_grad_(), *mlp.parameters()]
         y = function(inputs[0])
         cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
