@@ -187,7 +187,7 @@ class _Generator(torch.Generator):
     """Generator that lies on the CPU, whatever the device asked for: nothing is drawn from it."""
 
     def __new__(cls, device: Any = None) -> Any:
-        return torch.Generator.__new__(cls, "cpu")  # type: ignore[call-arg]
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 def _backward(tensor: Tensor, gradient: Tensor | None = None, **options: Any) -> None:
