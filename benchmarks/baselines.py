@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -82,10 +83,10 @@ class Ours:
         make = timm.models.model_entrypoint(name)
         return cls(name=name, make=make, takes_size=takes_img_size(name), folds=is_foldable(on_meta(name)))
 
-    def build(self, size: int, device: torch.device) -> nn.Module:
+    def build(self, size: int, device: torch.device, **arguments: Any) -> nn.Module:
         """Build the model as train.py prepares it."""
         sized = {"img_size": size} if self.takes_size else {}
-        return prepare_model(self.make(num_classes=1000, **sized), Processes(0, 1, 0, device, ""))
+        return prepare_model(self.make(num_classes=1000, **sized, **arguments), Processes(0, 1, 0, device, ""))
 
     def build_folded(self, size: int, device: torch.device, precision: str) -> nn.Module:
         """Build the model as `eval.py --fold` prepares it."""

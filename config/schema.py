@@ -50,8 +50,9 @@ _C.MODEL.INIT_WEIGHTS = ""
 # BatchNorm statistics over all processes (torch.nn.SyncBatchNorm, CUDA only) instead of over each micro-batch.
 _C.MODEL.SYNC_BN = False
 # triton: the Triton kernel of the MLPs of SG-Former and STViT, CUDA only, in place of PyTorch's operations; or off. It computes
-# the same to round-off and has not been run on a GPU: measure it with benchmarks/kernels.py first.
-_C.MODEL.KERNELS = "off"
+# the same to round-off and has not been run on a GPU: benchmarks/kernels.py measures it. auto is triton where it moves fewer
+# bytes: on CUDA, in these families, with Triton and compute capability 8.0 or later.
+_C.MODEL.KERNELS = "auto"
 # Implementation of LayerNorm: torch, or apex (NVIDIA's FusedLayerNorm, in float32 as well).
 _C.MODEL.NORM_BACKEND = "torch"
 
@@ -138,8 +139,9 @@ _C.TRAIN.MAX_SKIPPED = 10
 # Numbers of the forward pass: bf16, fp16 (with loss scaling) or off (float32).
 _C.TRAIN.AMP = "bf16"
 # torch.compile of the model, in training and evaluation: off, default, max-autotune (tries kernels, takes longer to compile)
-# or reduce-overhead (default with CUDA graphs; CUDA only, without accumulation and EVAL.FLIP).
-_C.TRAIN.COMPILE = "off"
+# or reduce-overhead (default with CUDA graphs; CUDA only, without accumulation and EVAL.FLIP). auto is default for Retoken's
+# families on CUDA, else off.
+_C.TRAIN.COMPILE = "auto"
 # The first blocks of the model that run again in the backward pass instead of keeping activations (less memory, more time);
 # -1 is all of them, the only number besides 0 for timm's models.
 _C.TRAIN.CHECKPOINT_BLOCKS = 0

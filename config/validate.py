@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "RECIPE.MODE": ("corrected", "published"),
     "RECIPE.HEADLINE": ("raw", "ema"),
     "MODEL.INIT_WEIGHTS": ("", "raw", "ema"),
-    "MODEL.KERNELS": ("off", "triton"),
+    "MODEL.KERNELS": ("auto", "off", "triton"),
     "MODEL.NORM_BACKEND": ("torch", "apex"),
     "DATA.LOADER": ("torch", "dali", "synthetic"),
     "DATA.DALI_DEVICE": ("auto", "cpu", "gpu"),
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "AUG.ORDER": ("erase_then_mix", "mix_then_erase"),
     "EVAL.MODE": ("center", "squash", "border"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
-    "TRAIN.COMPILE": ("off", "default", "max-autotune", "reduce-overhead"),
+    "TRAIN.COMPILE": ("auto", "off", "default", "max-autotune", "reduce-overhead"),
     "OPTIM.NAME": (
         *("adamw", "adam", "nadam", "nadamw", "radam", "adabelief", "adan", "adopt", "lamb", "lion"),
         *("sgd", "momentum", "rmsproptf", "madgrad", "adafactor", "muon"),

@@ -63,13 +63,20 @@ def wrap_model(cfg: CfgNode, model: nn.Module, plan: BatchPlan, processes: Proce
     )
 
 
+def compile_mode(cfg: CfgNode, model: nn.Module, device: torch.device) -> str:
+    """Return TRAIN.COMPILE, with auto resolved: default on CUDA for models that state `inductor_options`, else off."""
+    if cfg.TRAIN.COMPILE != "auto":
+        return str(cfg.TRAIN.COMPILE)
+    return "default" if device.type == "cuda" and hasattr(model, "inductor_options") else "off"
+
+
 def build_compilation(cfg: CfgNode, model: nn.Module, plan: BatchPlan, device: torch.device) -> Compilation | None:
-    """Return the compilation of the run's models, or None if TRAIN.COMPILE is off.
+    """Return the compilation of the run's models, or None if TRAIN.COMPILE is off, or auto means off.
 
     Called before `build_state`: it replaces drop path layers if their rate is to change. Raises ValueError for
     reduce-overhead on the CPU or with gradient accumulation.
     """
-    mode = cfg.TRAIN.COMPILE
+    mode = compile_mode(cfg, model, device)
     if mode == "off":
         return None
     if mode == "reduce-overhead":
@@ -85,7 +92,8 @@ def build_compilation(cfg: CfgNode, model: nn.Module, plan: BatchPlan, device: t
         vary_drop_path(model)
     sizes = parse_optional(cfg.TIMELINE.IMG_SIZE, "TIMELINE.IMG_SIZE")
     epochs = range(cfg.TRAIN.EPOCHS + cfg.SCHEDULE.COOLDOWN_EPOCHS)
-    return Compilation(mode, len({sizes.at(epoch) for epoch in epochs}) if sizes else 1)
+    count = len({sizes.at(epoch) for epoch in epochs}) if sizes else 1
+    return Compilation(mode, count, tuned=device.type == "cuda")
 
 
 def prepare_model(model: nn.Module, processes: Processes, sync_batch_norm: bool = False) -> nn.Module:

@@ -77,6 +77,14 @@ class Backbone(nn.Module):
     published_constants: ClassVar[Sequence[Constant]] = ()  # entries of theirs that belong to no parameter
     resizable: ClassVar[Sequence[str]] = ()  # entries that `fit_entry` resizes
     default_cfg: dict[str, Any]  # timm's, set by `build_variant`
+    # Options of torch.compile on CUDA. Maps stay (B, H, W, C), as the families are written; and a kernel may join more reads and
+    # operations than by default, so that normalised float32 maps are computed where they are used, not written to memory.
+    inductor_options: ClassVar[Mapping[str, Any]] = {
+        "layout_optimization": False,
+        "comprehensive_padding": False,  # padded strides are copied again before operators and products
+        "realize_reads_threshold": 12,
+        "realize_opcount_threshold": 200,
+    }
     foldable: ClassVar[bool] = False  # True admits exactly this class to models/inference/prepare.py
 
     def __init__(

@@ -15,7 +15,7 @@ from common.text import shorten
 from common.timeline import parse_optional
 from models.backbone import Backbone, Stage
 from models.custom_model import describe_module, digest, import_models
-from models.kernels.switch import use_kernels
+from models.kernels.switch import use_kernels, wins
 from models.registry import is_retoken, retoken_models
 from models.weights import adapt, classifier_names, fit, load_weights, row_count
 
@@ -45,7 +45,7 @@ def build_model(cfg: Any, num_classes: int) -> nn.Module:
         raise ValueError(
             f"MODEL.NAME={shorten(name)} does not take {shorten(arguments)}: set to 0 what it names ({error})"
         ) from error
-    if cfg.MODEL.KERNELS == "triton":
+    if cfg.MODEL.KERNELS == "triton" or (cfg.MODEL.KERNELS == "auto" and cfg.DEVICE != "cpu" and wins(model)):
         _use_kernels(model, cfg.DEVICE)
     return model
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .attention_maps import AttentionReading, Token
 from .backbone import Backbone, HeadOptions, Stage, default_cfg, drop_path_rates, register_variant
 from .inference.fold import fold_into_previous
-from .layers import Conv1x1, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, constant_depthwise, depthwise
+from .layers import Conv1x1, Conv2d, DepthwiseConv, LayerNorm, Mlp, activate, batch_norm, constant_depthwise, depthwise
 from .layers import wide_softmax as softmax
 from .published import Rule
 
@@ -190,9 +190,9 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
+        self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1)
         self.norm1 = nn.BatchNorm2d(dim // 2)
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
+        self.conv2 = Conv2d(dim // 2, dim, 3, 2, 1)
         self.norm2 = nn.BatchNorm2d(dim)
         self.act = nn.Hardswish()
 

@@ -9,6 +9,19 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kernels.depthwise_convolution import depthwise_operator, has_operator
+from .kernels.whole_norm import whole_norm
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution of (B, C, H, W). torch.compile on CUDA adds the bias apart, and joins that to what follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None or not has_operator(x):
+            return super().forward(x)
+        y = self._conv_forward(x, self.weight, None)
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)
+
 
 class Conv1x1(nn.Conv2d):
     """1×1 convolution, computed as one matrix product over the pixels: (..., C) -> (..., C').
@@ -40,6 +53,10 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
     then takes a quarter of the time, that of the input of a stride a fiftieth.
     """
     k, C = weight.shape[-1], weight.shape[0]
+    if has_operator(x):
+        x = lowered(x).contiguous()  # of a slice of channels cuDNN would make a copy in each direction
+        y = depthwise_operator(x, weight.to(x.dtype), stride)
+        return y if bias is None else y + bias.to(y.dtype)  # an addition that Inductor joins to what follows
     kind = x.dtype
     wide = (k > 3 or stride > 1) and trains_lowered(x)
     if wide:
@@ -79,8 +96,11 @@ class ResidualDepthwiseConv(DepthwiseConv):
         super().__init__(dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        itself = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-        return depthwise(x, self.weight + itself, self.bias)
+        return depthwise(x, self.kernel_with_itself(), self.bias)
+
+    def kernel_with_itself(self) -> Tensor:
+        """Return the weight with 1 added to the centre tap."""
+        return self.weight + F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
 
     def folded_layer(self) -> nn.Module | None:
         """Return a plain depthwise convolution with 1 added to the centre tap (models/inference/fold.py)."""
@@ -95,7 +115,7 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
     kernel, if set (models/kernels/switch.py), computes both in one pass on devices of the type kernel_device.
     """
 
-    kernel: Callable[[Tensor, Tensor, Tensor, bool], Tensor] | None = None
+    kernel: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor] | None = None
     kernel_device = "cuda"
 
     def __init__(self, dim: int, gelu_before: bool):
@@ -103,12 +123,30 @@ class GeluDepthwiseConv(ResidualDepthwiseConv):
         self.gelu_before = gelu_before
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel is not None and x.device.type == self.kernel_device:
+        if self.runs_kernel(x):
+            assert self.kernel is not None
             assert self.bias is not None
-            return self.kernel(x, self.weight, self.bias, self.gelu_before)
+            return self.kernel(x, self.weight, self.bias, self.gelu_before, None)
         if self.gelu_before:
             return super().forward(F.gelu(x))
         return F.gelu(super().forward(x))
+
+    def runs_kernel(self, x: Tensor) -> bool:
+        """Return True if `forward` calls the kernel for x."""
+        return self.kernel is not None and x.device.type == self.kernel_device
+
+    def after(self, linear: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+        """Compute forward(linear(x)); a kernel adds the linear layer's bias itself, and sums its gradient on the way."""
+        if not self.runs_kernel(x):
+            return self(linear(x))
+        assert self.kernel is not None
+        assert self.bias is not None
+        hidden = F.linear(x, linear.weight.flatten(1))
+        return self.kernel(hidden, self.weight, self.bias, self.gelu_before, linear.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """Convolve the GELU of x without the bias, for a layer after it that adds it."""
+        return depthwise(F.gelu(x), self.kernel_with_itself(), None)
 
     def folded_layer(self) -> nn.Module | None:
         """Return GELU and a plain depthwise convolution in sequence; None with a kernel, which does both in one pass."""
@@ -146,6 +184,34 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class ConvMlp(nn.Module):
+    """Two linear layers, with GELU and a residual depthwise convolution between: (B, H, W, C) -> same."""
+
+    gelu_convolution: ClassVar[tuple[str, str]] = ("fc1", "conv")
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Conv1x1(dim, hidden)
+        self.conv = GeluDepthwiseConv(hidden, gelu_before=True)
+        self.fc2 = Conv1x1(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.conv, GeluDepthwiseConv):  # folded
+            return self.fc2(self.conv(self.fc1(x)))
+        if self.conv.runs_kernel(x) or not has_operator(x):
+            return self.fc2(self.conv.after(self.fc1, x))
+        # Compiled, the convolution's bias is added after fc2: fewer passes over the widest map of a block.
+        weight, bias = self.fc2.weight.flatten(1), self.fc2.bias
+        return F.linear(self.conv.without_bias(self.fc1(x)), weight, bias_after(weight, bias, self.conv.bias))
+
+
+@register_notrace_function
+def bias_after(weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:
+    """Return the bias of a linear layer that also does what a bias `before` it did, without autocast."""
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmv(bias, weight, before)
+
+
 @register_notrace_function
 def lowered(x: Tensor) -> Tensor:
     """Cast to autocast's type if autocast is on, once for all products that follow."""
@@ -178,6 +244,13 @@ def wide_softmax(x: Tensor, dim: int) -> Tensor:
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a BatchNorm2d, or the SyncBatchNorm that replaced it, to a (B, H, W, C) map."""
     return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # the norm sees (B, C, H, W)
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Apply a GroupNorm of one group to a (B, H, W, C) map."""
+    if has_operator(x):
+        return whole_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()  # on GPUs the norm makes it (B, C, H, W)
 
 
 def activate(act: nn.Module, x: Tensor) -> Tensor:

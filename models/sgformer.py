@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import Backbone, HeadOptions, Stage, default_cfg, drop_path_rates, register_variant
-from .layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, activate
+from .layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, group_norm
 from .published import Rule
 from .sgformer_attention import HybridScaleAttention, PlainAttention, SelfGuidedAttention
 
@@ -35,7 +35,9 @@ class DepthwiseMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        return self.fc2(self.depthwise(self.fc1(x)))
+        if isinstance(self.depthwise, GeluDepthwiseConv):
+            return self.fc2(self.depthwise.after(self.fc1, x))
+        return self.fc2(self.depthwise(self.fc1(x)))  # folded
 
 
 class Block(nn.Module):
@@ -73,9 +75,10 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, ~H/4, ~W/4, C)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = activate(self.act, self.norm1(self.conv1(x)))
-        x = activate(self.act, self.norm2(self.conv2(x)))
-        x = self.norm3(self.conv3(x)).permute(0, 2, 3, 1)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            y = self.act(group_norm(norm, conv(x).permute(0, 2, 3, 1)))  # (B, H, W, C)
+            x = y.permute(0, 3, 1, 2)
+        x = group_norm(self.norm3, self.conv3(x).permute(0, 2, 3, 1))
         return self.norm(x) + positions(self.pos_embed, self.grid, x.shape[1], x.shape[2])
 
 
@@ -105,10 +108,6 @@ class GuidedStage(Stage):
         for block in self.blocks:
             x, significance = self.run(block, x, significance)
         return self.norm(x)
-
-
-def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()  # on GPUs the norm makes it (B, C, H, W)
 
 
 def sine_cosine(H: int, W: int, dim: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .attention_maps import AttentionReading, Token, attention_to_tokens, softmax_probabilities
 from .inference.fold import fold_softmax_scale
-from .layers import DepthwiseConv, LayerNorm, attend_all, lowered
+from .kernels.permuted_rows import permute_rows
+from .layers import Conv2d, DepthwiseConv, LayerNorm, attend_all, lowered
 
 # B batch, C channels, H W grid, N = H*W tokens, K heads, D = C/K head channels, M reduced tokens
 # h w windows, S their side, T = S*S tokens of one
@@ -69,7 +70,7 @@ class HybridScaleAttention(nn.Module):
         self.dim, self.num_heads, self.reduction, self.guides = dim, num_heads, reduction, guides
         self.softmax_scale: float | None = None
         self.qkv = nn.Linear(dim, 2 * dim)  # rows: global q, local q, k, v, each of C/2
-        self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+        self.reduce = Conv2d(dim, dim, reduction, reduction)
         self.reduce_norm = LayerNorm(dim)
         self.reduced_kv = nn.Linear(dim, dim)
         self.position = LocalPosition(dim)
@@ -236,7 +237,7 @@ def sort_tokens(x: Tensor, significance: Tensor) -> Tensor:
     B, H, W, C = x.shape
     first = torch.arange(B, device=x.device)[:, None] * (H * W)
     rows = significance.reshape(B, -1).argsort(1) + first  # rows of all images' tokens
-    return x.reshape(-1, C).index_select(0, rows.flatten()).view(B, H * W, C)
+    return permute_rows(x.reshape(-1, C), rows.flatten()).view(B, H * W, C)
 
 
 @register_notrace_function
@@ -254,7 +255,11 @@ def run_tokens(x: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         number = -(-size // length)
         if size % length:
             piece = F.pad(piece, (0, 0, 0, number * length - size))
-        tokens = torch.bmm(weight.expand(B * number, 1, length), piece.reshape(B * number, length, C))
+        if length <= 2:  # sums of one or two terms are no product for a matrix unit
+            taps = weight.view(length, 1)
+            tokens = sum((piece[:, i::length] * taps[i] for i in range(1, length)), piece[:, ::length] * taps[0])
+        else:
+            tokens = torch.bmm(weight.expand(B * number, 1, length), piece.reshape(B * number, length, C))
         sums.append((tokens + bias).view(B, number, C))
     return torch.cat(sums, 1)
 

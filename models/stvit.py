@@ -18,7 +18,7 @@ from .attention_maps import AttentionReading, Token, attention_to_tokens, softma
 from .backbone import Backbone, HeadOptions, Stage, default_cfg, drop_path_rates, register_variant
 from .inference.fold import fold_into_next, fold_layer_scale, fold_softmax_scale
 from .kernels.neighborhood import overlap_add, unfold_neighbors
-from .layers import Conv1x1, DepthwiseConv, GeluDepthwiseConv, LayerNorm, activate, attend_all, batch_norm, lowered
+from .layers import Conv1x1, Conv2d, ConvMlp, DepthwiseConv, LayerNorm, activate, attend_all, batch_norm, lowered
 from .published import Constant, Rule
 
 # B batch, C channels, H W grid, N = H*W tokens, h w cells, M pixels of a cell, K heads, D = C/K
@@ -162,21 +162,6 @@ def super_tokens(affinity: Tensor, cell: int, H: int, W: int) -> Tensor:
     return from_cells(chosen.transpose(3, 4), cell, H, W)[..., 0].long()
 
 
-class ConvMlp(nn.Module):
-    """Two linear layers, with GELU and a residual depthwise convolution between."""
-
-    gelu_convolution: ClassVar[tuple[str, str]] = ("fc1", "conv")
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = Conv1x1(dim, hidden)
-        self.conv = GeluDepthwiseConv(hidden, gelu_before=True)
-        self.fc2 = Conv1x1(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> same
-        return self.fc2(self.conv(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Position convolution, attention and MLP, each with a residual connection; `scaled`: with layer scale on the last two."""
 
@@ -225,13 +210,13 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
+        self.conv1 = Conv2d(in_chans, dim // 2, 3, 2, 1)
         self.norm1 = nn.BatchNorm2d(dim // 2)
-        self.conv2 = nn.Conv2d(dim // 2, dim // 2, 3, 1, 1)
+        self.conv2 = Conv2d(dim // 2, dim // 2, 3, 1, 1)
         self.norm2 = nn.BatchNorm2d(dim // 2)
-        self.conv3 = nn.Conv2d(dim // 2, dim, 3, 2, 1)
+        self.conv3 = Conv2d(dim // 2, dim, 3, 2, 1)
         self.norm3 = nn.BatchNorm2d(dim)
-        self.conv4 = nn.Conv2d(dim, dim, 3, 1, 1)
+        self.conv4 = Conv2d(dim, dim, 3, 1, 1)
         self.norm4 = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
 
@@ -250,7 +235,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int, out: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, out, 3, 2, 1)
+        self.conv = Conv2d(dim, out, 3, 2, 1)
         self.norm = nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, ~H/2, ~W/2, C')

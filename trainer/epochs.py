@@ -24,7 +24,7 @@ def train_epoch(s: Session) -> None:
 
     def after_update() -> None:
         if s.compilation:
-            s.compilation.after_update(log.info)
+            s.compilation.after_update(log.info, log.warning)
         log.advance()
         s.saver.poll()
         if every and state.update % every == 0 and state.update_in_epoch:

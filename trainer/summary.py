@@ -12,6 +12,7 @@ from common.byte_size import format_bytes
 from common.timeline import Timeline, parse_optional
 from data.build import Data
 from engine.batch_plan import divisors
+from engine.build import compile_mode
 from engine.checkpoint.disk_space import SpaceNeed, free_bytes
 from engine.checkpoint.run_directory import RunDirectory
 from engine.distributed.processes import Processes
@@ -20,6 +21,7 @@ from engine.optim.backends import backend_of, skips_on_device
 from engine.optim.build import build_optimizer
 from engine.precision import Precision
 from engine.state import TrainState
+from models.kernels.switch import uses_kernels
 from trainer.session import Session
 from trainer.unused_options import unused_options
 
@@ -60,7 +62,7 @@ def summarize(
             f"{state.plan.world} ({processes.launcher}), device {processes.device.type}, amp {cfg.TRAIN.AMP}",
         ),
         *_data(cfg, data),
-        *_model(cfg, state.model),
+        *_model(cfg, state.model, processes.device),
         *_length(cfg, state),
         *_optimiser(cfg, state.optimizer),
         *_schedule(cfg, state),
@@ -119,15 +121,18 @@ def _data(cfg: CfgNode, data: Data) -> Iterator[Line]:
     yield "data", f"{counts}, {len(data.classes):,} classes; loader {cfg.DATA.LOADER}"
 
 
-def _model(cfg: CfgNode, model: nn.Module) -> Iterator[Line]:
+def _model(cfg: CfgNode, model: nn.Module, device: torch.device) -> Iterator[Line]:
     parameters = sum(p.numel() for p in model.parameters())
     drop_path = _over_time(cfg, "DROP_PATH_RATE", cfg.MODEL.DROP_PATH_RATE)
     mode = ", trained in evaluation mode" if cfg.TRAIN.EVAL_MODE else ""
     yield "model", f"{cfg.MODEL.NAME}, {parameters:,} parameters, drop path {drop_path}{mode}"
     if cfg.MODEL.NORM_BACKEND != "torch":
         yield "", f"LayerNorm by {cfg.MODEL.NORM_BACKEND}"
-    if cfg.TRAIN.COMPILE != "off":
-        yield "", f"torch.compile {cfg.TRAIN.COMPILE}, once for each size of batch and image"
+    if kernels := uses_kernels(model):
+        yield "", f"Triton kernels in {kernels} layers; MODEL.KERNELS off runs PyTorch's operators instead"
+    if (mode := compile_mode(cfg, model, device)) != "off":
+        chosen = " (TRAIN.COMPILE auto; off runs the model uncompiled)" if cfg.TRAIN.COMPILE == "auto" else ""
+        yield "", f"torch.compile {mode}, once for each size of batch and image{chosen}"
     if count := cfg.TRAIN.CHECKPOINT_BLOCKS:
         which = "all blocks" if count < 0 else f"the first {count} blocks"
         yield "", f"gradient checkpointing: {which} run again in the backward pass"

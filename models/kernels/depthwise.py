@@ -37,64 +37,73 @@ FORWARD = Tile(strips=4, columns=4, channels=64, warps=4)
 BACKWARD = Tile(strips=4, columns=2, channels=64, warps=4)
 
 
-def gelu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> Tensor:
+def gelu_depthwise(x: Tensor, weight: Tensor, bias: Tensor, before: bool, shift: Tensor | None = None) -> Tensor:
     """Compute x + convolution of x, with GELU before or after: (B, H, W, C) -> same, contiguous, in x's or autocast's type.
 
-    weight (C, 1, 3, 3), bias (C). Weights keep their type under autocast. There is no second derivative. Raises ValueError for
+    weight (C, 1, 3, 3), bias (C); shift (C) is added to x first. Weights keep their type under autocast. There is no second derivative. Raises ValueError for
     other shapes, and for types that differ outside autocast.
     """
-    if x.ndim != 4 or weight.shape != (x.shape[3], 1, 3, 3) or bias.shape != x.shape[3:]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
+    vectors = [bias] if shift is None else [bias, shift]
+    if x.ndim != 4 or weight.shape != (x.shape[3], 1, 3, 3) or any(v.shape != x.shape[3:] for v in vectors):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, *vectors))
         raise ValueError(f"x, weight and bias must have shapes (B, H, W, C), (C, 1, 3, 3) and (C,), not {shapes}")
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: give both one type, or use autocast")
-    return _forward(x, weight, bias, before)
+    return _forward(x, weight, bias, shift, before)
 
 
 @torch.library.custom_op("retoken::gelu_depthwise", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, before: bool) -> Tensor:
     out = x.new_empty(x.shape)
-    _launch_mix(x, None, weight, bias, out, BEFORE=before, AFTER=not before, SLOPE=False)
+    _launch_mix(x, None, weight, bias, shift, out, BEFORE=before, AFTER=not before, SLOPE=False)
     return out
 
 
 @torch.library.custom_op("retoken::gelu_depthwise_backward", mutates_args=())
-def _backward(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias."""
+def _backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, before: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias and shift, the last one empty without a shift."""
     if not before:
         through = x.new_empty(x.shape)
-        _launch_mix(x, gradient, weight, bias, through, BEFORE=False, AFTER=False, SLOPE=True)
+        _launch_mix(x, gradient, weight, bias, shift, through, BEFORE=False, AFTER=False, SLOPE=True)
         gradient = through
     out = x.new_empty(x.shape)
-    sums = _launch_unmix(x, gradient, weight, out, BEFORE=before)
+    sums = _launch_unmix(x, gradient, weight, shift, out, BEFORE=before)
     taps = sums[:, :9].sum(0).t().reshape(weight.shape)  # (C, 1, 3, 3)
     return (
         out,
         taps.to(weight.dtype, copy=True, memory_format=torch.contiguous_format),
         sums[:, 9].sum(0).to(bias.dtype),
+        bias.new_empty(0) if shift is None else sums[:, 10].sum(0).to(shift.dtype),
     )
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, before: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @_backward.register_fake
-def _(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, before: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+def _(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, before: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    by_shift = bias.new_empty(0) if shift is None else shift.new_empty(shift.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), by_shift
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    x, weight, bias, ctx.before = inputs
-    ctx.save_for_backward(x, weight, bias)
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+    x, weight, bias, shift, ctx.before = inputs
+    ctx.save_for_backward(x, weight, bias, shift)
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_backward(gradient, *ctx.saved_tensors, ctx.before), None
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    shift = ctx.saved_tensors[3]
+    by_x, by_weight, by_bias, by_shift = _backward(gradient, *ctx.saved_tensors, ctx.before)
+    return by_x, by_weight, by_bias, None if shift is None else by_shift, None
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:
@@ -105,7 +114,9 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 _backward.register_autograd(_refuse)
 
 
-def _launch_mix(x: Tensor, gradient: Tensor | None, weight: Tensor, bias: Tensor, out: Tensor, **mode: bool) -> None:
+def _launch_mix(
+    x: Tensor, gradient: Tensor | None, weight: Tensor, bias: Tensor, shift: Tensor | None, out: Tensor, **mode: bool
+) -> None:
     if not x.numel():
         return
     x = _by_pixel(x)
@@ -114,21 +125,26 @@ def _launch_mix(x: Tensor, gradient: Tensor | None, weight: Tensor, bias: Tensor
     B, H, W, C = x.shape
     grid, options = _plan(x, FORWARD)
     with torch.cuda.device_of(x):
-        mix[grid](x, gradient, weight.contiguous(), bias.contiguous(), out, B, H, W, C, *strides, **mode, **options)
+        lift = (bias if shift is None else shift).contiguous()
+        vectors, mode["LIFT"] = (weight.contiguous(), bias.contiguous(), lift), shift is not None
+        mix[grid](x, gradient, *vectors, out, B, H, W, C, *strides, **mode, **options)
 
 
-def _launch_unmix(x: Tensor, gradient: Tensor, weight: Tensor, out: Tensor, **mode: bool) -> Tensor:
-    """Write the gradient of x to `out`; return the sums of each program over its pixels: (programs of a channel, 10, C)."""
+def _launch_unmix(
+    x: Tensor, gradient: Tensor, weight: Tensor, shift: Tensor | None, out: Tensor, **mode: bool
+) -> Tensor:
+    """Write the gradient of x to `out`; return the sums of each program over its pixels: (programs of a channel, 10 or 11, C)."""
     B, H, W, C = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide, count = torch.float64 if x.dtype == torch.float64 else torch.float32, 10 if shift is None else 11
     if not x.numel():
-        return x.new_zeros((1, 10, C), dtype=wide)
+        return x.new_zeros((1, count, C), dtype=wide)
     x, gradient = _by_pixel(x), _by_pixel(gradient)
     strides = (*x.stride()[:3], *gradient.stride()[:3])
     grid, options = _plan(x, BACKWARD)
-    sums = x.new_empty((grid[0] // triton.cdiv(C, options["CHANNELS"]), 10, C), dtype=wide)
+    sums = x.new_empty((grid[0] // triton.cdiv(C, options["CHANNELS"]), count, C), dtype=wide)
     with torch.cuda.device_of(x):
-        unmix[grid](x, gradient, weight.contiguous(), out, sums, B, H, W, C, *strides, **mode, **options)
+        lift, mode["LIFT"] = (weight if shift is None else shift).contiguous(), shift is not None
+        unmix[grid](x, gradient, weight.contiguous(), lift, out, sums, B, H, W, C, *strides, **mode, **options)
     return sums
 
 

@@ -69,38 +69,42 @@ def _strips(B, H, W, C, P: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def _row(
-    pixel, row, left, inside, H, W, by_row, by_column, GELU: tl.constexpr, WIDE: tl.constexpr, COUNT: tl.constexpr
-):
-    """Load COUNT columns of a row from `left` on, zero outside the map, with GELU applied if set."""
+    pixel, row, left, inside, H, W, by_row, by_column, lift, LIFT: tl.constexpr, GELU: tl.constexpr, WIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """Load COUNT columns of a row from `left` on, zero outside the map, with `lift` added and GELU applied if set."""
     values = ()
     for j in tl.static_range(COUNT):
         seen = inside & (row >= 0) & (row < H) & (left + j >= 0) & (left + j < W)
         value = tl.load(pixel + row * by_row + (left + j) * by_column, mask=seen, other=0.0).to(WIDE)
+        if LIFT:
+            value = tl.where(seen, value + lift, 0.0)
         values += (_gelu(value) if GELU else value,)
     return values
 
 
 @triton.jit
 def mix(
-    x, gradient, weight, bias, out, B, H, W, C, x_image, x_row, x_column, g_image, g_row, g_column,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
+    x, gradient, weight, bias, shift, out, B, H, W, C, x_image, x_row, x_column, g_image, g_row, g_column,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, SLOPE: tl.constexpr, LIFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Convolve, with GELU before it or after it, or followed by the derivative of GELU times a gradient."""
     _, image, top, left, channel, inside = _strips(B, H, W, C, P, CHANNELS, COLUMNS, ROWS)
     taps = _taps(weight, channel, C, WIDE)
-    shift = tl.load(bias + channel, mask=channel < C, other=0.0).to(WIDE)
+    base = tl.load(bias + channel, mask=channel < C, other=0.0).to(WIDE)
+    lift = tl.load(shift + channel, mask=channel < C, other=0.0).to(WIDE)
     pixel = x + image * x_image + channel
     answer = out + image * (H * W * C) + channel
     slope = gradient + image * g_image + channel
-    upper = _row(pixel, top - 1, left - 1, inside, H, W, x_row, x_column, BEFORE, WIDE, COLUMNS + 2)
-    middle = _row(pixel, top, left - 1, inside, H, W, x_row, x_column, BEFORE, WIDE, COLUMNS + 2)
+    upper = _row(pixel, top - 1, left - 1, inside, H, W, x_row, x_column, lift, LIFT, BEFORE, WIDE, COLUMNS + 2)
+    middle = _row(pixel, top, left - 1, inside, H, W, x_row, x_column, lift, LIFT, BEFORE, WIDE, COLUMNS + 2)
     for i in tl.range(0, ROWS, loop_unroll_factor=3):
         row = top + i
-        lower = _row(pixel, row + 1, left - 1, inside, H, W, x_row, x_column, BEFORE, WIDE, COLUMNS + 2)
+        lower = _row(pixel, row + 1, left - 1, inside, H, W, x_row, x_column, lift, LIFT, BEFORE, WIDE, COLUMNS + 2)
         for j in tl.static_range(COLUMNS):
             seen = inside & (row < H) & (left + j < W)
-            z = shift
+            z = base
             for v in tl.static_range(3):
                 z += taps[v] * upper[j + v]
                 z += taps[3 + v] * middle[j + v]
@@ -116,25 +120,28 @@ def mix(
 
 @triton.jit
 def unmix(
-    x, gradient, weight, out, sums, B, H, W, C, x_image, x_row, x_column, g_image, g_row, g_column,
-    BEFORE: tl.constexpr, WIDE: tl.constexpr,
+    x, gradient, weight, shift, out, sums, B, H, W, C, x_image, x_row, x_column, g_image, g_row, g_column,
+    BEFORE: tl.constexpr, LIFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Compute from the gradient of the convolution's output that of x, and sums for those of the nine taps and the bias."""
+    """Compute from the gradient of the convolution's output that of x, and sums for those of the nine taps, the bias and the shift."""
     number, image, top, left, channel, inside = _strips(B, H, W, C, P, CHANNELS, COLUMNS, ROWS)
     taps = _taps(weight, channel, C, WIDE)
+    lift = tl.load(shift + channel, mask=channel < C, other=0.0).to(WIDE)
     pixel = x + image * x_image + channel
     answer = out + image * (H * W * C) + channel
     g = gradient + image * g_image + channel
-    upper = _row(g, top - 1, left - 1, inside, H, W, g_row, g_column, False, WIDE, COLUMNS + 2)
-    middle = _row(g, top, left - 1, inside, H, W, g_row, g_column, False, WIDE, COLUMNS + 2)
-    totals = (tl.zeros((P, CHANNELS), WIDE),) * 10
+    upper = _row(g, top - 1, left - 1, inside, H, W, g_row, g_column, lift, False, False, WIDE, COLUMNS + 2)
+    middle = _row(g, top, left - 1, inside, H, W, g_row, g_column, lift, False, False, WIDE, COLUMNS + 2)
+    totals = (tl.zeros((P, CHANNELS), WIDE),) * (11 if LIFT else 10)
     for i in tl.range(0, ROWS, loop_unroll_factor=3):
         row = top + i
-        lower = _row(g, row + 1, left - 1, inside, H, W, g_row, g_column, False, WIDE, COLUMNS + 2)
+        lower = _row(g, row + 1, left - 1, inside, H, W, g_row, g_column, lift, False, False, WIDE, COLUMNS + 2)
         for j in tl.static_range(COLUMNS):
             seen = inside & (row < H) & (left + j < W)
             a = tl.load(pixel + row * x_row + (left + j) * x_column, mask=seen, other=0.0).to(WIDE)
+            if LIFT:
+                a = tl.where(seen, a + lift, 0.0)
             slope = a
             if BEFORE:
                 slope = _slope(a)
@@ -149,11 +156,15 @@ def unmix(
             for k in tl.static_range(9):
                 d += taps[k] * around[k]
                 added += (totals[k] + a * around[k],)
-            totals = added + (totals[9] + around[4],)  # noqa: RUF005
+            added += (totals[9] + around[4],)
             if BEFORE:
                 d *= slope
+            if LIFT:
+                added += (totals[10] + tl.where(seen, d, 0.0),)
+            totals = added
             tl.store(answer + (row * W + left + j) * C, d.to(out.dtype.element_ty), mask=seen)
         upper, middle = middle, lower
-    for k in tl.static_range(10):
+    COUNT: tl.constexpr = 11 if LIFT else 10
+    for k in tl.static_range(COUNT):
         total = tl.sum(totals[k], axis=0)[None, :]
-        tl.store(sums + (number.to(tl.int64) * 10 + k) * C + channel, total, mask=channel < C)
+        tl.store(sums + (number.to(tl.int64) * COUNT + k) * C + channel, total, mask=channel < C)

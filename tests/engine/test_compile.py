@@ -193,11 +193,64 @@ def test_log_lines_and_cache_folder_of_compilation(monkeypatch, tmp_path):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(own.folder)
     for _ in range(2):
         own.begin(lines.append)
-        own.after_update(lines.append)
-        own.after_update(lines.append)
+        own.after_update(lines.append, lines.append)
+        own.after_update(lines.append, lines.append)
     assert [text.split(":")[0] for text in lines] == ["compiling the model (TRAIN.COMPILE max-autotune)", "compiled"]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     assert str(Compilation("default").folder) == "elsewhere"
+
+
+def test_failed_compilation_warns_once_and_runs_uncompiled(monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setitem(compilation.MODES, "default", {"backend": backend})
+    torch.manual_seed(0)
+    plain = Small()
+    models, lines, x = [copy.deepcopy(plain), copy.deepcopy(plain)], [], images(4, 3, 6, 6)
+    own = Compilation("default")
+    own.apply(models)
+    for _ in range(2):
+        torch.testing.assert_close(passes(models[0], x, False), passes(plain, x, False), rtol=0, atol=0)
+        own.after_update(lines.append, lambda text: lines.append(f"warning: {text}"))
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: torch.compile failed, the model runs uncompiled (BackendCompilerFailed")
+    assert [model._compiled_call_impl for model in models] == [None, None]
+
+
+def test_graphs_are_not_split_by_bucket_where_that_fails(monkeypatch):
+    def backend(graph, inputs):
+        if torch._dynamo.config.optimize_ddp:
+            raise NotImplementedError("found a higher order op in the graph")
+        return graph.forward
+
+    monkeypatch.setitem(compilation.MODES, "default", {"backend": backend})
+    own, model = Compilation("default"), Small()
+    own.apply([model])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            model(images(4, 3, 6, 6))
+            assert not torch._dynamo.config.optimize_ddp
+    finally:
+        torch.distributed.destroy_process_group()
+    assert own.failure is None
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_auto_compiles_our_families_on_cuda_with_their_options():
+    cfg = config.load((), ["TRAIN.AMP", "off"])
+    assert cfg.TRAIN.COMPILE == "auto"
+    plan, family = build_plan(cfg, ALONE, 10), shrunken("stvit_small", depths=(1, 1, 1, 1))
+    for model, device, expected in ((family, "cuda", "default"), (family, "cpu", None), (Small(), "cuda", None)):
+        compiling = build_compilation(cfg, model, plan, torch.device(device))
+        assert (compiling and compiling.mode) == expected
+    for mode, more in (("default", {}), ("max-autotune", {"max_autotune": True})):
+        options = Compilation(mode, tuned=True)._arguments(family)["options"]
+        assert options == {**more, **options, **family.inductor_options}
+        assert options["layout_optimization"] is False
+        torch._inductor.config.patch(options)  # names that Inductor knows
+        assert "options" not in Compilation(mode)._arguments(family)
 
 
 @pytest.mark.parametrize(

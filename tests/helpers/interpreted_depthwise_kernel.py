@@ -55,6 +55,19 @@ def test_kernel_equals_plain_in_float64(monkeypatch, shape, before):
 
 
 @ORDERS
+def test_shift_equals_a_bias_before_the_kernel(monkeypatch, before):
+    monkeypatch.setattr(depthwise, "MAX_ROWS", 3)
+    conv, x, found = layer(10, before), 2 * images(2, 5, 6, 10, dtype=torch.float64), []
+    shift, cotangent = images(10, seed=4, dtype=torch.float64), images(2, 5, 6, 10, seed=3, dtype=torch.float64)
+    for inside in (True, False):
+        leaves = x.clone().requires_grad_(), shift.clone().requires_grad_(), conv.weight, conv.bias
+        y = gelu_depthwise(leaves[0], *leaves[2:], before, leaves[1]) if inside else conv(leaves[0] + leaves[1])
+        found.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-13 * b.norm()
+
+
+@ORDERS
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 5e-7), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str
 )
@@ -132,10 +145,12 @@ def test_kernel_refuses_a_second_derivative(before):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch itself
+@pytest.mark.parametrize("shifted", [False, True])
 @ORDERS
-def test_kernel_is_a_sound_operator(before):
+def test_kernel_is_a_sound_operator(before, shifted):
     conv, x = layer(4, before, torch.float32), images(1, 1, 2, 4).requires_grad_()
-    results = torch.library.opcheck(torch.ops.retoken.gelu_depthwise, (x, conv.weight, conv.bias, before))
+    shift = images(4, seed=4).requires_grad_() if shifted else None
+    results = torch.library.opcheck(torch.ops.retoken.gelu_depthwise, (x, conv.weight, conv.bias, shift, before))
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -158,7 +158,7 @@ def test_class_without_a_declaration_of_its_own_is_refused():
 def test_layers_that_run_a_kernel_keep_it_and_their_weights():
     model, seen = trained("stvit_small"), []
 
-    def kernel(x, weight, bias, before):
+    def kernel(x, weight, bias, before, shift):
         seen.append((weight.dtype, bias.dtype))
         return x
 

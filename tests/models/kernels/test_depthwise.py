@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks import kernels
 from config import load
 from models.build import build_model
-from models.kernels.switch import use_kernels
+from models.kernels.switch import use_kernels, uses_kernels
 from models.layers import GeluDepthwiseConv
 from tests.helpers.small_models import images, scrambled, shrunken
 
@@ -43,16 +43,18 @@ def test_kernel_equals_plain_under_the_interpreter():
 
 
 KERNELS = {
-    "mix_before_bf16": ("mix", "bf16", {"BEFORE": True, "AFTER": False, "SLOPE": False}),
-    "mix_slope_fp16": ("mix", "fp16", {"BEFORE": False, "AFTER": False, "SLOPE": True}),
-    "unmix_before_bf16": ("unmix", "bf16", {"BEFORE": True}),
-    "unmix_before_fp64": ("unmix", "fp64", {"BEFORE": True}),
+    "mix_before_bf16": ("mix", "bf16", {"BEFORE": True, "AFTER": False, "SLOPE": False, "LIFT": True}),
+    "mix_slope_fp16": ("mix", "fp16", {"BEFORE": False, "AFTER": False, "SLOPE": True, "LIFT": True}),
+    "unmix_before_bf16": ("unmix", "bf16", {"BEFORE": True, "LIFT": True}),
+    "unmix_after_bf16": ("unmix", "bf16", {"BEFORE": False, "LIFT": True}),
+    "unmix_before_fp64": ("unmix", "fp64", {"BEFORE": True, "LIFT": False}),
 }
 
 
 @TRITON
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", KERNELS)
-def test_kernel_compiles_for_a_gpu_that_is_not_there(case):
+def test_kernel_compiles_for_a_gpu_that_is_not_there(case, capability):
     if not (Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/ptxas").exists():
         pytest.skip("needs Triton's own ptxas, which only its builds for NVIDIA have")
     import triton
@@ -67,14 +69,20 @@ def test_kernel_compiles_for_a_gpu_that_is_not_there(case):
     wide = "fp64" if kind == "fp64" else "fp32"
     constants = {**mode, "ROWS": 3, "P": tile.strips, "COLUMNS": tile.columns, "CHANNELS": tile.channels}
     constants["WIDE"] = triton.language.float64 if wide == "fp64" else triton.language.float32
-    pointers = {**dict.fromkeys(("x", "gradient", "out"), kind), "weight": "fp32", "bias": "fp32", "sums": wide}
+    pointers = {
+        **dict.fromkeys(("x", "gradient", "out"), kind),
+        "weight": "fp32",
+        "bias": "fp32",
+        "shift": "fp32",
+        "sums": wide,
+    }
     signature = {
         argument: "constexpr" if argument in constants else f"*{pointers[argument]}" if argument in pointers else "i32"
         for argument in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": tile.warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     assert ".local" not in compiled.asm["ptx"]  # nothing lies in memory that could lie in registers
 
@@ -89,7 +97,7 @@ def test_kernels_of_a_run_on_the_cpu_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"DEVICE=auto is the CPU here"):
         build_model(load((), ["MODEL.NAME", "stvit_small", "MODEL.KERNELS", "triton"]), 10)
     with pytest.raises(
-        ValueError, match=r"MODEL\.KERNELS must be one of off, triton, got 'tritn'; did you mean triton"
+        ValueError, match=r"MODEL\.KERNELS must be one of auto, off, triton, got 'tritn'; did you mean triton"
     ):
         load((), ["MODEL.KERNELS", "tritn"])
 
@@ -104,6 +112,26 @@ def test_kernels_reach_the_model_or_are_refused(monkeypatch):
     for name in ("groupmixformer_mobile", "resnet18"):
         with pytest.raises(ValueError, match=r"MODEL\.KERNELS=triton: no layer of this model .*; set it to off"):
             build_model(load((), [*opts, name]), 10)
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("name", "capability", "device", "count"),
+    [
+        ("stvit_small", (9, 0), "auto", 20),
+        ("sgformer_small", (8, 0), "cuda", 23),
+        ("stvit_small", (7, 5), "auto", 0),
+        ("stvit_small", (9, 0), "cpu", 0),
+        ("groupmixformer_mobile", (9, 0), "auto", 0),
+        ("resnet18", (9, 0), "auto", 0),
+    ],
+)
+def test_auto_takes_kernels_where_they_move_less(monkeypatch, name, capability, device, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cfg = load((), ["DEVICE", device, "DATA.IMG_SIZE", "64", "DATA.EVAL_RESIZE", "64", "MODEL.NAME", name])
+    assert cfg.MODEL.KERNELS == "auto"
+    assert uses_kernels(build_model(cfg, 10)) == count
 
 
 @TRITON
@@ -125,7 +153,7 @@ import models
 assert "models.kernels.depthwise" not in sys.modules
 sys.modules["triton"] = None
 import timm, torch
-from models.kernels.switch import use_kernels
+from models.kernels.switch import use_kernels, uses_kernels
 for name in ("sgformer_small", "stvit_small"):
     model = timm.create_model(name, depths=(1, 1, 1, 1), img_size=32).eval()
     with torch.no_grad():
