@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 
 from common.regular_files import regular
@@ -37,8 +38,8 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write_bytes(text.encode("utf-8", "surrogateescape")))
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove the temporary files of interrupted writes from a folder."""
-    for stale in folder.glob(".*.tmp"):
+def remove_temporary(folder: Path, name: str = "") -> None:
+    """Remove the temporary files of interrupted writes from a folder: those of a file of that name, or all."""
+    for stale in folder.glob(f".{escape(name[:40])}*.tmp"):
         if stale.is_symlink() or not stale.is_dir():
             stale.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.atomic_files import write_atomically
+from common.atomic_files import remove_temporary, write_atomically
 from common.text import readable
 from data.stores.archive_listing import ArchiveListing, Progress, assign_classes, list_images
 from data.stores.build_once import build_once
@@ -53,6 +53,7 @@ def open_index(location: SplitLocation, val_labels: str, progress: Progress | No
         again = f" again: {states[str(file)]}" if str(file) in states else ""
         log(f"indexing {location.split} of {location.root} ({len(location.archives)} archives){again}")
         index = build_index(location, val_labels, log)
+        remove_temporary(file.parent, file.name)  # of builds that were killed
         write_atomically(file, lambda temporary: save_index(index, temporary))
         away = "" if file == files[0] else f" because {files[0].parent} cannot be written"
         log(f"indexed {len(index)} images; the index is kept in {file}{away}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from common.atomic_files import remove_temporary, write_text_atomically
 from common.regular_files import regular
 from engine.checkpoint.files import CheckpointFolder
-from engine.checkpoint.run_files import check_run_files
+from engine.checkpoint.run_files import TREES, check_run_files
 
 LOCK_ATTEMPTS = 10  # one per second
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -135,7 +135,7 @@ class RunDirectory:
             raise self.write_error(error) from error
 
     def _remove_temporary(self) -> None:
-        for folder in (self.path, self.checkpoints.path):
+        for folder in (self.path, *(self.path / name for name in TREES)):
             remove_temporary(folder)
 
     def write_error(self, error: OSError) -> ValueError:

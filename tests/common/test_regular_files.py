@@ -78,6 +78,9 @@ def test_leftover_links_are_removed_and_folders_stay(tmp_path):
     (tmp_path / ".a.tmp").symlink_to(tmp_path / "victim")
     (tmp_path / ".b.tmp").write_text("half")
     (tmp_path / ".c.tmp").mkdir()
+    remove_temporary(tmp_path, "b")
+    assert not (tmp_path / ".b.tmp").exists()
+    assert (tmp_path / ".a.tmp").is_symlink()
     remove_temporary(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".c.tmp", "victim"]
 

@@ -226,8 +226,10 @@ def test_failed_write_frees_its_room_at_once(small_disk):
 
 def test_temporary_files_of_a_killed_run_are_removed_before_the_room_is_measured(tmp_path):
     folder = RunDirectory(tmp_path, 2)
-    folder.checkpoints.path.mkdir()
-    left = tmp_path / ".best_raw.safetensors.tmp", folder.checkpoints.path / ".update-00000004.pt.tmp"
+    names = ".best_raw.safetensors.0f.tmp", "checkpoints/.update-00000004.pt.1e.tmp", "pictures/.first_batch.png.2d.tmp"
+    left = [tmp_path / name for name in names]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
     for path in left:
         path.write_bytes(bytes(100))
     folder.write_config("")
