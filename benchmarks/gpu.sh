@@ -39,7 +39,7 @@ if [ "$small" ]; then
     pictures=16 compile=(--backend aot_eager --modes infer) scale=4 seconds=$((4 * seconds)) few=${models%%,*} # fp16 is slow on a CPU
 else
     measured=(--batch 128 --rounds 5 --seconds 0.3)
-    trained=(--cfg configs/stvit/small_224.yaml --batch 128 --updates 20 --rounds 5 --opts TRAIN.CLIP_GRAD 5.0)
+    trained=(--cfg configs/stvit/small_224.yaml --batch 128 --updates 20 --rounds 5 --opts TRAIN.CLIP_GRAD 5.0 TRAIN.COMPILE off)
     memory=(--models "$models" --gib 80)
     kernels=("$PYTHON" benchmarks/kernels.py --rounds 3)
     pictures=64 compile=(--modes train) scale=1 few=$models

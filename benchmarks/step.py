@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import record, roofline
 from benchmarks.baselines import Baseline, ModelStep, Ours, parse_baseline, parse_choices, parse_models
@@ -36,7 +36,9 @@ from benchmarks.timing import CLOCKS, Spread, in_turn, ratios
 from common.byte_size import format_bytes
 from common.text import shorten
 from config.command_line import Parser
+from engine.compilation import compile_arguments
 from engine.malloc import keep_freed_memory, release_freed_memory
+from models.kernels.switch import use_kernels, wins
 from tools.device import choose_device
 
 MODES, PRECISIONS = ("train", "infer"), ("fp32", "bf16", "fp16")
@@ -81,7 +83,7 @@ class Bench:
 
     def candidates(self, model: Ours, mode: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
         """Return functions that build the candidates, by name, ours first."""
-        ours = partial(model.build, self.args.size, self.device)
+        ours = partial(self.build_ours, model)
         found: dict[str, Callable[[], nn.Module]] = {"ours": ours}
         if mode == "infer" and model.folds:
             found["ours, folded"] = partial(model.build_folded, self.args.size, self.device, precision)
@@ -92,6 +94,13 @@ class Bench:
             if self.args.compile == "all":
                 found[f"{baseline.name}, compiled"] = found[baseline.name]
         return found
+
+    def build_ours(self, model: Ours) -> nn.Module:
+        """Build our model as train.py runs it on the device, with Triton kernels where MODEL.KERNELS auto chooses them."""
+        built = model.build(self.args.size, self.device)
+        if self.device.type == "cuda" and wins(built):
+            use_kernels(built)
+        return built
 
     def machine(self, precision: str) -> roofline.Machine:
         """Return the device's peak rates, measured once."""
@@ -109,7 +118,12 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         model = build()
-        call = torch.compile(model, backend=self.args.backend) if name.endswith(", compiled") else model
+        call: Callable[[Tensor], Tensor] = model
+        if name.endswith(", compiled"):
+            tuned = (
+                self.device.type == "cuda" and self.args.backend == "inductor"
+            )  # as train.py; baselines ask for nothing
+            call = torch.compile(model, backend=self.args.backend, **compile_arguments(model, "default", tuned))
         step = ModelStep(model, call, self.args.batch, self.args.size, precision)
         for _ in range(WARM_CALLS):
             step.set_mode(mode)()

@@ -50,18 +50,9 @@ class Compilation:
         """
         self._models = list(models)
         for model in self._models:
-            model.compile(dynamic=False, **self._arguments(model))
+            model.compile(dynamic=False, **compile_arguments(model, self.mode, self.tuned))
             assert model._compiled_call_impl is not None
             model._compiled_call_impl = self._or_plain(model, model._compiled_call_impl)
-
-    def _arguments(self, model: nn.Module) -> dict[str, Any]:
-        """Return the arguments of torch.compile for a model: those of the mode, with the options that the model asks for."""
-        arguments = MODES[self.mode]
-        own = dict(getattr(model, "inductor_options", {})) if self.tuned else {}
-        if not own:
-            return arguments
-        mode = arguments.get("mode")  # torch.compile takes a mode or options
-        return {"options": {**(torch._inductor.list_mode_options(mode) if mode else {}), **own}}
 
     def _or_plain(self, model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Return a call of the compiled model which calls it uncompiled once the compilation has failed."""
@@ -108,6 +99,16 @@ class Compilation:
             if not self.failure:
                 log_info(f"compiled: the first update took {seconds:.0f} s; so will the first evaluation")
             self._started_at, self._done = None, True
+
+
+def compile_arguments(model: nn.Module, mode: str, tuned: bool) -> dict[str, Any]:
+    """Return the arguments of torch.compile for a model: those of the mode, `tuned` with the options that the model asks for."""
+    arguments = MODES[mode]
+    own = dict(getattr(model, "inductor_options", {})) if tuned else {}
+    if not own:
+        return arguments
+    of_mode = arguments.get("mode")  # torch.compile takes a mode or options
+    return {"options": {**(torch._inductor.list_mode_options(of_mode) if of_mode else {}), **own}}
 
 
 def default_folder() -> Path:

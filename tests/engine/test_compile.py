@@ -18,7 +18,7 @@ from engine import compilation
 from engine.batch_plan import BatchPlan
 from engine.build import build_compilation, build_plan, build_state, prepare_model
 from engine.checkpoint.files import load_state
-from engine.compilation import Compilation
+from engine.compilation import Compilation, compile_arguments
 from engine.default_generators import seed_default_generators
 from engine.distributed.processes import Processes
 from engine.drop_path import VaryingDropPath
@@ -246,11 +246,11 @@ def test_auto_compiles_our_families_on_cuda_with_their_options():
         compiling = build_compilation(cfg, model, plan, torch.device(device))
         assert (compiling and compiling.mode) == expected
     for mode, more in (("default", {}), ("max-autotune", {"max_autotune": True})):
-        options = Compilation(mode, tuned=True)._arguments(family)["options"]
+        options = compile_arguments(family, mode, True)["options"]
         assert options == {**more, **options, **family.inductor_options}
         assert options["layout_optimization"] is False
         torch._inductor.config.patch(options)  # names that Inductor knows
-        assert "options" not in Compilation(mode)._arguments(family)
+        assert "options" not in compile_arguments(family, mode, False)
 
 
 @pytest.mark.parametrize(
