@@ -117,7 +117,7 @@ def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...], read: list[
     path = _resolve(file, parents)
     if path in parents:
         raise ValueError(
-            f"BASE: {file} includes itself ({' -> '.join(p.name for p in (*parents, path))}); break the circle"
+            f"BASE: {cut(str(file))} includes itself ({' -> '.join(p.name for p in (*parents, path))}); break the circle"
         )
     read.append(path)
     if len(read) > MAX_FILES:
@@ -126,17 +126,19 @@ def read_layers(cfg: CfgNode, file: Path, parents: tuple[Path, ...], read: list[
     bases = tree.pop("BASE", [])
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
-            raise ValueError(f"BASE in {file} must be a file name or a list of them, got {shorten(base)}")
+            raise ValueError(f"BASE in {cut(str(file))} must be a file name or a list of them, got {shorten(base)}")
         if base:
             yield from read_layers(cfg, path.parent / base, (*parents, path), read)
     overlay = tree.pop("PUBLISHED", False)
     if not (overlay in (None, False, RESOLVED) or isinstance(overlay, dict)):
-        raise ValueError(f"PUBLISHED in {file} must be a section of keys, {{}} or null, got {shorten(overlay)}")
+        raise ValueError(
+            f"PUBLISHED in {cut(str(file))} must be a section of keys, {{}} or null, got {shorten(overlay)}"
+        )
     resolved = overlay == RESOLVED
     of_run = resolved or any(_is_in_run(place.parent) for place in (file.absolute(), path))
     yield ConfigLayer(tree, str(file), ends=overlay is None, resolved=resolved, of_run=of_run)
     if isinstance(overlay, dict):
-        source = f"PUBLISHED of {file}"
+        source = f"PUBLISHED of {cut(str(file))}"
         merge_tree(cfg.clone(), overlay, "", source)  # checks the section in the other mode too
         yield ConfigLayer(overlay, source, published=True, of_run=of_run)
 
@@ -149,17 +151,19 @@ def _parse(file: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
         hint = f"; near it lie {', '.join(str(folder / n) for n in near)}" if near else ""
         there = "is a folder, not a file" if file.is_dir() else "is no regular file"
         defect = there if file.exists() else "does not exist"
-        raise ValueError(f"config file {file} {defect}{_named_by(parents)}{hint}")
+        raise ValueError(f"config file {cut(str(file))} {defect}{_named_by(parents)}{hint}")
     try:
         tree = parse_yaml(read_text(file))
     except yaml.YAMLError as error:
-        raise ValueError(f"config file {file} is not valid YAML: {error}") from error
+        raise ValueError(f"config file {cut(str(file))} is not valid YAML: {error}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ValueError(f"config file {file} must hold KEY: VALUE lines, not a {type(tree).__name__}")
+        raise ValueError(f"config file {cut(str(file))} must hold KEY: VALUE lines, not a {type(tree).__name__}")
     if not isinstance(tree.get("RECIPE", {}), dict):
-        raise ValueError(f"RECIPE in {file} is a section, got {shorten(tree['RECIPE'])}; give its keys, e.g. MODE")
+        raise ValueError(
+            f"RECIPE in {cut(str(file))} is a section, got {shorten(tree['RECIPE'])}; give its keys, e.g. MODE"
+        )
     return {key: _for_system(value) for key, value in tree.items()}
 
 
@@ -171,7 +175,7 @@ def _is_in_run(folder: Path) -> bool:
 
 
 def _named_by(parents: tuple[Path, ...]) -> str:
-    return f", named by BASE in {parents[-1]}" if parents else ""
+    return f", named by BASE in {cut(str(parents[-1]))}" if parents else ""
 
 
 def _resolve(file: Path, parents: tuple[Path, ...]) -> Path:

@@ -44,16 +44,16 @@ def read_text(path: Path) -> str:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123  Path.open takes no descriptor
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path} is no regular file; give a text file")
+                raise ValueError(f"{cut(str(path))} is no regular file; give a text file")
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{cut(str(path))} cannot be read ({error.strerror})") from error
     if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES // 1024} KiB; a config has a few")
+        raise ValueError(f"{cut(str(path))} is larger than {MAX_BYTES // 1024} KiB; a config has a few")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"{cut(str(path))} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 class _BoundedLoader(yaml.SafeLoader):

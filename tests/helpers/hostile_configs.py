@@ -66,6 +66,7 @@ TEXTS: dict[str, str | bytes] = {
     "a name of a folder": "NAME: ../../etc\n",
     "a base that is itself": "BASE: own.yaml\n",
     "a base of 5000 characters": f"BASE: {'x' * 4000}\n",
+    "a long base in no folder": f"BASE: nowhere/{'x' * 3900}.yaml\n",
     "a base that is a folder": "BASE: .\n",
     "a base that is a pipe": "BASE: pipe\n",
     "a base that is a device": "BASE: /dev/zero\n",
