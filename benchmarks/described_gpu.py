@@ -118,6 +118,7 @@ def described_gpu() -> Iterator[FakeTensorMode]:
         patch(torch._C, **_functions({"_cuda_getDevice": 0, "_cuda_getCurrentRawStream": 0}))
         patch(torch._C, **_functions({"_accelerator_getDeviceIndex": 0}))
         patch(torch._C, _conv_determine_backend_memory_format=_convolution_format)
+        patch(torch._subclasses.fake_tensor, init_gpu_context=lambda device: None)  # in torch 2.11 it asks the driver
         patch(torch, Generator=_Generator)
         patch(amp, amp_definitely_not_available=lambda: False)
         patch(torch.amp.grad_scaler, amp_definitely_not_available=lambda: False)
