@@ -102,10 +102,13 @@ def described_gpu() -> Iterator[FakeTensorMode]:
     torch._C._ensureCUDADeviceGuardSet()  # CUDA's streams and guards do nothing
     import torch._dynamo.device_interface as interface
     import torch.cuda.amp.common as amp
+    from torch.utils._triton import has_triton
 
     answers = _static(get_device_properties=PROPERTIES, set_device=None, current_device=0)
     worker = type("Worker", (interface.CudaInterface.Worker,), answers)
     with contextlib.ExitStack() as stack:
+        has_triton.cache_clear()  # an answer given outside would be kept, and one given here afterwards
+        stack.callback(has_triton.cache_clear)
 
         def patch(owner: Any, **values: Any) -> None:
             for name, value in values.items():

@@ -114,6 +114,14 @@ def test_eager_step_stays_within_its_bounds(name):
     assert 1.03 * bound[1] >= found[1] > 0.9 * bound[1], found  # releases of torch differ by 2 %
 
 
+def test_the_machines_own_answers_are_not_kept():
+    has_triton = torch.utils._triton.has_triton
+    outside = has_triton()
+    with described_gpu():
+        assert has_triton()
+    assert has_triton() == outside
+
+
 def test_every_family_has_a_bound():
     assert set(EAGER) == set(SMALLEST)
     assert {name.split("_")[0] for name in EAGER} == {name.split("_")[0] for name in retoken_models()}

